@@ -1,0 +1,42 @@
+# Everything runs from .venv on an installed copy: the checkout's folders are never imported.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
+PACKAGES := $(addprefix -p qroam.,partition indexer kernels runtime)
+# Folders are listed too: their time stamp tells of a deleted file.
+SOURCES := $(shell find partition indexer kernels runtime -not -path '*__pycache__*')
+
+.PHONY: test demo bench lint types install clean
+
+test: install
+	$(BIN)/pytest
+
+demo: install
+	$(BIN)/qroam demo
+
+bench: install
+	$(BIN)/python benchmarks/step_cpu.py
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/mypy $(PACKAGES)
+	$(BIN)/mypy tests examples benchmarks
+
+install: .venv/installed
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# The pinned setuptools builds the package; a stale build/ would carry deleted files into it.
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt README.md LICENSE $(SOURCES)
+	rm -rf build *.egg-info
+	$(PIP) install -c constraints.txt setuptools
+	$(PIP) install -c constraints.txt --no-build-isolation '.[models,test]'
+	rm -rf build *.egg-info
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

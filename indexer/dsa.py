@@ -1,0 +1,131 @@
+"""The DSA lightning indexer: index queries, index keys, head weights and scores.
+
+Dimension letters: T tokens, Q queries, E entries, Hi index heads, D index head columns (the first
+`rope_dim` rotary). With exact arithmetic
+
+    score[q, e] = sum_h w[q, h] * relu(query[q, h] . key[e]),   w = weights_proj(x) * (Hi * D)**-0.5
+
+Quantised layouts rotate queries and keys by a Hadamard matrix, which leaves dot products alone but
+spreads outliers, and round both to e4m3 with one power-of-two scale per head or entry. The original
+folds the query's scale into w and multiplies by the key's scale after the ReLU. Scales are positive
+powers of two, so applying them to the vectors, as here, gives the same numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..partition.codec import act_quant
+from ..partition.layout import IndexLayout
+from .rope import apply_rope
+
+# Queries are also tiled rather than let a tile get narrower than this many entries.
+_MIN_TILE_ENTRIES = 512
+
+
+def index_query(
+    compressed: Tensor, wq_b: Tensor, cos: Tensor, sin: Tensor, layout: IndexLayout
+) -> Tensor:
+    """Index queries (T, Hi, D) of the compressed queries cQ (T, q_lora), wq_b (Hi * D, q_lora).
+
+    If quantised, the numbers are those that survive e4m3, scale included. cos, sin: (T, rope / 2).
+    """
+    _check_weight("wq_b", wq_b, layout.heads * layout.head_dim, compressed.shape[-1])
+    query = F.linear(compressed, wq_b).view(-1, layout.heads, layout.head_dim)
+    query = _rotate_leading(query, cos, sin, layout)
+    if not layout.quantized:
+        return query
+    values, scale = act_quant(hadamard(query))
+    return (values.float() * scale).to(query.dtype)
+
+
+def index_key(
+    x: Tensor,
+    wk: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    layout: IndexLayout,
+) -> Tensor:
+    """Index keys (T, D) of hidden states (T, hidden): LayerNorm (eps 1e-6) of wk x, then rope.
+
+    If quantised they are Hadamard-rotated; rounding to e4m3 is the index codec's part.
+    """
+    _check_weight("wk", wk, layout.head_dim, x.shape[-1])
+    key = F.layer_norm(F.linear(x, wk), (layout.head_dim,), norm_weight, norm_bias, eps=1e-6)
+    key = _rotate_leading(key, cos, sin, layout)
+    return hadamard(key) if layout.quantized else key
+
+
+def head_weights(x: Tensor, w_proj: Tensor, layout: IndexLayout) -> Tensor:
+    """Weights (T, Hi) of the heads, fp32 (fp64 from fp64), with Hi**-0.5 and D**-0.5 folded in.
+
+    The projection (Hi, hidden) runs in its own dtype, which may be wider than that of `x`.
+    """
+    _check_weight("w_proj", w_proj, layout.heads, x.shape[-1])
+    weights = _at_least_fp32(F.linear(x.to(w_proj.dtype), w_proj))
+    return weights.mul((layout.heads * layout.head_dim) ** -0.5)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """x (..., D) times the symmetric Sylvester-Hadamard matrix over sqrt(D); D a power of two."""
+    dim = x.shape[-1]
+    if dim <= 0 or dim & (dim - 1):
+        raise ValueError(f"the Hadamard rotation needs a power of two, got {dim}")
+    y, width = _at_least_fp32(x), 1
+    while width < dim:
+        first, second = torch.unflatten(y, -1, (-1, 2, width)).unbind(-2)
+        y = torch.stack((first + second, first - second), dim=-2).flatten(-3)
+        width *= 2
+    return y.mul(dim**-0.5).to(x.dtype)
+
+
+def scores(query: Tensor, weights: Tensor, keys: Tensor, *, tile_bytes: int) -> Tensor:
+    """Scores (Q, E) of every query against every entry, fp32 (fp64 if the query is fp64).
+
+    Args:
+        query: (Q, Hi, D).
+        weights: (Q, Hi), may be negative.
+        keys: (E, D), as decoded by the index codec.
+        tile_bytes: bound on the per-head products held at a time, which would be Hi times the
+            result; about the size of the cache (1 to 8 MiB) is fastest. At least Hi numbers.
+    """
+    (num_queries, heads, dim), num_entries = query.shape, len(keys)
+    if weights.shape != (num_queries, heads) or keys.shape != (num_entries, dim):
+        raise ValueError(
+            f"query {tuple(query.shape)} needs weights (Q, Hi) and keys (E, D), "
+            f"got {tuple(weights.shape)} and {tuple(keys.shape)}"
+        )
+    query = _at_least_fp32(query)
+    weights, keys = weights.to(query.dtype), keys.to(query.dtype)
+    result = query.new_empty(num_queries, num_entries)
+    if not result.numel():
+        return result
+    pairs = tile_bytes // (heads * query.dtype.itemsize)
+    if pairs < 1:
+        raise ValueError(f"tile_bytes must hold one product of {heads} heads, got {tile_bytes}")
+    rows = min(num_queries, max(1, pairs // min(num_entries, _MIN_TILE_ENTRIES)))
+    columns = min(num_entries, pairs // rows)
+    for q in range(0, num_queries, rows):
+        some, weight = query[q : q + rows].flatten(0, 1), weights[q : q + rows, None]
+        for e in range(0, num_entries, columns):
+            products = torch.unflatten((some @ keys[e : e + columns].T).relu_(), 0, (-1, heads))
+            result[q : q + rows, e : e + columns] = (weight @ products).squeeze(1)
+    return result
+
+
+def _rotate_leading(x: Tensor, cos: Tensor, sin: Tensor, layout: IndexLayout) -> Tensor:
+    rope, rest = x.tensor_split((layout.rope_dim,), dim=-1)
+    return torch.cat((apply_rope(rope, cos, sin, pairing=layout.pairing), rest), dim=-1)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _check_weight(name: str, weight: Tensor, rows: int, columns: int) -> None:
+    if weight.shape != (rows, columns):
+        raise ValueError(f"{name} must be ({rows}, {columns}), got {tuple(weight.shape)}")

@@ -1,0 +1,411 @@
+"""What one layer of a model stores and computes: streams, branches, index keys, scale, projection.
+
+A layout is a frozen value. Everything else (pool, plan, wire, cost model) reads it and nothing
+special-cases an architecture. Dimension letters: H query heads, G branches, C columns of an entry.
+
+One branch is one stream group: the streams of a branch are stored, placed and fetched together,
+and the directory's key is (block, branch). An entry's columns lie value-only, tied, key-only, so
+that a branch's value is the first columns of its entry and its key the last.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Role = Literal["v", "kv", "k"]
+Pairing = Literal["interleaved", "half"]
+Form = Literal["A", "B"]
+
+_ROLE_ORDER = {"v": 0, "kv": 1, "k": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """A separately named part of an entry: `dim` columns used as value, key or both (tied)."""
+
+    name: str
+    dim: int
+    role: Role
+
+    def __post_init__(self) -> None:
+        if self.dim <= 0:
+            raise ValueError(f"stream {self.name!r}: dim must be positive, got {self.dim}")
+        if self.role not in _ROLE_ORDER:
+            raise ValueError(f"stream {self.name!r}: role must be v, kv or k, got {self.role!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Branch:
+    """An independent softmax over one stream group, for heads [head_start, head_start + heads).
+
+    The layer's output is the sum over branches of `weight` times the branch's output; branches
+    are never combined by log-sum-exp.
+    """
+
+    name: str
+    streams: tuple[Stream, ...]
+    head_start: int
+    heads: int
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        order = [_ROLE_ORDER[stream.role] for stream in self.streams]
+        if not order or order != sorted(order):
+            raise ValueError(
+                f"branch {self.name!r}: streams must be listed value-only, tied, key-only, "
+                f"got {[(s.name, s.role) for s in self.streams]}"
+            )
+        if len({stream.name for stream in self.streams}) != len(self.streams):
+            raise ValueError(f"branch {self.name!r}: stream names repeat")
+        if self.key_dim == 0 or self.value_dim == 0:
+            raise ValueError(f"branch {self.name!r}: needs at least one key and one value column")
+        if self.head_start < 0 or self.heads <= 0:
+            raise ValueError(f"branch {self.name!r}: empty or negative head slice")
+        if not math.isfinite(self.weight):
+            raise ValueError(f"branch {self.name!r}: weight must be finite, got {self.weight}")
+
+    @property
+    def entry_dim(self) -> int:
+        return sum(stream.dim for stream in self.streams)
+
+    @property
+    def key_dim(self) -> int:
+        return sum(stream.dim for stream in self.streams if stream.role != "v")
+
+    @property
+    def value_dim(self) -> int:
+        return sum(stream.dim for stream in self.streams if stream.role != "k")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """Rotary embedding of the last `dim` key columns; `pairing` says which columns rotate together."""
+
+    dim: int
+    pairing: Pairing
+    theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        if self.dim <= 0 or self.dim % 2:
+            raise ValueError(f"rope dim must be positive and even, got {self.dim}")
+        if self.pairing not in ("interleaved", "half"):
+            raise ValueError(f"rope pairing must be interleaved or half, got {self.pairing!r}")
+        if self.theta <= 1:
+            raise ValueError(f"rope theta must exceed 1, got {self.theta}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Projection:
+    """Per-head up-projections around the stored columns (MLA's W_UK and W_UV).
+
+    Un-absorbed query row: `nope_dim` columns, then the rope columns. Absorbing maps the first part
+    onto the entry's non-rope key columns; projecting maps `value_dim` columns onto `out_dim`.
+    With the weights at the holder, payload form B becomes possible.
+    """
+
+    nope_dim: int
+    out_dim: int
+
+    def __post_init__(self) -> None:
+        if self.nope_dim <= 0 or self.out_dim <= 0:
+            raise ValueError(f"projection dims must be positive, got {self}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexLayout:
+    """The DSA lightning indexer of a layer: `heads` index queries against one key per entry.
+
+    score[q, e] = sum_h w[q, h] * relu(query[q, h] . key[e]), top-k over the visible entries.
+    `quantized` turns on the Hadamard rotation and the e4m3 quantisation of queries and keys.
+    """
+
+    heads: int
+    head_dim: int
+    rope_dim: int
+    pairing: Pairing
+    top_k: int
+    quantized: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.heads, self.head_dim, self.top_k) <= 0:
+            raise ValueError(f"index heads, head_dim and top_k must be positive, got {self}")
+        if not 0 < self.rope_dim <= self.head_dim or self.rope_dim % 2:
+            raise ValueError(f"index rope_dim must be even and within head_dim, got {self}")
+        if self.pairing not in ("interleaved", "half"):
+            raise ValueError(f"index pairing must be interleaved or half, got {self.pairing!r}")
+        if self.quantized and self.head_dim & (self.head_dim - 1):
+            raise ValueError(f"the Hadamard rotation needs a power of two, got {self.head_dim}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """One layer. Branches are uniform: the same streams (by role and dim) and number of heads.
+
+    Args:
+        heads: query heads H of this rank.
+        branches: G branches; together they must cover every head.
+        softmax_scale: always explicit.
+        codec: how entries are stored, see `codec.make_codec`.
+        rope: the rotary part of the key, None if the key has none.
+        projection: W_UK / W_UV dims, None if queries meet the stored columns directly.
+        index: the layer's indexer, None if selections come from elsewhere.
+        index_codec: how index keys are stored.
+    Raises:
+        ValueError: if the fields contradict one another.
+    """
+
+    name: str
+    heads: int
+    branches: tuple[Branch, ...]
+    softmax_scale: float
+    codec: str
+    rope: Rope | None = None
+    projection: Projection | None = None
+    index: IndexLayout | None = None
+    index_codec: str = "fp32"
+
+    def __post_init__(self) -> None:
+        where = f"layout {self.name!r}"
+        if self.heads <= 0 or not self.branches:
+            raise ValueError(f"{where}: needs heads and at least one branch")
+        if not (math.isfinite(self.softmax_scale) and self.softmax_scale > 0):
+            raise ValueError(f"{where}: softmax_scale must be positive, got {self.softmax_scale}")
+        shapes = {
+            (branch.heads, *((stream.role, stream.dim) for stream in branch.streams))
+            for branch in self.branches
+        }
+        if len(shapes) != 1:
+            raise ValueError(f"{where}: branches must share streams and head count, got {shapes}")
+        if len({branch.name for branch in self.branches}) != len(self.branches):
+            raise ValueError(f"{where}: branch names repeat")
+        covered = {h for b in self.branches for h in range(b.head_start, b.head_start + b.heads)}
+        if covered != set(range(self.heads)):
+            raise ValueError(
+                f"{where}: branches cover heads {sorted(covered)}, expected 0..{self.heads - 1}"
+            )
+        if self.rope and self.rope.dim > self.key_dim:
+            raise ValueError(f"{where}: rope of {self.rope.dim} columns, key of {self.key_dim}")
+        if self.projection and self.absorbed_dim <= 0:
+            raise ValueError(f"{where}: a projection needs non-rope key columns to absorb into")
+
+    @property
+    def num_branches(self) -> int:
+        return len(self.branches)
+
+    @property
+    def branch_heads(self) -> int:
+        return self.branches[0].heads
+
+    @property
+    def entry_dim(self) -> int:
+        return self.branches[0].entry_dim
+
+    @property
+    def key_dim(self) -> int:
+        return self.branches[0].key_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.branches[0].value_dim
+
+    @property
+    def rope_dim(self) -> int:
+        return self.rope.dim if self.rope else 0
+
+    @property
+    def absorbed_dim(self) -> int:
+        """Key columns that an absorbed query meets with W_UK applied."""
+        return self.key_dim - self.rope_dim
+
+    @property
+    def query_dim(self) -> int:
+        """Columns of a query row as `Runtime.attend` takes it (un-absorbed if there is a projection)."""
+        return self.projection.nope_dim + self.rope_dim if self.projection else self.key_dim
+
+    @property
+    def out_dim(self) -> int:
+        """Columns of an output row as `Runtime.attend` returns it."""
+        return self.projection.out_dim if self.projection else self.value_dim
+
+    def routed_dims(self, form: Form) -> tuple[int, int]:
+        """(query columns out, output columns back) per head of one routed (query, branch)."""
+        if form == "A":
+            return self.key_dim, self.value_dim
+        if self.projection is None:
+            raise ValueError(f"layout {self.name!r} has no projection, so no payload form B")
+        return self.query_dim, self.out_dim
+
+    def payload_bytes(self, form: Form, element_bytes: int = 2) -> tuple[int, int]:
+        """(out, back) bytes of one query over all branches: rows, and rows plus a 4-byte LSE.
+
+        V3.2, 128 heads, bf16: A 147,456 / 131,584; B 49,152 / 33,280 (design section 3).
+        """
+        out, back = self.routed_dims(form)
+        rows = self.num_branches * self.branch_heads
+        return rows * out * element_bytes, rows * (back * element_bytes + 4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLayout:
+    """The per-layer layouts of a model. All layers have the same branches, so one placement serves all.
+
+    `index_source[l]` is the layer whose selection layer `l` uses (itself, or an earlier one where
+    layers share an indexer, as GLM-5.2 does).
+    """
+
+    layers: tuple[Layout, ...]
+    index_source: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.layers or len(self.layers) != len(self.index_source):
+            raise ValueError("a model needs layers, and one index source for each")
+        if len({layout.num_branches for layout in self.layers}) != 1:
+            raise ValueError("all layers of a model must have the same number of branches")
+        for layer, source in enumerate(self.index_source):
+            if not 0 <= source <= layer or self.index_source[source] != source:
+                raise ValueError(f"layer {layer}: index source {source} is not an earlier indexer")
+
+    @property
+    def num_branches(self) -> int:
+        return self.layers[0].num_branches
+
+
+def uniform_model(layout: Layout, num_layers: int) -> ModelLayout:
+    """`num_layers` times the same layer, each with an indexer of its own if the layout has one."""
+    return ModelLayout(layers=(layout,) * num_layers, index_source=tuple(range(num_layers)))
+
+
+def mla(
+    *,
+    name: str,
+    heads: int,
+    latent: int,
+    rope: int,
+    nope: int,
+    value: int,
+    softmax_scale: float,
+    codec: str,
+    index: IndexLayout | None,
+    index_codec: str,
+) -> Layout:
+    """Multi-head latent attention in the absorbed form: one branch, value tied to the latent."""
+    streams = (
+        Stream(name="latent", dim=latent, role="kv"),
+        Stream(name="rope_key", dim=rope, role="k"),
+    )
+    return Layout(
+        name=name,
+        heads=heads,
+        branches=(Branch(name="mla", streams=streams, head_start=0, heads=heads),),
+        softmax_scale=softmax_scale,
+        codec=codec,
+        rope=Rope(dim=rope, pairing="interleaved"),
+        projection=Projection(nope_dim=nope, out_dim=value),
+        index=index,
+        index_codec=index_codec,
+    )
+
+
+def mlra(variant: Literal[2, 4], *, heads: int, codec: str = "bf16") -> Layout:
+    """MLRA (arXiv 2603.02188): four latents of 128 with a shared rope key, summed, never LSE-merged.
+
+    MLRA-4: every latent serves all heads, weight 4**-0.5. MLRA-2: latents 0 and 2 serve the first
+    half of the heads, 1 and 3 the second, weight 2**-0.5. The rope key is stored with every branch.
+    """
+    if variant == 2 and heads % 2:
+        raise ValueError(f"MLRA-2 splits the heads in two, got {heads}")
+    branch_heads = heads if variant == 4 else heads // 2
+
+    def branch(b: int) -> Branch:
+        streams = (
+            Stream(name=f"latent{b}", dim=128, role="kv"),
+            Stream(name="rope_key", dim=64, role="k"),
+        )
+        start = 0 if variant == 4 else (b % 2) * branch_heads
+        weight = variant**-0.5
+        return Branch(
+            name=f"latent{b}", streams=streams, head_start=start, heads=branch_heads, weight=weight
+        )
+
+    return Layout(
+        name=f"mlra-{variant}",
+        heads=heads,
+        branches=tuple(branch(b) for b in range(4)),
+        softmax_scale=192**-0.5,
+        codec=codec,
+        rope=Rope(dim=64, pairing="half"),
+        projection=Projection(nope_dim=128, out_dim=128),
+    )
+
+
+LAYOUT_NAMES = ("mla-v3.2", "glm-5", "mla-tiny", "mlra-4", "mlra-2")
+
+
+def named_layout(name: str) -> Layout:
+    """A published layer by name; `dataclasses.replace` gives variants.
+
+    Sources: DeepSeek-V3.2-Exp `config_671B_v3.2.json` (scale with YaRN factor 40, mscale 1),
+    GLM-5 `GlmMoeDsaConfig`, MLRA `mlra_4.py` / `mlra_2.py` (2.9 B: 24 heads).
+    """
+    match name:
+        case "mla-v3.2":
+            return mla(
+                name=name,
+                heads=128,
+                latent=512,
+                rope=64,
+                nope=128,
+                value=128,
+                softmax_scale=192**-0.5 * (0.1 * math.log(40) + 1) ** 2,
+                codec="fp8_v32",
+                index=IndexLayout(
+                    heads=64, head_dim=128, rope_dim=64, pairing="half", top_k=2048, quantized=True
+                ),
+                index_codec="fp8_index",
+            )
+        case "glm-5":
+            return mla(
+                name=name,
+                heads=64,
+                latent=512,
+                rope=64,
+                nope=192,
+                value=256,
+                softmax_scale=256**-0.5,
+                codec="fp8_v32",
+                index=IndexLayout(
+                    heads=32,
+                    head_dim=128,
+                    rope_dim=64,
+                    pairing="interleaved",
+                    top_k=2048,
+                    quantized=True,
+                ),
+                index_codec="fp8_index",
+            )
+        case "mla-tiny":
+            return mla(
+                name=name,
+                heads=4,
+                latent=64,
+                rope=16,
+                nope=32,
+                value=32,
+                softmax_scale=48**-0.5,
+                codec="fp32",
+                index=IndexLayout(heads=4, head_dim=32, rope_dim=16, pairing="half", top_k=256),
+                index_codec="fp32",
+            )
+        case "mlra-4":
+            return mlra(4, heads=24)
+        case "mlra-2":
+            return mlra(2, heads=24)
+        case _:
+            raise ValueError(f"unknown layout {name!r}; known: {', '.join(LAYOUT_NAMES)}")
+
+
+def with_codec(layout: Layout, codec: str, index_codec: str | None = None) -> Layout:
+    """The same layer stored by another codec."""
+    return replace(layout, codec=codec, index_codec=index_codec or layout.index_codec)

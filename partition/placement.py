@@ -1,0 +1,96 @@
+"""Which ranks hold which block: placement policies as pure functions.
+
+Letters: N blocks of one document, G branches, W ranks, R copies. A placement is an int32 tensor
+(N, G, R) of ranks; copy 0 is the owner, the rest are replicas on other ranks.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Policy = Literal["contiguous", "block-cyclic", "balanced", "document-affine", "branch-split"]
+POLICIES: tuple[Policy, ...] = (
+    "contiguous",
+    "block-cyclic",
+    "balanced",
+    "document-affine",
+    "branch-split",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """How documents are spread. `run` blocks in a row stay together under block-cyclic."""
+
+    policy: Policy = "block-cyclic"
+    run: int = 1
+    copies: int = 1
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(f"unknown placement {self.policy!r}; known: {', '.join(POLICIES)}")
+        if self.run < 1 or self.copies < 1:
+            raise ValueError(f"run and copies must be at least 1, got {self}")
+
+
+def place(
+    placement: Placement,
+    num_blocks: int,
+    *,
+    first_block: int,
+    num_branches: int,
+    world_size: int,
+    used: Tensor,
+    load: Tensor | None = None,
+) -> Tensor:
+    """Ranks of the copies of a document's blocks.
+
+    Args:
+        num_blocks: N, blocks of the document; `first_block` is the global id of the first.
+        used: (W,) int64, slots taken at each rank so far (document-affine and balanced read it).
+        load: (N,) float, expected load of each block, for `balanced`; None means equal loads.
+    Returns:
+        (N, G, R) int32 ranks, copy 0 the owner.
+    Raises:
+        ValueError: if there are fewer ranks than copies, or `load` does not fit the blocks.
+    """
+    if placement.copies > world_size:
+        raise ValueError(f"{placement.copies} copies need as many ranks, the world has {world_size}")
+    if load is not None and load.shape != (num_blocks,):
+        raise ValueError(f"load must have shape ({num_blocks},), got {tuple(load.shape)}")
+    block = torch.arange(num_blocks)
+    branch = torch.arange(num_branches)
+    match placement.policy:
+        case "contiguous":
+            owner = (block * world_size // max(num_blocks, 1))[:, None].expand(-1, num_branches)
+        case "block-cyclic":
+            owner = ((first_block + block) // placement.run % world_size)[:, None]
+            owner = owner.expand(-1, num_branches)
+        case "balanced":
+            loads = torch.ones(num_blocks) if load is None else load
+            owner = _balanced(loads, used)[:, None].expand(-1, num_branches)
+        case "document-affine":
+            owner = used.argmin().expand(num_blocks, num_branches)
+        case "branch-split":
+            shards = max(world_size // num_branches, 1)
+            owner = ((first_block + block) % shards)[:, None] * num_branches + branch[None, :]
+            owner = owner % world_size
+    offsets = torch.arange(placement.copies) * max(world_size // placement.copies, 1)
+    return ((owner[..., None] + offsets) % world_size).to(torch.int32)
+
+
+def _balanced(load: Tensor, used: Tensor) -> Tensor:
+    """Longest-processing-time greedy: the heaviest block goes to the least loaded rank."""
+    ranks = [(float(slots), rank) for rank, slots in enumerate(used.tolist())]
+    heapq.heapify(ranks)
+    owner = torch.empty(len(load), dtype=torch.int64)
+    for block in load.argsort(descending=True, stable=True).tolist():
+        total, rank = heapq.heappop(ranks)
+        owner[block] = rank
+        heapq.heappush(ranks, (total + float(load[block]), rank))
+    return owner

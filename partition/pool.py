@@ -1,0 +1,207 @@
+"""The only owner of mutable KV tensors: preallocated blocks, what they hold, and leases.
+
+Letters: L layers, S slots, B tokens of a block, K keys. A `BlockStore` maps keys to slots, and a
+(layer, stored id) to an entry index `slot * B + offset` into that layer's tensor. Entries are
+written once, in order, so an entry that exists never changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .codec import Codec, gather_rows, scatter_rows
+
+
+class BlockStore:
+    """Blocks of one kind (entries, or index keys) for all layers, with the same slots in each."""
+
+    def __init__(
+        self,
+        codecs: Sequence[Codec | None],
+        *,
+        num_slots: int,
+        num_keys: int,
+        block_tokens: int,
+        lease_entries: int = 0,
+    ) -> None:
+        """Allocate `num_slots` blocks and `lease_entries` single entries a layer.
+
+        Layers whose codec is None store nothing. Entry indices from `first_lease` on are leases.
+
+        Raises: ValueError if there is no slot or stored ids would not fit in int32.
+        """
+        if num_slots < 1 or num_keys * block_tokens >= 2**31:
+            raise ValueError(
+                f"{num_slots} slots, {num_keys} keys of {block_tokens} tokens: "
+                "slots must be >= 1 and stored ids below 2**31"
+            )
+        self.codecs = tuple(codecs)
+        self.block_tokens = block_tokens
+        self.num_slots = num_slots
+        self.first_lease = num_slots * block_tokens
+        if lease_entries and any(codec and len(codec.planes) > 1 for codec in self.codecs):
+            raise ValueError("entries of a codec with several planes cannot be leased")
+        self._storage = [
+            torch.empty(
+                (self.first_lease + lease_entries) * (codec.entry_bytes if codec else 0),
+                dtype=torch.uint8,
+            )
+            for codec in self.codecs
+        ]
+        self.fill = torch.zeros(len(self.codecs), num_slots, dtype=torch.int32)
+        self.slot_of = torch.full((num_keys,), -1, dtype=torch.int32)
+        self.key_of = torch.full((num_slots,), -1, dtype=torch.int32)
+        self.generation = torch.zeros(num_slots, dtype=torch.int32)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the blocks and leases of all layers."""
+        return sum(storage.numel() for storage in self._storage)
+
+    def assign(self, keys: Tensor, slots: Tensor) -> None:
+        """Give free `slots` (n,) to `keys` (n,)."""
+        assert bool((self.key_of[slots.long()] == -1).all()), "slot in use"
+        self.slot_of[keys.long()] = slots.to(torch.int32)
+        self.key_of[slots.long()] = keys.to(torch.int32)
+        self.fill[:, slots.long()] = 0
+
+    def release(self, keys: Tensor) -> None:
+        """Free the slots of `keys`; the next block in them gets another generation."""
+        slots = self.slot_of[keys.long()].long()
+        self.slot_of[keys.long()] = -1
+        self.key_of[slots] = -1
+        self.generation[slots] += 1
+
+    def holds(self, stored_ids: Tensor) -> Tensor:
+        """Whether the block of each stored id has a slot here; padding (-1) does not."""
+        keys = (stored_ids.long() // self.block_tokens).clamp(min=0)
+        return (self.slot_of[keys] >= 0) & (stored_ids >= 0)
+
+    def resolve(self, layer: int, stored_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Entry index (int64) of each stored id and whether it is here and written; any shape.
+
+        Ids outside the table count as absent, whatever their value.
+        """
+        ids = stored_ids.long()
+        keys = ids // self.block_tokens
+        known = (ids >= 0) & (keys < len(self.slot_of))
+        slots = self.slot_of[torch.where(known, keys, 0)].long()
+        offset = ids % self.block_tokens
+        slots_or_0 = slots.clamp(min=0)
+        valid = known & (slots >= 0) & (offset < self.fill[layer][slots_or_0])
+        return torch.where(valid, slots_or_0 * self.block_tokens + offset, 0), valid
+
+    def identify(self, entry_index: Tensor) -> tuple[Tensor, Tensor]:
+        """(stored id, generation) of the entries at these indices: what is really there."""
+        slots = entry_index // self.block_tokens
+        ids = self.key_of[slots].long() * self.block_tokens + entry_index % self.block_tokens
+        return ids, self.generation[slots]
+
+    def write(self, layer: int, stored_ids: Tensor, rows: Tensor) -> None:
+        """Append encoded rows (n, entry_bytes) at stored ids (n,) of blocks that are here.
+
+        Raises: ValueError unless every block's new entries follow its last one, without gap or
+        overwrite; nothing is written then.
+        """
+        codec = self.codecs[layer]
+        if codec is None:
+            raise ValueError(f"layer {layer} stores nothing of this kind")
+        ids = stored_ids.long()
+        if rows.shape != (len(ids), codec.entry_bytes) or rows.dtype != torch.uint8:
+            raise ValueError(
+                f"rows must be uint8 ({len(ids)}, {codec.entry_bytes}), "
+                f"got {rows.dtype} {tuple(rows.shape)}"
+            )
+        if not bool(self.holds(ids).all()):
+            raise ValueError("a block to be written is not held here")
+        slots = self.slot_of[ids // self.block_tokens].long()
+        offset = ids % self.block_tokens
+        fill = self.fill[layer]
+        added = torch.zeros_like(fill).index_add(0, slots, torch.ones_like(slots, dtype=fill.dtype))
+        end = fill.scatter_reduce(0, slots, (offset + 1).to(fill.dtype), "amax")
+        in_order = bool((fill[slots] <= offset).all()) and bool((fill + added == end).all())
+        if not in_order or len(ids.unique()) != len(ids):
+            raise ValueError("entries are written once and in order; a gap or an overwrite was asked")
+        at = slots * self.block_tokens + offset
+        scatter_rows(self._blocks(layer, codec), codec, self.block_tokens, at, rows)
+        fill.copy_(end)
+
+    def rows(self, layer: int, entry_index: Tensor) -> Tensor:
+        """Encoded rows (n, entry_bytes) at the entry indices (n,), leases included."""
+        codec = self.codecs[layer]
+        assert codec is not None
+        if len(codec.planes) == 1:
+            return self._storage[layer].view(-1, codec.entry_bytes)[entry_index]
+        return gather_rows(self._blocks(layer, codec), codec, self.block_tokens, entry_index)
+
+    def read(self, layer: int, entry_index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Decoded entries (*shape, D) at entry indices of any shape."""
+        codec = self.codecs[layer]
+        assert codec is not None
+        rows = self.rows(layer, entry_index.reshape(-1))
+        return codec.decode(rows, dtype).reshape(*entry_index.shape, codec.dim)
+
+    def leases(self, layer: int) -> Leases:
+        """A new, empty lease table over this layer's lease entries."""
+        codec = self.codecs[layer]
+        assert codec is not None
+        rows = self._storage[layer].view(-1, codec.entry_bytes)[self.first_lease :]
+        return Leases(rows, first=self.first_lease)
+
+    def _blocks(self, layer: int, codec: Codec) -> Tensor:
+        block_bytes = self.block_tokens * codec.entry_bytes
+        return self._storage[layer][: self.num_slots * block_bytes].view(self.num_slots, block_bytes)
+
+
+class Leases:
+    """Fetched copies of entries of one layer, kept for reuse in a bounded, least-recently-used table.
+
+    A lease is found by binary search in sorted stored ids; nothing grows after the start.
+    """
+
+    def __init__(self, rows: Tensor, *, first: int) -> None:
+        """`rows` (capacity, entry_bytes) uint8 is where leases are kept; `first` its entry index."""
+        self._rows = rows
+        self._first = first
+        self.capacity = capacity = len(rows)
+        self._id_at = torch.full((capacity,), -1, dtype=torch.int64)
+        self._generation_at = torch.zeros(capacity, dtype=torch.int32)
+        self._used_at = torch.full((capacity,), -1, dtype=torch.int64)
+        self._sorted_ids, self._order = self._id_at.sort(stable=True)
+        self._tick = 0
+
+    def find(self, stored_ids: Tensor, generations: Tensor) -> tuple[Tensor, Tensor]:
+        """Entry index (int64) of each id's lease, and whether it is leased in that generation."""
+        ids = stored_ids.long()
+        if self.capacity == 0:
+            return torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        at = torch.searchsorted(self._sorted_ids, ids).clamp(max=self.capacity - 1)
+        lease = self._order[at]
+        found = (self._id_at[lease] == ids) & (ids >= 0)
+        found &= self._generation_at[lease] == generations
+        return torch.where(found, lease + self._first, 0), found
+
+    def touch(self, entry_index: Tensor) -> None:
+        """Mark the leases at these entry indices (n,) as used now."""
+        self._tick += 1
+        self._used_at[entry_index - self._first] = self._tick
+
+    def admit(self, stored_ids: Tensor, generations: Tensor, rows: Tensor) -> int:
+        """Keep rows (n, entry_bytes) of distinct ids (n,) that are not leased, evicting the stalest.
+
+        Beyond the capacity only the first rows are kept. Returns the number evicted.
+        """
+        count = min(len(stored_ids), self.capacity)
+        if count == 0:
+            return 0
+        victims = self._used_at.argsort(stable=True)[:count]
+        evicted = int((self._id_at[victims] >= 0).sum())
+        self._rows[victims] = rows[:count]
+        self._id_at[victims] = stored_ids[:count].long()
+        self._generation_at[victims] = generations[:count].to(torch.int32)
+        self.touch(victims + self._first)
+        self._sorted_ids, self._order = self._id_at.sort(stable=True)
+        return evicted

@@ -1,0 +1,22 @@
+"""The machine: plan, transports, one step, and the public `Runtime`."""
+
+from .config import RuntimeConfig
+from .cost.profile import FabricProfile, load_profile
+from .errors import CoverageError, PeerError
+from .requests import Request, Scope
+from .runtime import Runtime
+from .step import Selection
+from .transport import LoopbackTransport
+
+__all__ = [
+    "CoverageError",
+    "FabricProfile",
+    "LoopbackTransport",
+    "PeerError",
+    "Request",
+    "Runtime",
+    "RuntimeConfig",
+    "Scope",
+    "Selection",
+    "load_profile",
+]

@@ -1,0 +1,106 @@
+"""RuntimeConfig: every size and choice of a runtime, frozen and checked once."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from ..partition.layout import ModelLayout
+from ..partition.placement import Placement
+from .cost.predicate import MODES, Mode
+from .cost.profile import FabricProfile, load_profile
+
+IndexPlacement = Literal["with-blocks", "replicated"]
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeConfig:
+    """What every rank of a world must agree on.
+
+    Args:
+        model: the per-layer layouts.
+        max_blocks: blocks the corpus may have in the whole world.
+        block_tokens: B, tokens of a block.
+        corpus_slots: (block, branch) copies one rank can hold; None: an even share of them all.
+        private_blocks: blocks one rank keeps for the tokens of its running requests.
+        request_blocks: blocks one request may grow to.
+        placement, index_placement: where blocks and index keys live.
+        lease_entries: fetched entries kept for reuse per layer; 0 keeps none.
+        mode: who decides; `random` draws from `seed`.
+        reuse: R, expected uses of a fetched unit, in the cost model.
+        fabric: the cost model's constants.
+        dtype: of queries and outputs, and of payloads on the wire.
+        deadline_s: the longest wait for another rank.
+        workspace_bytes: bound on the temporary tensors of one attention or scoring tile.
+        checked: reject duplicate, foreign and invisible ids in every selection.
+    """
+
+    model: ModelLayout
+    max_blocks: int
+    block_tokens: int = 64
+    corpus_slots: int | None = None
+    private_blocks: int = 16
+    request_blocks: int = 16
+    placement: Placement = field(default_factory=Placement)
+    index_placement: IndexPlacement = "with-blocks"
+    lease_entries: int = 0
+    mode: Mode = "auto"
+    seed: int = 0
+    reuse: float = 1.0
+    fabric: FabricProfile = field(default_factory=lambda: load_profile("loopback"))
+    dtype: torch.dtype = torch.float32
+    deadline_s: float = 30.0
+    workspace_bytes: int = 32 << 20
+    checked: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_blocks", "block_tokens", "request_blocks", "workspace_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("private_blocks", "lease_entries"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.mode not in MODES:
+            raise ValueError(f"unknown mode {self.mode!r}; known: {', '.join(MODES)}")
+        if self.index_placement not in ("with-blocks", "replicated"):
+            raise ValueError(f"unknown index placement {self.index_placement!r}")
+        if not self.reuse >= 1:
+            raise ValueError(f"reuse must be at least 1, got {self.reuse}")
+        if not self.deadline_s > 0:
+            raise ValueError(f"deadline_s must be positive, got {self.deadline_s}")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {_DTYPES}, got {self.dtype}")
+        if self.max_ids * self.block_tokens >= 2**31:
+            raise ValueError(
+                f"{self.max_ids} (block, branch) keys of {self.block_tokens} tokens "
+                "do not fit int32 ids"
+            )
+
+    @property
+    def num_branches(self) -> int:
+        return self.model.num_branches
+
+    @property
+    def max_ids(self) -> int:
+        """(block, branch) keys: the corpus's, then those of this rank's private blocks."""
+        requests = max(self.private_blocks, 1)
+        return (self.max_blocks + requests * self.request_blocks) * self.num_branches
+
+    def slots_for(self, world_size: int) -> int:
+        """Corpus slots of one rank's pool."""
+        if self.corpus_slots is not None:
+            return self.corpus_slots
+        copies = self.max_blocks * self.num_branches * self.placement.copies
+        return -(-copies // world_size)
+
+    def fingerprint(self, world_size: int) -> int:
+        """31 bits of a hash over everything but the deadline; ranks compare it when they open."""
+        text = "|".join(
+            f"{name}={getattr(self, name)!r}" for name in self.__slots__ if name != "deadline_s"
+        )
+        digest = hashlib.sha256(f"{world_size}|{text}".encode()).digest()
+        return int.from_bytes(digest[:4], "little") & 0x7FFFFFFF

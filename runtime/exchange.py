@@ -1,0 +1,223 @@
+"""Asking and answering: the two halves of an exchange, their columns, and what answers must show.
+
+Letters: N items, W ranks, P routed pairs in holder order, F fetched units, U tokens of a unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..partition.layout import Form
+from .attend import Partial
+from .errors import CoverageError
+from .holder import tagged, take_pushes, to_int32
+from .messages import Header, Message
+from .plan import FetchList, RouteLists, Wanted
+from .transport import Column
+from .world import World
+
+T = TypeVar("T")
+Answer = Callable[[World, Message], Mapping[str, Tensor]]
+
+
+class FetchedPart(NamedTuple):
+    """Fetched rows (F * U, entry_bytes), their stored ids and generations (F * U,), -1 if absent."""
+
+    rows: Tensor
+    ids: Tensor
+    generations: Tensor
+
+
+class Complaint(NamedTuple):
+    """An item that was not served as asked, by whom, and how."""
+
+    item: int
+    holder: int
+    what: str
+
+
+def exchange(
+    world: World,
+    header: Header,
+    columns: list[Column],
+    answer: Answer,
+    own_work: Callable[[], T],
+) -> tuple[T, list[Message | None]]:
+    """Ask everyone, do own work, answer everyone; returns the work's result and everyone's answers.
+
+    Everything is sent before the own work and nothing is awaited before it, so the two overlap.
+    Writes of all peers are taken before anyone is answered.
+    """
+    transport, stats = world.transport, world.stats
+    world.epoch += 1
+    with stats.phase("send"):
+        transport.post(header, columns + world.take_pushes(header.layer))
+    with stats.phase("attend own"):
+        own = own_work()
+    with stats.phase("wait"):
+        visitors = transport.collect(header)
+    with stats.phase("answer"):
+        for rank, visitor in enumerate(visitors):
+            if visitor is not None:
+                _blaming(world, rank, take_pushes, visitor)
+        answers = [
+            {} if visitor is None else _blaming(world, rank, answer, visitor)
+            for rank, visitor in enumerate(visitors)
+        ]
+        reply = replace(header, kind=f"{header.kind}-answer")
+        transport.post(reply, _by_rank(answers))
+    with stats.phase("wait"):
+        return own, transport.collect(reply)
+
+
+def broadcast(name: str, rows: Tensor, world: World) -> Column:
+    """The same rows for every other rank."""
+    counts = torch.full((world.world_size,), len(rows))
+    return Column(name, rows, counts, torch.arange(len(rows)).repeat(world.world_size))
+
+
+def route_columns(
+    form: Form, lists: RouteLists, query: Tensor, hidden: Tensor, unit_tokens: int
+) -> list[Column]:
+    """What travels for routed pairs: query (N, h, D) rows, who they are, and their unit lists."""
+    columns = [
+        Column(f"{form}.query", query, lists.pairs, lists.items),
+        Column(f"{form}.item", lists.items.to(torch.int32), lists.pairs),
+        Column(f"{form}.count", lists.units_of.to(torch.int32), lists.pairs),
+        Column(f"{form}.units", lists.units, lists.listed),
+    ]
+    if unit_tokens > 1:
+        columns.append(Column(f"{form}.hidden", hidden, lists.pairs, lists.items))
+    return columns
+
+
+def candidates(
+    world: World, own: tuple[Tensor, Tensor], answers: list[Message | None]
+) -> tuple[Tensor, Tensor]:
+    """Scores (Q, M) and unit ids (Q, M) of every rank's best units, own ones first."""
+    found = [own]
+    queries = len(own[0])
+    for rank, message in enumerate(answers):
+        if message is None or queries == 0:
+            continue
+        score, ids = message.columns.get("score"), message.columns.get("id")
+        well_formed = (
+            score is not None
+            and ids is not None
+            and score.dtype == own[0].dtype
+            and ids.dtype == torch.int32
+            and score.dim() == 2
+            and score.shape == ids.shape
+            and len(score) == queries
+        )
+        if not well_formed:
+            raise world.transport.accuse(rank, f"sent malformed candidates for {queries} queries")
+        assert score is not None
+        assert ids is not None
+        found.append((score, ids))
+    return torch.cat([f[0] for f in found], dim=1), torch.cat([f[1] for f in found], dim=1)
+
+
+def routed_answers(
+    world: World, layer: int, form: Form, lists: RouteLists, answers: list[Message | None]
+) -> tuple[Partial, list[Complaint]]:
+    """The partials of one form's pairs, and a complaint for each whose coverage is not as asked."""
+    layout = world.config.model.layers[layer]
+    asked, dim = lists.pairs.tolist(), layout.routed_dims(form)[1]
+    heads, lse_dtype = layout.branch_heads, world.compute_dtype
+    out = _gathered(world, f"{form}.out", world.config.dtype, (heads, dim), asked, answers)
+    lse = _gathered(world, f"{form}.lse", lse_dtype, (heads,), asked, answers)
+    covered = _gathered(world, f"{form}.covered", torch.int32, (2,), asked, answers)
+    item = lists.items[: len(out)]
+    expected = to_int32(tagged(lists.expected[: len(out)], item))
+    wrong = (covered != expected).any(1).nonzero()[:, 0]
+    holder = torch.arange(world.world_size).repeat_interleave(lists.pairs)
+    complaints = [
+        Complaint(int(item[at]), int(holder[at]), f"covered {covered[at, 0]} of {expected[at, 0]} entries")
+        for at in wrong
+    ]
+    return Partial(out.to(lse_dtype), lse, item), complaints
+
+
+def fetched_answers(
+    world: World, layer: int, wanted: Wanted, fetch: FetchList, answers: list[Message | None]
+) -> tuple[FetchedPart, list[Complaint]]:
+    """The fetched rows, and a complaint for each item that needs an entry which did not come."""
+    codec = world.entries.codecs[layer]
+    assert codec is not None
+    unit_tokens = wanted.entries.shape[2]
+    asked = (fetch.counts * unit_tokens).tolist()
+    rows = _gathered(world, "fetch.rows", torch.uint8, (codec.entry_bytes,), asked, answers)
+    came = _gathered(world, "fetch.generation", torch.int32, (), asked, answers)
+    units = fetch.units[: len(rows) // unit_tokens]
+    ids = (units[:, None] + torch.arange(unit_tokens, dtype=torch.int32)).reshape(-1)
+    missing = came != world.generations(ids)
+    if not bool(missing.any()):
+        return FetchedPart(rows, ids, came), []
+    place = fetch.place[..., None] * unit_tokens + torch.arange(unit_tokens)
+    needed = (fetch.place >= 0)[..., None] & wanted.exists
+    lost = needed & missing[torch.where(needed, place, 0)]
+    holders = torch.where(lost.any(-1), wanted.holder, -1)
+    complaints = [
+        Complaint(item, holder, f"lacked {int(lost[item][holders[item] == holder].sum())} entries")
+        for item in lost.flatten(1).any(1).nonzero()[:, 0].tolist()
+        for holder in sorted(set(holders[item].tolist()) - {-1})
+    ]
+    return FetchedPart(rows, ids, came), complaints
+
+
+def coverage_error(world: World, layer: int, complaints: list[Complaint]) -> CoverageError:
+    """Names layer, queries and holders; the first few in words."""
+    branches = world.config.num_branches
+    said = [
+        f"query {item // branches} at rank {holder} {what}" for item, holder, what in complaints[:4]
+    ]
+    more = f"; and {len(complaints) - 4} more" if len(complaints) > 4 else ""
+    return CoverageError(f"layer {layer}: {'; '.join(said)}{more}")
+
+
+def _gathered(
+    world: World,
+    name: str,
+    dtype: torch.dtype,
+    trailing: tuple[int, ...],
+    asked: list[int],
+    answers: list[Message | None],
+) -> Tensor:
+    """One column of all answers in rank order; each rank must send just the rows it was asked for."""
+    parts = [torch.empty(0, *trailing, dtype=dtype)]
+    for rank, (count, message) in enumerate(zip(asked, answers, strict=True)):
+        if message is None or (count == 0 and name not in message.columns):
+            continue
+        rows = message.columns.get(name)
+        if rows is None or rows.dtype != dtype or rows.shape != (count, *trailing):
+            got = "nothing" if rows is None else f"{rows.dtype} {tuple(rows.shape)}"
+            raise world.transport.accuse(
+                rank, f"answered {name!r} with {got}, asked for {dtype} {(count, *trailing)}"
+            )
+        parts.append(rows)
+    return torch.cat(parts)
+
+
+def _by_rank(answers: list[Mapping[str, Tensor]]) -> list[Column]:
+    """Columns whose shares are the answers, for `post`."""
+    names = sorted({name for answer in answers for name in answer})
+    columns = []
+    for name in names:
+        rows = [answer[name] for answer in answers if name in answer]
+        counts = torch.tensor([len(answer.get(name, ())) for answer in answers])
+        columns.append(Column(name, torch.cat(rows), counts))
+    return columns
+
+
+def _blaming(world: World, rank: int, work: Callable[[World, Message], T], message: Message) -> T:
+    """Do the work a peer asked for; what is wrong with its message is its fault."""
+    try:
+        return work(world, message)
+    except ValueError as error:
+        raise world.transport.accuse(rank, f"asked for the impossible: {error}") from error

@@ -1,0 +1,465 @@
+"""Runtime: the public face. Input is checked here, at the door, and nowhere deeper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..indexer import visible
+from ..partition.directory import Document, with_document
+from ..partition.layout import Layout
+from ..partition.placement import place
+from .config import RuntimeConfig
+from .errors import PeerError
+from .explain import DecisionLine, explain_last
+from .exchange import exchange
+from .requests import Request, Scope, scope_of, stacked
+from .step import Selection, attend_step, select_step
+from .transport import Transport
+from .world import LayerWeights, Push, World, connect
+
+
+class Runtime:
+    """One rank of a world that attends over a corpus partitioned among its ranks.
+
+    `add_document`, `select`, `attend` and `close` are steps of the whole world: every rank calls
+    the same ones in the same order, with its own queries or with none. All else is local.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._closed = False
+        config = world.config
+        self._free_requests = list(range(max(config.private_blocks, 1)))[::-1]
+        self._free_blocks = list(range(config.private_blocks))[::-1]
+        self._open_requests: list[Request] = []
+
+    @classmethod
+    def open(cls, config: RuntimeConfig, transport: Transport | None = None) -> Runtime:
+        """Open this rank. Without a transport: the default process group, one made from torchrun's
+        environment, or a world of one that needs no launcher.
+
+        Raises: PeerError if another rank opened with another config.
+        """
+        world = World(config, transport or connect(config.deadline_s))
+        runtime = cls(world)
+        with runtime._in_step():
+            exchange(world, world.header("open", layer=0), [], lambda _w, _m: {}, lambda: None)
+        return runtime
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and not isinstance(error, PeerError):
+            self._world.transport.abort((self.rank,), f"raised {type(error).__name__}: {error}")
+        self.close()
+
+    def close(self) -> None:
+        """Leave the world; idempotent. Peers that still wait for this rank get an error that names it."""
+        if not self._closed:
+            self._closed = True
+            self._world.transport.close()
+
+    @property
+    def rank(self) -> int:
+        return self._world.rank
+
+    @property
+    def world_size(self) -> int:
+        return self._world.world_size
+
+    @property
+    def config(self) -> RuntimeConfig:
+        return self._world.config
+
+    # Documents and requests ----------------------------------------------------------------------
+
+    def add_document(
+        self, name: str, *, tokens: int, position: int = 0, load: Tensor | None = None
+    ) -> Document:
+        """Declare a document and place its blocks; its entries come by `load_document` or `write`.
+
+        Args:
+            position: canonical position of its first token.
+            load: expected load of each block, for the `balanced` placement.
+        Raises: ValueError if the name is taken or a capacity is exhausted; nothing changes then.
+        """
+        self._check_open()
+        world, config = self._world, self._world.config
+        if tokens <= 0 or position < 0:
+            raise ValueError(
+                f"document {name!r}: needs tokens > 0 and position >= 0, got {tokens}, {position}"
+            )
+        directory = world.directory
+        ranks = place(
+            config.placement,
+            -(-tokens // config.block_tokens),
+            first_block=directory.num_blocks,
+            num_branches=config.num_branches,
+            world_size=world.world_size,
+            used=directory.used,
+            load=load,
+        )
+        world.adopt(
+            with_document(
+                directory,
+                name,
+                tokens=tokens,
+                position=position,
+                ranks=ranks,
+                capacity=world.corpus_slots,
+            )
+        )
+        return world.directory.documents[name]
+
+    def load_document(
+        self, name: str, layer: int, entries: Tensor, index_keys: Tensor | None = None
+    ) -> None:
+        """Store this rank's copies out of a whole document's entries, given on every rank.
+
+        Args:
+            entries: (tokens, G, D), or (tokens, D) with one branch, the config's dtype.
+            index_keys: (tokens, D_index), if the layer has an indexer of its own.
+        """
+        document = self._world.directory.document(name)
+        ids = torch.arange(document.start, document.start + document.tokens, dtype=torch.int32)
+        self._write(layer, ids, entries, index_keys, push=False)
+
+    def request(
+        self, documents: Sequence[str] = (), *, into: str | None = None, start: int = 0
+    ) -> Request:
+        """A reader of documents, whose own tokens stay at home, or prefill `into` a document.
+
+        Args: start: with `into`, how many tokens of the document come from other requests.
+        """
+        self._check_open()
+        world, config = self._world, self._world.config
+        attached = self._documents(documents)
+        if into is not None:
+            document = world.directory.document(into)
+            if document in attached:
+                raise ValueError(f"document {into!r} is attached and written by the same request")
+            if not 0 <= start < document.tokens:
+                raise ValueError(f"start must be in [0, {document.tokens}), got {start}")
+            end = document.start + document.tokens
+            request = Request(
+                documents=attached,
+                tail_start=document.start,
+                tail_limit=end,
+                into=document,
+                length=start,
+            )
+        else:
+            if not self._free_requests or not config.private_blocks:
+                raise ValueError(f"all {config.private_blocks} private blocks or requests are in use")
+            number = self._free_requests.pop()
+            first = config.max_blocks + number * config.request_blocks
+            begin = first * config.block_tokens
+            end = begin + config.request_blocks * config.block_tokens
+            request = Request(documents=attached, tail_start=begin, tail_limit=end)
+        self._open_requests.append(request)
+        return request
+
+    def append(self, request: Request, tokens: int) -> Tensor:
+        """Make room for the request's next tokens, at home; returns their entry ids (tokens,) int32.
+
+        Raises: ValueError if the request, the document or the private pool has no room; nothing
+        changes then.
+        """
+        self._check_request(request)
+        world, block_tokens = self._world, self._world.config.block_tokens
+        first = request.tail_start + request.length
+        if tokens < 1 or first + tokens > request.tail_limit:
+            raise ValueError(
+                f"cannot append {tokens} tokens: room for {request.tail_limit - first} is left"
+            )
+        if request.into is None:
+            needed = -(-(request.length + tokens) // block_tokens) - len(request.blocks)
+            if needed > len(self._free_blocks):
+                raise ValueError(
+                    f"cannot append {tokens} tokens: {needed} private blocks needed, "
+                    f"{len(self._free_blocks)} of {world.config.private_blocks} are free"
+                )
+            for _ in range(needed):
+                block = request.tail_start // block_tokens + len(request.blocks)
+                request.blocks.append(self._free_blocks.pop())
+                world.assign_private(block, request.blocks[-1])
+        request.length += tokens
+        return torch.arange(first, first + tokens, dtype=torch.int32)
+
+    def release(self, request: Request) -> None:
+        """Forget a request and free its private blocks."""
+        self._check_request(request)
+        request.is_open = False
+        self._open_requests.remove(request)
+        if request.into is None:
+            first = request.tail_start // self._world.config.block_tokens
+            for block in range(first, first + len(request.blocks)):
+                self._world.release_private(block)
+            self._free_blocks.extend(request.blocks)
+            number = (first - self._world.config.max_blocks) // self._world.config.request_blocks
+            self._free_requests.append(number)
+
+    def write(
+        self, layer: int, ids: Tensor, entries: Tensor, index_keys: Tensor | None = None
+    ) -> None:
+        """Store entries computed here; copies at other ranks get them with this layer's next step.
+
+        Args:
+            ids: (n,) int32 entry ids from `append`. entries, index_keys: as for `load_document`.
+        """
+        self._write(layer, ids, entries, index_keys, push=True)
+
+    def load_weights(self, layer: int, w_uk: Tensor, w_uv: Tensor) -> None:
+        """Give this rank a layer's projections, which makes payload form B possible; on every rank.
+
+        From then on `attend` takes un-absorbed queries and returns projected outputs.
+
+        Args: w_uk (G, h, nope, latent), w_uv (G, h, value, out), h the heads of a branch.
+        """
+        layout = self._layer(layer)
+        if layout.projection is None:
+            raise ValueError(f"layout {layout.name!r} has no projection")
+        head = (layout.num_branches, layout.branch_heads)
+        _check(w_uk, "w_uk", (*head, layout.projection.nope_dim, layout.absorbed_dim), None)
+        _check(w_uv, "w_uv", (*head, layout.value_dim, layout.projection.out_dim), None)
+        dtype = self._world.compute_dtype
+        self._world.weights[layer] = LayerWeights(
+            w_uk.detach().to(dtype).contiguous(), w_uv.detach().to(dtype).contiguous()
+        )
+
+    def scope(
+        self,
+        *,
+        documents: Sequence[str] | None = None,
+        requests: Sequence[tuple[Request, Tensor]] | None = None,
+        queries: int = 0,
+    ) -> Scope:
+        """What queries may see: `queries` of them see `documents`; or each request's own tokens
+        `(request, ids)` see its documents and its tail up to themselves.
+        """
+        block_tokens = self._world.config.block_tokens
+        if (documents is None) == (requests is None):
+            raise ValueError("give either documents or requests")
+        if documents is not None:
+            at = torch.zeros(queries, dtype=torch.int32)
+            return scope_of(self._documents(documents), None, at, block_tokens=block_tokens)
+        assert requests is not None
+        scopes = []
+        for request, ids in requests:
+            self._check_request(request)
+            _check(ids, "ids", (len(ids),), torch.int32)
+            scopes.append(
+                scope_of(request.documents, request.tail_start, ids, block_tokens=block_tokens)
+            )
+        return stacked(scopes) if scopes else self.scope(documents=())
+
+    # Steps ---------------------------------------------------------------------------------------
+
+    def select(
+        self,
+        layer: int,
+        query: Tensor,
+        weights: Tensor,
+        *,
+        documents: Sequence[str] | None = None,
+        scope: Scope | None = None,
+        top_k: int | None = None,
+        unit_tokens: int = 1,
+    ) -> Selection:
+        """The exact global top-k of each index query over what it may see; ties to the lower id.
+
+        Args:
+            query: (Q, Hi, D_index), weights: (Q, Hi) head weights with all scales folded in.
+            documents: what all queries see; or `scope` for each its own.
+            top_k: units a query, the layout's by default.
+            unit_tokens: 1 selects entries, more selects blocks of that many (scored by their best).
+        """
+        self._check_open()
+        layout = self._layer(layer)
+        index = layout.index
+        if index is None:
+            raise ValueError(f"layer {layer} ({layout.name!r}) has no indexer")
+        _check(query, "index query", (len(query), index.heads, index.head_dim), self.config.dtype)
+        _check(weights, "index weights", (len(query), index.heads), None)
+        if unit_tokens < 1 or self.config.block_tokens % unit_tokens:
+            raise ValueError(
+                f"unit_tokens must divide block_tokens {self.config.block_tokens}, got {unit_tokens}"
+            )
+        if (documents is None) == (scope is None):
+            raise ValueError("give either documents or a scope")
+        if scope is None:
+            scope = self.scope(documents=documents, queries=len(query))
+        self._check_scope(scope, len(query))
+        count = index.top_k if top_k is None else top_k
+        if count < 1:
+            raise ValueError(f"top_k must be at least 1, got {count}")
+        with self._in_step():
+            return select_step(
+                self._world,
+                layer,
+                query,
+                weights.to(self._world.compute_dtype),
+                scope,
+                top_k=count,
+                unit_tokens=unit_tokens,
+            )
+
+    def selection(self, ids: Tensor, scope: Scope, *, unit_tokens: int = 1) -> Selection:
+        """A selection made elsewhere: unit ids (Q, K) or (Q, G, K) int32, -1 padding."""
+        return Selection(ids, unit_tokens, scope)
+
+    def attend(
+        self, layer: int, query: Tensor, selection: Selection, *, sink: Tensor | None = None
+    ) -> Tensor:
+        """Attention over the selected units of the corpus and of the requests' own tokens.
+
+        Args:
+            query: (Q, H, D): un-absorbed rows (`layout.query_dim`) if the layer's weights were
+                loaded, else rows in key space (`layout.key_dim`); rope applied.
+            sink: (H,) natural-log logits without a value, added to each head's softmax once.
+        Returns:
+            (Q, H, `layout.out_dim`), or value columns (`layout.value_dim`) without weights. A query
+            that selects nothing gets 0.
+        Raises:
+            ValueError at the door; CoverageError if an answer is not what was asked; PeerError.
+        """
+        self._check_open()
+        layout = self._layer(layer)
+        dim = layout.key_dim if self._world.weights[layer] is None else layout.query_dim
+        _check(query, "query", (len(query), layout.heads, dim), self.config.dtype)
+        if sink is not None:
+            _check(sink, "sink", (layout.heads,), None)
+        self._check_selection(layout, selection, len(query))
+        with self._in_step():
+            return attend_step(self._world, layer, query, selection, sink)
+
+    def idle(self, layer: int, *, select: bool = False) -> None:
+        """Take part in the others' step without a query of one's own."""
+        layout = self._layer(layer)
+        if select and layout.index is not None:
+            index = layout.index
+            nobody = torch.empty(0, index.heads, index.head_dim, dtype=self.config.dtype)
+            self.select(layer, nobody, torch.empty(0, index.heads), documents=())
+        dim = layout.key_dim if self._world.weights[layer] is None else layout.query_dim
+        query = torch.empty(0, layout.heads, dim, dtype=self.config.dtype)
+        empty = torch.empty(0, 0, dtype=torch.int32)
+        self.attend(layer, query, Selection(empty, 1, self.scope(documents=())))
+
+    # Insight -------------------------------------------------------------------------------------
+
+    def explain(self) -> list[DecisionLine]:
+        """Why the last `attend` asked whom for what: a line per (query, holder)."""
+        return explain_last(self._world)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since `open`: bytes as counted in the transport's send, decisions, phases, memory."""
+        return self._world.snapshot()
+
+    # The door ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """Whatever ends a step early is told to every other rank, so that none waits in vain."""
+        try:
+            yield
+        except PeerError:
+            raise
+        except BaseException as error:
+            self._world.transport.abort((self.rank,), f"raised {type(error).__name__}: {error}")
+            raise
+
+    def _write(
+        self, layer: int, ids: Tensor, entries: Tensor, index_keys: Tensor | None, *, push: bool
+    ) -> None:
+        self._check_open()
+        layout, world = self._layer(layer), self._world
+        _check(ids, "ids", (len(ids),), torch.int32)
+        if entries.dim() == 2 and layout.num_branches == 1:
+            entries = entries[:, None]
+        shape = (len(ids), layout.num_branches, layout.entry_dim)
+        _check(entries, "entries", shape, self.config.dtype)
+        if (index_keys is None) != (world.index.codecs[layer] is None):
+            raise ValueError(f"layer {layer} of {layout.name!r}: index keys and indexer must go together")
+        if index_keys is not None:
+            assert layout.index is not None
+            _check(index_keys, "index keys", (len(ids), layout.index.head_dim), None)
+        world.store(layer, ids, entries, index_keys, push=push)
+
+    def _documents(self, names: Sequence[str]) -> tuple[Document, ...]:
+        if len(set(names)) != len(names):
+            raise ValueError(f"a document is attached twice: {list(names)}")
+        return tuple(self._world.directory.document(name) for name in names)
+
+    def _layer(self, layer: int) -> Layout:
+        layers = self.config.model.layers
+        if not 0 <= layer < len(layers):
+            raise ValueError(f"layer must be in [0, {len(layers)}), got {layer}")
+        return layers[layer]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the runtime is closed")
+
+    def _check_request(self, request: Request) -> None:
+        if not request.is_open or request not in self._open_requests:
+            raise ValueError("the request was released, or belongs to another runtime")
+
+    def _check_scope(self, scope: Scope, queries: int) -> None:
+        if len(scope.runs) != queries or scope.runs.dim() != 3 or scope.hidden.shape != (queries, 2):
+            raise ValueError(f"the scope is for {len(scope.runs)} queries, got {queries}")
+
+    def _check_selection(self, layout: Layout, selection: Selection, queries: int) -> None:
+        ids, unit, block = selection.ids, selection.unit_tokens, self.config.block_tokens
+        if ids.dtype != torch.int32 or ids.dim() not in (2, 3) or len(ids) != queries:
+            raise ValueError(
+                f"selection ids must be int32 ({queries}, K) or ({queries}, G, K), "
+                f"got {ids.dtype} {tuple(ids.shape)}"
+            )
+        if ids.dim() == 3 and ids.shape[1] != layout.num_branches:
+            raise ValueError(f"selection has {ids.shape[1]} branches, the layer {layout.num_branches}")
+        if unit < 1 or (block % unit and unit % block):
+            raise ValueError(f"units of {unit} tokens and blocks of {block} do not nest")
+        self._check_scope(selection.scope, queries)
+        if not self.config.checked or ids.numel() == 0:
+            return
+        flat = ids.reshape(queries, -1, ids.shape[-1])
+        ordered = flat.sort(dim=-1).values
+        if bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()):
+            raise ValueError("selection ids repeat within a query")
+        seen = units_visible(flat.flatten(1), selection.scope.runs, unit)
+        listed = flat.flatten(1) >= 0
+        if bool((listed & ~seen).any()):
+            query, at = (listed & ~seen).nonzero()[0].tolist()
+            raise ValueError(
+                f"query {query} selects unit {int(flat.flatten(1)[query, at])}, "
+                "which is outside what it may see"
+            )
+
+
+def units_visible(ids: Tensor, runs: Tensor, unit_tokens: int) -> Tensor:
+    """Which units (Q, K) have an entry in their query's runs (Q, R, 2)."""
+    if runs.shape[1] == 0:
+        return torch.zeros_like(ids, dtype=torch.bool)
+    first = ids.long() * unit_tokens
+    starts = runs[..., 0].long().contiguous()
+    run = torch.searchsorted(starts, first + unit_tokens - 1, right=True) - 1
+    at = run.clamp(min=0)
+    ends = (runs[..., 0].long() + runs[..., 1]).gather(1, at)
+    return (ids >= 0) & (run >= 0) & (ends > first)
+
+
+def _check(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
+        got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{name} must have shape {shape}, got {got}")
+    if dtype is not None and tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")

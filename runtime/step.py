@@ -1,0 +1,173 @@
+"""One layer-step of a rank, in the order the data travels: index, decide, move, attend, merge.
+
+Letters: Q queries, H heads, G branches, N = Q * G items, h heads of a branch, K units of an item.
+Every rank of a world issues the same sequence of steps, idle ones with no queries: in a step each
+rank asks every other (with an empty message where it wants nothing) and answers everyone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..indexer import merge_topk
+from . import plan
+from .attend import (
+    absorb_items,
+    attend_fetched,
+    attend_local,
+    by_item,
+    combine,
+    keep_leases,
+    merge_parts,
+)
+from .cost.predicate import Way, decide, way_of
+from .exchange import (
+    broadcast,
+    candidates,
+    coverage_error,
+    exchange,
+    fetched_answers,
+    route_columns,
+    routed_answers,
+)
+from .holder import answer_attend, answer_select, best_units
+from .requests import Scope
+from .transport import Column
+from .world import LastStep, World
+
+
+class Selection(NamedTuple):
+    """Unit ids (Q, K) or (Q, G, K) int32, distinct, -1 padding anywhere; and what each query sees."""
+
+    ids: Tensor
+    unit_tokens: int
+    scope: Scope
+
+
+def select_step(
+    world: World,
+    layer: int,
+    query: Tensor,
+    weights: Tensor,
+    scope: Scope,
+    *,
+    top_k: int,
+    unit_tokens: int,
+) -> Selection:
+    """INDEX: the exact global top-k units of each query, scored where the index keys live."""
+
+    def own_units() -> tuple[Tensor, Tensor]:
+        return best_units(
+            world, layer, query, weights, scope.runs, top_k=top_k, unit_tokens=unit_tokens
+        )
+
+    if world.config.index_placement == "replicated":
+        _, best = own_units()
+        return Selection(best, unit_tokens, scope)
+
+    header = world.header("select", layer=layer, unit_tokens=unit_tokens, top_k=top_k)
+    columns = [
+        broadcast("index.query", query, world),
+        broadcast("index.weights", weights, world),
+        broadcast("index.runs", scope.runs, world),
+    ]
+    own, answers = exchange(world, header, columns, answer_select, own_units)
+    scores, ids = candidates(world, own, answers)
+    _, best = merge_topk(scores, ids, top_k)
+    return Selection(best, unit_tokens, scope)
+
+
+def attend_step(
+    world: World, layer: int, query: Tensor, selection: Selection, sink: Tensor | None
+) -> Tensor:
+    """Attention of `query` (Q, H, D) over the selected units, wherever they are: (Q, H, out)."""
+    config, stats = world.config, world.stats
+    layout = config.model.layers[layer]
+    with stats.phase("decide"):
+        wanted = _wanted(world, layer, selection)
+        unit_tokens = wanted.entries.shape[2]
+        decision = decide(
+            wanted.demand,
+            world.facts[layer],
+            config.fabric,
+            rank=world.rank,
+            unit_tokens=unit_tokens,
+            reuse=config.reuse,
+            mode=config.mode,
+            forms=world.forms(layer),
+            seed=config.seed,
+            step=world.epoch,
+        )
+        routes = {
+            form: plan.route(
+                wanted,
+                decision.way,
+                way_of(form),
+                world.directory.generations,
+                block_tokens=config.block_tokens,
+            )
+            for form in world.forms(layer)
+        }
+        fetch = plan.fetch(wanted, decision.way, Way.FETCH)
+
+    # MOVE, and ATTEND meanwhile: ask everyone, attend here, attend for the others, hear the answers.
+    rows = by_item(query, layout)
+    absorbed = absorb_items(world, layer, rows)
+    hidden = selection.scope.hidden.repeat_interleave(layout.num_branches, 0)
+    columns = [Column("fetch", fetch.units, fetch.counts)]
+    for form, lists in routes.items():
+        columns += route_columns(form, lists, absorbed if form == "A" else rows, hidden, unit_tokens)
+    own, answers = exchange(
+        world,
+        world.header("attend", layer=layer, unit_tokens=unit_tokens),
+        columns,
+        answer_attend,
+        lambda: attend_local(world, layer, absorbed, wanted),
+    )
+    fetched, complaints = fetched_answers(world, layer, wanted, fetch, answers)
+    parts = {"A": [own]}
+    if len(fetched.rows):
+        with stats.phase("attend fetched"):
+            parts["A"].append(attend_fetched(world, layer, absorbed, wanted, fetch, fetched.rows))
+            keep_leases(world, layer, fetched.ids, fetched.generations, fetched.rows)
+    for form, lists in routes.items():
+        part, wrong = routed_answers(world, layer, form, lists, answers)
+        parts.setdefault(form, []).append(part)
+        complaints += wrong
+
+    # MERGE within each branch by log-sum-exp, then combine the branches by their constants.
+    with stats.phase("merge"):
+        out = combine(layout, *merge_parts(world, layer, parts, len(rows)), sink)
+    stats.count(decision, len(query))
+    world.last = LastStep(layer, unit_tokens, wanted.demand, decision)
+    if complaints:
+        raise coverage_error(world, layer, complaints)
+    return out.to(config.dtype)
+
+
+def _wanted(world: World, layer: int, selection: Selection) -> plan.Wanted:
+    """The units of every item, which of their entries exist, and who holds them."""
+    config, branches = world.config, world.config.num_branches
+    sizes = {"block_tokens": config.block_tokens, "num_branches": branches}
+    units, unit_tokens = plan.stored_units(selection.ids, unit_tokens=selection.unit_tokens, **sizes)
+    hidden = selection.scope.hidden.repeat_interleave(branches, 0)
+    entries, visible = plan.unit_entries(units, hidden, unit_tokens=unit_tokens, **sizes)
+    exists = plan.existing(entries, visible, world.directory.tokens, **sizes)
+    local = world.entries.holds(units)
+    if config.lease_entries:
+        _, leased = world.leases[layer].find(entries, world.generations(entries))
+        local |= (leased | ~exists).all(-1) & exists.any(-1)
+    return plan.want(
+        units,
+        entries,
+        visible,
+        exists,
+        local,
+        world.directory.owners,
+        rank=world.rank,
+        world_size=world.world_size,
+        block_tokens=config.block_tokens,
+    )

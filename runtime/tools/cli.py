@@ -1,0 +1,148 @@
+"""The command `qroam`. Exit codes: 0 done, 1 the demo's outputs differ, 2 an error."""
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+import typer
+
+from . import doctor as _doctor
+from .progress import progress
+
+_FILES = 16  # of the demo's corpus
+
+Mode: TypeAlias = Literal["auto", "always-route", "always-fetch", "random"]
+Sabotage: TypeAlias = Literal["drop-holder", "wrong-row", "double-answer"]
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Count: TypeAlias = Annotated[int, typer.Option(min=1)]
+
+app = typer.Typer(
+    help="Sparse attention over a KV corpus sharded across inference instances.",
+    epilog="Errors are one line; with --debug, anywhere, a traceback.",
+    add_completion=False,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; `argv` stands in for the process's arguments."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    args = [arg for arg in given if arg != "--debug"]
+    try:
+        return int(app(args, prog_name="qroam", standalone_mode=False) or 0)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Exception as error:
+        if len(args) < len(given):
+            traceback.print_exc()
+        else:
+            text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+            lines = text.strip().splitlines() or [type(error).__name__]
+            typer.echo(f"error: {lines[-1]}", err=True)
+        return 2
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"qroam {version('qroam')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def demo(
+    corpus: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, help="Sources to load; by default Python's own library."
+        ),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(min=_FILES, help=f"Bytes of corpus, a multiple of {_FILES} (the files).")
+    ] = _FILES * 1024,
+    instances: Count = 4,
+    agents: Annotated[int, typer.Option(min=1, help="Sub-agents of each instance.")] = 2,
+    decode: Annotated[int, typer.Option(min=1, help="Tokens each sub-agent decodes.")] = 32,
+    layers: Count = 2,
+    seed: int = 0,
+    mode: Mode = "auto",
+    sabotage: Annotated[
+        Sabotage | None, typer.Option(help="Break one answer; the demo must then exit with 1.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Decode over a codebase sharded across instances and compare with the unsharded model."""
+    if find_spec("transformers") is None:
+        raise ValueError("qroam demo needs the extra 'models': pip install 'qroam[models]'")
+    if tokens % _FILES:
+        raise ValueError(f"--tokens must be a multiple of {_FILES}, got {tokens}")
+    from .demo import DemoConfig, run_demo
+
+    config = DemoConfig(
+        corpus=corpus,
+        files=_FILES,
+        bytes_per_file=tokens // _FILES,
+        instances=instances,
+        agents=agents,
+        decode_tokens=decode,
+        layers=layers,
+        seed=seed,
+        mode=mode,
+        sabotage=sabotage,
+    )
+    with progress() as report:
+        result = run_demo(config, report)
+    typer.echo(result.to_json() if as_json else result.render())
+    raise typer.Exit(0 if result.ok else 1)
+
+
+@app.command()
+def explain(
+    layout: str = "mla-v3.2",
+    queries: Count = 8,
+    units: Annotated[int, typer.Option(min=1, help="Units selected by each query.")] = 2048,
+    holders: Count = 4,
+    fabric: Annotated[str, typer.Option(help="A shipped profile or a TOML file.")] = "ibgda-ndr200",
+    reuse: Annotated[float, typer.Option(help="Expected uses of a fetched unit.")] = 1.0,
+    shared: Annotated[bool, typer.Option("--shared", help="All select the same units.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show the decisions of a hypothetical step, and why."""
+    from ...partition.codec import make_codec
+    from ...partition.layout import named_layout
+    from ..cost.profile import load_profile
+    from .explain import explain_step, render
+
+    chosen = named_layout(layout)
+    codec = make_codec(chosen.codec, dim=chosen.entry_dim, rope_dim=chosen.rope_dim)
+    records = explain_step(
+        layout=chosen,
+        queries=queries,
+        units=units,
+        holders=holders,
+        profile=load_profile(fabric),
+        reuse=reuse,
+        entry_bytes=codec.entry_bytes,
+        overlap=1.0 if shared else 0.0,
+    )
+    typer.echo(json.dumps(records) if as_json else render(records))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show versions, devices, and which transports and kernels work here."""
+    checks = _doctor.diagnose()
+    typer.echo(json.dumps([asdict(c) for c in checks]) if as_json else _doctor.render(checks))

@@ -1,0 +1,294 @@
+"""World: everything one rank owns, opened in order; the only module that reads the environment."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..partition.codec import Codec, make_codec
+from ..partition.directory import Directory, empty_directory
+from ..partition.layout import Form, Layout
+from ..partition.pool import BlockStore
+from .config import RuntimeConfig
+from .cost.model import LayerFacts
+from .cost.predicate import Decision, Demand, Way
+from .messages import Header
+from .transport import Column, LoopbackTransport, Transport
+from .transport_torch import TorchTransport
+
+
+def connect(deadline_s: float) -> Transport:
+    """The transport of this process: the default torch.distributed group, made from a launcher's
+    environment (torchrun) if there is none, or a world of one.
+    """
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return LoopbackTransport.world(1, deadline_s=deadline_s)[0]
+        dist.init_process_group("gloo", timeout=timedelta(seconds=max(deadline_s, 60.0)))
+    group = dist.group.WORLD
+    assert group is not None
+    if dist.get_world_size(group) == 1:
+        return LoopbackTransport.world(1, deadline_s=deadline_s)[0]
+    return TorchTransport(group=group, deadline_s=deadline_s)
+
+
+class LayerWeights(NamedTuple):
+    """w_uk (G, H, nope, latent) and w_uv (G, H, value, out) of one layer, H the heads of a branch."""
+
+    w_uk: Tensor
+    w_uv: Tensor
+
+
+class Push(NamedTuple):
+    """Written rows on their way to a copy elsewhere: stored ids (n,) and encoded rows (n, bytes)."""
+
+    holder: Tensor
+    ids: Tensor
+    rows: Tensor
+
+
+class LastStep(NamedTuple):
+    """The last decision, for `explain` and replays."""
+
+    layer: int
+    unit_tokens: int
+    demand: Demand
+    decision: Decision
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counters since the runtime was opened. `ways[h, w]` counts (item, holder) decisions."""
+
+    ways: Tensor
+    steps: int = 0
+    queries: int = 0
+    phase_s: Counter[str] = field(default_factory=Counter)
+    leases: Counter[str] = field(default_factory=Counter)
+
+    def count(self, decision: Decision, queries: int) -> None:
+        """Add one attention step: decisions by holder, predicted exchange times by mode."""
+        self.steps += 1
+        self.queries += queries
+        self.ways += torch.nn.functional.one_hot(decision.way.long(), len(Way)).sum(0)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.phase_s[name] += time.perf_counter() - start
+
+
+class World:
+    """A rank's transport, directory, pool, leases and weights. Made by `Runtime.open`."""
+
+    def __init__(self, config: RuntimeConfig, transport: Transport) -> None:
+        self.config = config
+        self.transport = transport
+        self.rank, self.world_size = transport.rank, transport.world_size
+        layers = config.model.layers
+        branches, block_tokens = config.num_branches, config.block_tokens
+        self.corpus_slots = config.slots_for(self.world_size)
+        self.directory: Directory = empty_directory(
+            max_blocks=config.max_blocks,
+            block_tokens=block_tokens,
+            num_branches=branches,
+            copies=config.placement.copies,
+            world_size=self.world_size,
+        )
+        entry_codecs = [entry_codec(layout) for layout in layers]
+        private = config.private_blocks
+        self.entries = BlockStore(
+            entry_codecs,
+            num_slots=max(self.corpus_slots + private * branches, 1),
+            num_keys=config.max_ids,
+            block_tokens=block_tokens,
+            lease_entries=config.lease_entries,
+        )
+        replicated = config.index_placement == "replicated"
+        self.index_slots = config.max_blocks if replicated else min(config.max_blocks, self.corpus_slots)
+        index_codecs = [index_codec(layout) for layout in layers]
+        self.has_index = any(index_codecs)
+        self.index = BlockStore(
+            index_codecs,
+            num_slots=max(self.index_slots + private, 1) if self.has_index else 1,
+            num_keys=config.max_ids // branches,
+            block_tokens=block_tokens,
+        )
+        self.leases = [self.entries.leases(layer) for layer in range(len(layers))]
+        self.weights: list[LayerWeights | None] = [None] * len(layers)
+        self.entry_pushes: list[list[Push]] = [[] for _ in layers]
+        self.index_pushes: list[list[Push]] = [[] for _ in layers]
+        self.facts = [
+            LayerFacts.of(layout, entry_bytes=codec.entry_bytes, element_bytes=config.dtype.itemsize)
+            for layout, codec in zip(layers, entry_codecs, strict=True)
+        ]
+        self.epoch = 0
+        self.stats = Stats(torch.zeros(self.world_size, len(Way), dtype=torch.int64))
+        self.last: LastStep | None = None
+        self._index_used = 0
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.float64 if self.config.dtype == torch.float64 else torch.float32
+
+    def generations(self, stored_ids: Tensor) -> Tensor:
+        """What the directory says of the blocks of stored ids; ids beyond the corpus give anything."""
+        generations = self.directory.generations
+        keys = stored_ids.long() // self.config.block_tokens
+        return generations[keys.clamp(0, len(generations) - 1)]
+
+    def forms(self, layer: int) -> tuple[Form, ...]:
+        """Payload forms that can be executed: B once the projection weights are at every holder."""
+        return ("A",) if self.weights[layer] is None else ("A", "B")
+
+    def header(self, kind: str, *, layer: int, unit_tokens: int = 1, top_k: int = 0) -> Header:
+        return Header(
+            kind=kind,
+            incarnation=self.config.fingerprint(self.world_size),
+            channel=0,
+            epoch=self.epoch,
+            tables=self.directory.version,
+            layer=layer,
+            unit_tokens=unit_tokens,
+            top_k=top_k,
+        )
+
+    def adopt(self, directory: Directory) -> None:
+        """Take over a directory that has new blocks, and give their copies here their slots."""
+        branches = self.config.num_branches
+        blocks = torch.arange(self.directory.num_blocks, directory.num_blocks)
+        keys = torch.arange(blocks[0] * branches, directory.num_blocks * branches)
+        owners = directory.owners[keys]
+        here, copy = (owners == self.rank).nonzero(as_tuple=True)
+        self.entries.assign(keys[here], directory.slots[keys[here], copy])
+        if self.has_index:
+            # A rank has an index slot for every entry slot it may own, or for the whole corpus.
+            if self.config.index_placement == "with-blocks":
+                blocks = blocks[owners.view(len(blocks), branches, -1)[:, 0, 0] == self.rank]
+            self.index.assign(blocks, torch.arange(self._index_used, self._index_used + len(blocks)))
+            self._index_used += len(blocks)
+        self.directory = directory
+
+    def assign_private(self, block: int, seat: int) -> None:
+        """Give a running request's block the private seat `seat` of this rank's pool."""
+        branches = self.config.num_branches
+        branch = torch.arange(branches)
+        first = self.corpus_slots + seat * branches
+        self.entries.assign(block * branches + branch, first + branch)
+        if self.has_index:
+            self.index.assign(torch.tensor([block]), torch.tensor([self.index_slots + seat]))
+
+    def release_private(self, block: int) -> None:
+        branches = self.config.num_branches
+        self.entries.release(block * branches + torch.arange(branches))
+        if self.has_index:
+            self.index.release(torch.tensor([block]))
+
+    def store(
+        self, layer: int, ids: Tensor, entries: Tensor, index_keys: Tensor | None, *, push: bool
+    ) -> None:
+        """Write entries (n, G, D) and index keys (n, D) of entry ids (n,) into the copies held here.
+
+        With `push`, copies elsewhere are staged for the layer's next step; without, other ranks are
+        given the same entries and write theirs.
+        """
+        config, branches = self.config, self.config.num_branches
+        block, offset = ids // config.block_tokens, ids % config.block_tokens
+        keys = block[:, None] * branches + torch.arange(branches, dtype=torch.int32)
+        stored = (keys * config.block_tokens + offset[:, None]).reshape(-1)
+        codec = self.entries.codecs[layer]
+        assert codec is not None
+        here = self.entries.holds(stored)
+        owners = self._owners(keys.reshape(-1))
+        if not push:
+            rows = codec.encode(entries.flatten(0, 1)[here])
+            self.entries.write(layer, stored[here], rows)
+        else:
+            rows = codec.encode(entries.flatten(0, 1))
+            self.entries.write(layer, stored[here], rows[here])
+            self._stage(self.entry_pushes[layer], owners, stored, rows)
+        if index_keys is not None:
+            self._store_index(layer, ids, index_keys, push=push)
+
+    def _store_index(self, layer: int, ids: Tensor, index_keys: Tensor, *, push: bool) -> None:
+        codec = self.index.codecs[layer]
+        assert codec is not None
+        here = self.index.holds(ids)
+        rows = codec.encode(index_keys)
+        self.index.write(layer, ids[here], rows[here])
+        if not push:
+            return
+        block = ids // self.config.block_tokens
+        if self.config.index_placement == "replicated":
+            everyone = torch.arange(self.world_size, dtype=torch.int32).expand(len(ids), -1)
+            corpus = (block < self.config.max_blocks)[:, None]
+            holders = torch.where(corpus, everyone, -1)
+        else:
+            holders = self._owners(block * self.config.num_branches)[:, :1]
+        self._stage(self.index_pushes[layer], holders, ids, rows)
+
+    def _owners(self, keys: Tensor) -> Tensor:
+        """Ranks (n, R) of the copies of keys (n,); -1 for private ones, which are only here."""
+        owners = self.directory.owners
+        corpus = keys < len(owners)
+        return torch.where(corpus[:, None], owners[torch.where(corpus, keys, 0).long()], -1)
+
+    def _stage(self, pushes: list[Push], holders: Tensor, ids: Tensor, rows: Tensor) -> None:
+        for copy in holders.unbind(1):
+            away = (copy >= 0) & (copy != self.rank)
+            if bool(away.any()):
+                pushes.append(Push(copy[away], ids[away], rows[away]))
+
+    def snapshot(self) -> dict[str, Any]:
+        """The counters as plain values."""
+        stats, transport = self.stats, self.transport
+        return {
+            "rank": self.rank,
+            "steps": stats.steps,
+            "queries": stats.queries,
+            "decisions": {
+                rank: {way.name.lower(): int(ways[way]) for way in Way if way != Way.NONE}
+                for rank, ways in enumerate(stats.ways)
+            },
+            "bytes_sent": dict(transport.bytes_sent),
+            "messages_sent": dict(transport.messages_sent),
+            "leases": dict(stats.leases),
+            "phase_s": dict(stats.phase_s),
+            "pool_bytes": self.entries.num_bytes + self.index.num_bytes,
+        }
+
+    def take_pushes(self, layer: int) -> list[Column]:
+        """The columns of what was written for other ranks at this layer, forgotten once taken."""
+        columns: list[Column] = []
+        for name, pushes in (("push", self.entry_pushes), ("push_index", self.index_pushes)):
+            if pushes[layer]:
+                holder = torch.cat([push.holder for push in pushes[layer]]).long()
+                order = holder.argsort(stable=True)
+                counts = torch.bincount(holder, minlength=self.world_size)
+                ids = torch.cat([push.ids for push in pushes[layer]])
+                rows = torch.cat([push.rows for push in pushes[layer]])
+                columns.append(Column(f"{name}.ids", ids, counts, order))
+                columns.append(Column(f"{name}.rows", rows, counts, order))
+                pushes[layer].clear()
+        return columns
+
+
+def entry_codec(layout: Layout) -> Codec:
+    return make_codec(layout.codec, dim=layout.entry_dim, rope_dim=layout.rope_dim)
+
+
+def index_codec(layout: Layout) -> Codec | None:
+    if layout.index is None:
+        return None
+    return make_codec(layout.index_codec, dim=layout.index.head_dim, rope_dim=layout.index.rope_dim)

@@ -1,0 +1,106 @@
+import json
+import sys
+from importlib.metadata import version
+
+import pytest
+import torch
+
+from qroam.runtime.tools import cli
+from qroam.runtime.tools.cli import main
+from qroam.runtime.tools.doctor import Check, diagnose, render
+from qroam.runtime.tools.progress import progress
+
+EXPLAIN = ["explain", "--layout", "mla-v3.2", "--queries", "8", "--units", "2048"]
+EXPLAIN += ["--holders", "4", "--fabric", "ibgda-ndr200", "--reuse", "1"]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"qroam {version('qroam')}\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        ([], "command"),
+        (["dem"], "dem"),
+        (["demo", "--agents", "0"], "--agents"),
+        (["demo", "--mode", "sometimes"], "always-fetch"),
+        (["demo", "--corpus", "no/such/folder"], "no/such/folder"),
+        (["demo", "--tokens", "1000"], "multiple of 16"),
+        (["explain", "--layout", "mla-v9"], "mla-v3.2"),
+        (["explain", "--fabric", "pigeon"], "pigeon"),
+    ],
+)
+def test_errors_are_one_line(
+    args: list[str], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(args) == 2
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert streams.err.startswith("error: ")
+    assert streams.err.count("\n") == 1
+    assert word in streams.err
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--layout", "mla-v9", "--debug"]) == 2
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+def test_demo_without_its_extra(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    assert main(["demo"]) == 2
+    expected = "error: qroam demo needs the extra 'models': pip install 'qroam[models]'\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_explain_prints_what_it_decided(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*EXPLAIN, "--json"]) == 0
+    *decisions, step = json.loads(capsys.readouterr().out)
+    assert step["layout"] == "mla-v3.2"
+    assert step["fabric"] == "ibgda-ndr200"
+    assert main(EXPLAIN) == 0
+    text = capsys.readouterr().out
+    assert decisions
+    assert all(decision["reason"] in text for decision in decisions)
+
+
+def test_explain_shared_units_make_fetching_cheaper(capsys: pytest.CaptureFixture[str]) -> None:
+    totals = []
+    for shared in ([], ["--shared"]):
+        assert main([*EXPLAIN, *shared, "--json"]) == 0
+        totals.append(json.loads(capsys.readouterr().out)[-1]["total_us"])
+    assert totals[1]["always-fetch"] < totals[0]["always-fetch"]
+    assert totals[1]["always-route"] == totals[0]["always-route"]
+
+
+def test_doctor_knows_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    checks = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert checks["torch"] == {"name": "torch", "ok": True, "detail": version("torch")}
+    assert checks["qroam"]["detail"] == version("qroam")
+    assert checks["transport torch (gloo)"]["ok"] == torch.distributed.is_gloo_available()
+    assert checks["transport loopback"]["ok"]
+    assert not checks["transport nvshmem"]["ok"]
+    assert all(entry["detail"] for entry in checks.values())
+
+
+def test_doctor_does_not_initialise_cuda() -> None:
+    diagnose()
+    assert not torch.cuda.is_initialized()
+    assert "nvshmem" not in sys.modules
+
+
+def test_doctor_aligns_its_lines() -> None:
+    checks = [Check(name="a", ok=True, detail="1"), Check(name="long", ok=False, detail="gone")]
+    assert render(checks) == "ok  a     1\nno  long  gone"
+
+
+def test_progress_in_a_log_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress() as report:
+        for done in range(4):
+            report("prefill", done, 3)
+    assert capsys.readouterr().err == "prefill: 0/3\nprefill: 3/3\n"
