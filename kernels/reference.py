@@ -29,7 +29,9 @@ def attend(
     keys, values = entries[..., -query.shape[-1] :], entries[..., :value_dim]
     scores = torch.matmul(query.to(dtype) * scale, keys.mT)
     scores = scores.masked_fill(~valid[:, None, :], -torch.inf)
-    top = scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_zeros(*query.shape[:2], 1)
+    top = (
+        scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_zeros(*query.shape[:2], 1)
+    )
     top = torch.where(top == -torch.inf, 0.0, top)  # no valid entry: every exp below is 0
     shares = torch.exp(scores - top)
     total = shares.sum(-1, keepdim=True)
@@ -80,12 +82,15 @@ def absorb(query: Tensor, w_uk: Tensor) -> Tensor:
 
 
 def project(out: Tensor, w_uv: Tensor) -> Tensor:
-    """Value columns to output columns: (Q, G, H, C) times W_UV (G, H, C, V). Linear, so exact on partials."""
+    """Value columns to output columns: (Q, G, H, C) times W_UV (G, H, C, V).
+
+    Linear, so exact on partials that are merged afterwards.
+    """
     return torch.einsum("qghc,ghcv->qghv", out, w_uv)
 
 
 def mix(stored_ids: Tensor, generations: Tensor) -> Tensor:
-    """A 32-bit hash of (stored id, generation) per entry, int64 in [0, 2**32); sums of it detect swaps."""
+    """A 32-bit hash of (stored id, generation) per entry, int64 in [0, 2**32)."""
     x = (stored_ids.long() * 0x9E3779B1 + generations.long() * 0x85EBCA77 + 0x165667B1) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
     x = ((x ^ (x >> 12)) * 0x297A2D39) & 0xFFFFFFFF
@@ -93,6 +98,9 @@ def mix(stored_ids: Tensor, generations: Tensor) -> Tensor:
 
 
 def coverage(stored_ids: Tensor, generations: Tensor, valid: Tensor) -> Tensor:
-    """`covered` of each row: (..., E) ids, generations and mask to (..., 2) int64 (count, mix mod 2**32)."""
+    """`covered` of each row, (..., 2) int64: the number of valid entries and their summed `mix`.
+
+    Args: stored_ids, generations, valid: (..., E). The sum is modulo 2**32.
+    """
     mixed = torch.where(valid, mix(stored_ids, generations), 0).sum(-1) & 0xFFFFFFFF
     return torch.stack((valid.sum(-1), mixed), dim=-1)

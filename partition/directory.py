@@ -8,9 +8,9 @@ Every rank holds an equal directory, because every rank applies the same deltas 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Mapping
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """A named run of blocks: entry ids [start, start + tokens), canonical positions from `position`."""
+    """A named run of blocks: entry ids [start, start + tokens), positions from `position` on."""
 
     name: str
     first_block: int
@@ -133,7 +133,8 @@ def with_document(
     keys = slice(first * branches, (first + num_blocks) * branches)
     fills = torch.full((num_blocks,), block_tokens, dtype=torch.int32)
     fills[-1] = tokens - (num_blocks - 1) * block_tokens
-    delta = f"{directory.version}:{name}:{tokens}:{position}".encode() + slots.numpy().tobytes()
+    where = torch.stack((per_key, slots)).numpy().tobytes()
+    delta = f"{directory.version}:{name}:{tokens}:{position}".encode() + where
     return replace(
         directory,
         documents=MappingProxyType({**directory.documents, name: document}),

@@ -81,7 +81,7 @@ class Branch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rope:
-    """Rotary embedding of the last `dim` key columns; `pairing` says which columns rotate together."""
+    """Rotary embedding of the last `dim` key columns; `pairing`: which columns rotate together."""
 
     dim: int
     pairing: Pairing
@@ -221,12 +221,12 @@ class Layout:
 
     @property
     def query_dim(self) -> int:
-        """Columns of a query row as `Runtime.attend` takes it (un-absorbed if there is a projection)."""
+        """Columns of a query row before absorption (key columns if there is no projection)."""
         return self.projection.nope_dim + self.rope_dim if self.projection else self.key_dim
 
     @property
     def out_dim(self) -> int:
-        """Columns of an output row as `Runtime.attend` returns it."""
+        """Columns of an output row after projection (value columns if there is none)."""
         return self.projection.out_dim if self.projection else self.value_dim
 
     def routed_dims(self, form: Form) -> tuple[int, int]:

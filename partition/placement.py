@@ -60,9 +60,13 @@ def place(
         ValueError: if there are fewer ranks than copies, or `load` does not fit the blocks.
     """
     if placement.copies > world_size:
-        raise ValueError(f"{placement.copies} copies need as many ranks, the world has {world_size}")
+        raise ValueError(
+            f"{placement.copies} copies need as many ranks, the world has {world_size}"
+        )
     if load is not None and load.shape != (num_blocks,):
         raise ValueError(f"load must have shape ({num_blocks},), got {tuple(load.shape)}")
+    if load is not None and not bool((load.isfinite() & (load >= 0)).all()):
+        raise ValueError("load must be finite and not negative")
     block = torch.arange(num_blocks)
     branch = torch.arange(num_branches)
     match placement.policy:

@@ -61,6 +61,12 @@ class BlockStore:
         """Bytes of the blocks and leases of all layers."""
         return sum(storage.numel() for storage in self._storage)
 
+    @property
+    def held_bytes(self) -> int:
+        """Encoded bytes of the blocks that have a slot."""
+        block_bytes = sum(codec.entry_bytes for codec in self.codecs if codec) * self.block_tokens
+        return int((self.key_of >= 0).sum()) * block_bytes
+
     def assign(self, keys: Tensor, slots: Tensor) -> None:
         """Give free `slots` (n,) to `keys` (n,)."""
         assert bool((self.key_of[slots.long()] == -1).all()), "slot in use"
@@ -124,7 +130,9 @@ class BlockStore:
         end = fill.scatter_reduce(0, slots, (offset + 1).to(fill.dtype), "amax")
         in_order = bool((fill[slots] <= offset).all()) and bool((fill + added == end).all())
         if not in_order or len(ids.unique()) != len(ids):
-            raise ValueError("entries are written once and in order; a gap or an overwrite was asked")
+            raise ValueError(
+                "entries are written once and in order; a gap or an overwrite was asked"
+            )
         at = slots * self.block_tokens + offset
         scatter_rows(self._blocks(layer, codec), codec, self.block_tokens, at, rows)
         fill.copy_(end)
@@ -134,7 +142,8 @@ class BlockStore:
         codec = self.codecs[layer]
         assert codec is not None
         if len(codec.planes) == 1:
-            return self._storage[layer].view(-1, codec.entry_bytes)[entry_index]
+            single = self._storage[layer].view(-1, codec.entry_bytes)
+            return gather_rows(single, codec, 1, entry_index)
         return gather_rows(self._blocks(layer, codec), codec, self.block_tokens, entry_index)
 
     def read(self, layer: int, entry_index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -153,7 +162,9 @@ class BlockStore:
 
     def _blocks(self, layer: int, codec: Codec) -> Tensor:
         block_bytes = self.block_tokens * codec.entry_bytes
-        return self._storage[layer][: self.num_slots * block_bytes].view(self.num_slots, block_bytes)
+        return self._storage[layer][: self.num_slots * block_bytes].view(
+            self.num_slots, block_bytes
+        )
 
 
 class Leases:
@@ -197,6 +208,8 @@ class Leases:
         count = min(len(stored_ids), self.capacity)
         if count == 0:
             return 0
+        outdated = torch.isin(self._id_at, stored_ids[:count].long())  # of another generation
+        self._id_at[outdated], self._used_at[outdated] = -1, -1
         victims = self._used_at.argsort(stable=True)[:count]
         evicted = int((self._id_at[victims] >= 0).sum())
         self._rows[victims] = rows[:count]

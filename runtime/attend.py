@@ -53,9 +53,7 @@ def attend_fetched(
     assert codec is not None
     entries = codec.decode(fetched, world.compute_dtype)
     index = torch.where(valid, index, 0).flatten(1)
-    out, lse = attend_entries(
-        world, layer, rows, index, valid.flatten(1), lambda at: entries[at]
-    )
+    out, lse = attend_entries(world, layer, rows, index, valid.flatten(1), lambda at: entries[at])
     return Partial(out, lse, torch.arange(len(rows)))
 
 
@@ -66,7 +64,9 @@ def keep_leases(
     if world.config.lease_entries == 0:
         return
     new = (generations >= 0) & ~world.leases[layer].find(ids, generations)[1]
-    world.stats.leases["evicted"] += world.leases[layer].admit(ids[new], generations[new], fetched[new])
+    world.stats.leases["evicted"] += world.leases[layer].admit(
+        ids[new], generations[new], fetched[new]
+    )
 
 
 def by_item(query: Tensor, layout: Layout) -> Tensor:

@@ -97,10 +97,13 @@ class RuntimeConfig:
         copies = self.max_blocks * self.num_branches * self.placement.copies
         return -(-copies // world_size)
 
-    def fingerprint(self, world_size: int) -> int:
-        """31 bits of a hash over everything but the deadline; ranks compare it when they open."""
-        text = "|".join(
+    def described(self) -> list[str]:
+        """A line per field but the deadline: what ranks compare when they open."""
+        return [
             f"{name}={getattr(self, name)!r}" for name in self.__slots__ if name != "deadline_s"
-        )
-        digest = hashlib.sha256(f"{world_size}|{text}".encode()).digest()
-        return int.from_bytes(digest[:4], "little") & 0x7FFFFFFF
+        ]
+
+    def fingerprint(self, world_size: int) -> int:
+        """31 bits of a hash over the description, carried by every header."""
+        text = "|".join([str(world_size), *self.described()])
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") & 0x7FFFFFFF

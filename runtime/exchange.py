@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..partition.layout import Form
 from .attend import Partial
-from .errors import CoverageError
+from .errors import CoverageError, PeerError
 from .holder import tagged, take_pushes, to_int32
 from .messages import Header, Message
 from .plan import FetchList, RouteLists, Wanted
@@ -70,9 +70,36 @@ def exchange(
             for rank, visitor in enumerate(visitors)
         ]
         reply = replace(header, kind=f"{header.kind}-answer")
-        transport.post(reply, _by_rank(answers))
+        transport.post_shares(reply, answers)
     with stats.phase("wait"):
         return own, transport.collect(reply)
+
+
+def agree(world: World) -> None:
+    """Compare configurations when a world opens; all ranks blame the same minority and say why.
+
+    Raises: PeerError naming the ranks whose configuration is not the commonest, on every rank.
+    """
+    ours = "\n".join(world.config.described())
+    header = replace(world.header("open", layer=0), incarnation=0)
+    text = torch.frombuffer(bytearray(ours.encode()), dtype=torch.uint8)
+    world.transport.post(header, [broadcast("config", text, world)])
+    said = [ours if m is None else _config(world, m) for m in world.transport.collect(header)]
+    common = max(said, key=said.count)
+    culprits = tuple(rank for rank, text in enumerate(said) if text != common)
+    if culprits:
+        lines = zip(said[culprits[0]].splitlines(), common.splitlines(), strict=False)
+        differs = "; ".join(
+            f"{theirs[:80]} instead of {usual[:80]}" for theirs, usual in lines if theirs != usual
+        )
+        reason = f"opened with another configuration: {differs}"
+        world.transport.abort(culprits, reason)
+        raise PeerError(culprits, reason)
+
+
+def _config(world: World, message: Message) -> str:
+    text = message.columns.get("config")
+    return "" if text is None else text.view(torch.uint8).numpy().tobytes().decode(errors="replace")
 
 
 def broadcast(name: str, rows: Tensor, world: World) -> Column:
@@ -111,15 +138,15 @@ def candidates(
             and ids is not None
             and score.dtype == own[0].dtype
             and ids.dtype == torch.int32
-            and score.dim() == 2
+            and score.dim() == 1
             and score.shape == ids.shape
-            and len(score) == queries
+            and len(score) % queries == 0
         )
         if not well_formed:
             raise world.transport.accuse(rank, f"sent malformed candidates for {queries} queries")
         assert score is not None
         assert ids is not None
-        found.append((score, ids))
+        found.append((score.view(queries, -1), ids.view(queries, -1)))
     return torch.cat([f[0] for f in found], dim=1), torch.cat([f[1] for f in found], dim=1)
 
 
@@ -138,7 +165,9 @@ def routed_answers(
     wrong = (covered != expected).any(1).nonzero()[:, 0]
     holder = torch.arange(world.world_size).repeat_interleave(lists.pairs)
     complaints = [
-        Complaint(int(item[at]), int(holder[at]), f"covered {covered[at, 0]} of {expected[at, 0]} entries")
+        Complaint(
+            int(item[at]), int(holder[at]), f"covered {covered[at, 0]} of {expected[at, 0]} entries"
+        )
         for at in wrong
     ]
     return Partial(out.to(lse_dtype), lse, item), complaints
@@ -202,17 +231,6 @@ def _gathered(
             )
         parts.append(rows)
     return torch.cat(parts)
-
-
-def _by_rank(answers: list[Mapping[str, Tensor]]) -> list[Column]:
-    """Columns whose shares are the answers, for `post`."""
-    names = sorted({name for answer in answers for name in answer})
-    columns = []
-    for name in names:
-        rows = [answer[name] for answer in answers if name in answer]
-        counts = torch.tensor([len(answer.get(name, ())) for answer in answers])
-        columns.append(Column(name, torch.cat(rows), counts))
-    return columns
 
 
 def _blaming(world: World, rank: int, work: Callable[[World, Message], T], message: Message) -> T:

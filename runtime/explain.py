@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .cost.predicate import Reason, Way
+from .cost.predicate import Reason, Way, predict_step
 from .world import World
 
 
@@ -47,3 +47,20 @@ def explain_last(world: World) -> list[DecisionLine]:
         )
         for item, holder in (decision.way != Way.NONE).nonzero().tolist()
     ]
+
+
+def predicted_last(world: World) -> float:
+    """Seconds predicted for the last `attend` of this rank, own work and merge included."""
+    if world.last is None:
+        return 0.0
+    layer, unit_tokens, demand, decision = world.last
+    parts = predict_step(
+        decision.way,
+        demand,
+        world.facts[layer],
+        world.config.fabric,
+        rank=world.rank,
+        unit_tokens=unit_tokens,
+        reuse=world.config.reuse,
+    )
+    return float(parts.total)

@@ -52,7 +52,9 @@ def answer_attend(world: World, message: Message) -> dict[str, Tensor]:
 def _routed(world: World, layer: int, form: Form, message: Message) -> dict[str, Tensor]:
     layout, config, columns = world.config.model.layers[layer], world.config, message.columns
     if form not in world.forms(layer):
-        raise ValueError(f"payload form {form} was asked, layer {layer} has no projection weights here")
+        raise ValueError(
+            f"payload form {form} was asked, layer {layer} has no projection weights here"
+        )
     item = _column(columns, f"{form}.item", torch.int32, 1)
     count = _column(columns, f"{form}.count", torch.int32, 1)
     units = _column(columns, f"{form}.units", torch.int32, 1)
@@ -102,13 +104,15 @@ def _fetched(world: World, layer: int, message: Message) -> dict[str, Tensor]:
     units = _column(message.columns, "fetch", torch.int32, 1)
     ids = units[:, None] + torch.arange(_unit_tokens(world, message), dtype=torch.int32)
     ids = torch.where(units[:, None] < 0, -1, ids).reshape(-1)
-    index, here = world.entries.resolve(layer, torch.where(ids < _corpus_ids(world, False), ids, -1))
+    index, here = world.entries.resolve(
+        layer, torch.where(ids < _corpus_ids(world, False), ids, -1)
+    )
     generation = torch.where(here, world.entries.identify(index)[1], -1)
     return {"fetch.rows": world.entries.rows(layer, index), "fetch.generation": generation}
 
 
 def answer_select(world: World, message: Message) -> dict[str, Tensor]:
-    """The best units here for a peer's index queries: `score` (Q, k) and `id` (Q, k)."""
+    """The best units here for a peer's index queries: `score` and `id`, (Q * k,) for a k of its own."""
     columns, layer = message.columns, _layer(world, message)
     if "index.query" not in columns:
         return {}
@@ -128,7 +132,7 @@ def answer_select(world: World, message: Message) -> dict[str, Tensor]:
     found, ids = best_units(
         world, layer, query, weights, runs, top_k=top_k, unit_tokens=unit_tokens
     )
-    return {"score": found, "id": ids}
+    return {"score": found.flatten(), "id": ids.flatten()}
 
 
 def best_units(

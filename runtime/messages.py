@@ -11,7 +11,7 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import msgpack
 import torch
@@ -83,7 +83,7 @@ def decode(buffer: Tensor) -> Message:
     offset = _PREFIX.size + head_bytes
     head = _unpack(buffer[_PREFIX.size : offset].numpy().tobytes())
     described = head.pop("columns")
-    header = Header(**head)
+    header = Header(**cast(Any, head))
     if not isinstance(described, list) or len(described) > MAX_COLUMNS:
         raise ValueError(f"message columns must be a list of at most {MAX_COLUMNS}")
     columns: dict[str, Tensor] = {}
@@ -119,7 +119,8 @@ def _unpack(raw: bytes) -> dict[str, object]:
 
 def _column(entry: object) -> tuple[str, torch.dtype, list[int]]:
     match entry:
-        case [str(name), str(dtype), [*shape]] if dtype in _DTYPES and len(shape) <= 4:
-            if all(type(size) is int and 0 <= size < 2**31 for size in shape):
+        case [str(name), str(dtype), [*sizes]] if dtype in _DTYPES and len(sizes) <= 4:
+            shape = [size for size in sizes if type(size) is int and 0 <= size < 2**31]
+            if len(shape) == len(sizes):
                 return name, _DTYPES[dtype], shape
     raise ValueError(f"malformed column description {str(entry)[:80]}")

@@ -87,7 +87,8 @@ def stored_units(
     branch = torch.arange(num_branches)[:, None, None]
     stored = (first // block_tokens * num_branches + branch) * block_tokens + first % block_tokens
     stored = torch.where(ids[..., None] >= 0, stored, -1).to(torch.int32)
-    return stored.reshape(ids.shape[0] * num_branches, -1), min(unit_tokens, block_tokens)
+    shape = (ids.shape[0] * num_branches, ids.shape[2] * per_block)
+    return stored.reshape(shape), min(unit_tokens, block_tokens)
 
 
 def unit_entries(

@@ -81,7 +81,21 @@ def stacked(scopes: Sequence[Scope]) -> Scope:
     return Scope(torch.cat(padded), torch.cat([scope.hidden for scope in scopes]))
 
 
-def _joined(spans: list[tuple[int, int]], tail_start: int | None) -> tuple[list[tuple[int, int]], int]:
+def units_visible(ids: Tensor, runs: Tensor, unit_tokens: int) -> Tensor:
+    """Which units (Q, K) have an entry in their query's runs (Q, R, 2)."""
+    if runs.shape[1] == 0:
+        return torch.zeros_like(ids, dtype=torch.bool)
+    first = ids.long() * unit_tokens
+    starts = runs[..., 0].long().contiguous()
+    run = torch.searchsorted(starts, first + unit_tokens - 1, right=True) - 1
+    at = run.clamp(min=0)
+    ends = (runs[..., 0].long() + runs[..., 1]).gather(1, at)
+    return (ids >= 0) & (run >= 0) & (ends > first)
+
+
+def _joined(
+    spans: list[tuple[int, int]], tail_start: int | None
+) -> tuple[list[tuple[int, int]], int]:
     """Sorted runs with neighbours joined, the still empty tail among them, and the tail's index."""
     if tail_start is not None:
         spans = sorted([*spans, (tail_start, 0)])

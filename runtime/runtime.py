@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..indexer import visible
 from ..partition.directory import Document, with_document
 from ..partition.layout import Layout
 from ..partition.placement import place
 from .config import RuntimeConfig
+from .cost.predicate import Mode
 from .errors import PeerError
-from .explain import DecisionLine, explain_last
-from .exchange import exchange
-from .requests import Request, Scope, scope_of, stacked
+from .exchange import agree
+from .explain import DecisionLine, explain_last, predicted_last
+from .requests import Request, Scope, scope_of, stacked, units_visible
 from .step import Selection, attend_step, select_step
 from .transport import Transport
-from .world import LayerWeights, Push, World, connect
+from .world import LayerWeights, World, connect
 
 
 class Runtime:
@@ -31,8 +31,9 @@ class Runtime:
     the same ones in the same order, with its own queries or with none. All else is local.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, *, owns_transport: bool) -> None:
         self._world = world
+        self._owns_transport = owns_transport
         self._closed = False
         config = world.config
         self._free_requests = list(range(max(config.private_blocks, 1)))[::-1]
@@ -42,31 +43,38 @@ class Runtime:
     @classmethod
     def open(cls, config: RuntimeConfig, transport: Transport | None = None) -> Runtime:
         """Open this rank. Without a transport: the default process group, one made from torchrun's
-        environment, or a world of one that needs no launcher.
+        environment, or a world of one that needs no launcher. A transport that is given serves one
+        runtime after another; whoever made it closes it.
 
         Raises: PeerError if another rank opened with another config.
         """
         world = World(config, transport or connect(config.deadline_s))
-        runtime = cls(world)
+        runtime = cls(world, owns_transport=transport is None)
         with runtime._in_step():
-            exchange(world, world.header("open", layer=0), [], lambda _w, _m: {}, lambda: None)
+            agree(world)
         return runtime
 
     def __enter__(self) -> Runtime:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if error is not None and not isinstance(error, PeerError):
             self._world.transport.abort((self.rank,), f"raised {type(error).__name__}: {error}")
         self.close()
 
     def close(self) -> None:
-        """Leave the world; idempotent. Peers that still wait for this rank get an error that names it."""
+        """Leave the world; idempotent. Peers that still wait for this rank get an error that names it,
+        unless the transport was given and stays open.
+        """
         if not self._closed:
             self._closed = True
-            self._world.transport.close()
+            if self._owns_transport:
+                self._world.transport.close()
 
     @property
     def rank(self) -> int:
@@ -159,7 +167,9 @@ class Runtime:
             )
         else:
             if not self._free_requests or not config.private_blocks:
-                raise ValueError(f"all {config.private_blocks} private blocks or requests are in use")
+                raise ValueError(
+                    f"all {config.private_blocks} private blocks or requests are in use"
+                )
             number = self._free_requests.pop()
             first = config.max_blocks + number * config.request_blocks
             begin = first * config.block_tokens
@@ -318,7 +328,13 @@ class Runtime:
         return Selection(ids, unit_tokens, scope)
 
     def attend(
-        self, layer: int, query: Tensor, selection: Selection, *, sink: Tensor | None = None
+        self,
+        layer: int,
+        query: Tensor,
+        selection: Selection,
+        *,
+        sink: Tensor | None = None,
+        mode: Mode | None = None,
     ) -> Tensor:
         """Attention over the selected units of the corpus and of the requests' own tokens.
 
@@ -326,6 +342,7 @@ class Runtime:
             query: (Q, H, D): un-absorbed rows (`layout.query_dim`) if the layer's weights were
                 loaded, else rows in key space (`layout.key_dim`); rope applied.
             sink: (H,) natural-log logits without a value, added to each head's softmax once.
+            mode: instead of the config's, for this step.
         Returns:
             (Q, H, `layout.out_dim`), or value columns (`layout.value_dim`) without weights. A query
             that selects nothing gets 0.
@@ -340,25 +357,40 @@ class Runtime:
             _check(sink, "sink", (layout.heads,), None)
         self._check_selection(layout, selection, len(query))
         with self._in_step():
-            return attend_step(self._world, layer, query, selection, sink)
+            return attend_step(
+                self._world, layer, query, selection, sink=sink, mode=mode or self.config.mode
+            )
 
-    def idle(self, layer: int, *, select: bool = False) -> None:
-        """Take part in the others' step without a query of one's own."""
+    def idle_select(self, layer: int) -> None:
+        """Take part in the others' `select` without a query of one's own."""
+        index = self._layer(layer).index
+        if index is None:
+            raise ValueError(f"layer {layer} has no indexer")
+        nobody = torch.empty(0, index.heads, index.head_dim, dtype=self.config.dtype)
+        self.select(layer, nobody, torch.empty(0, index.heads), documents=())
+
+    def idle_attend(self, layer: int) -> None:
+        """Take part in the others' `attend` without a query of one's own."""
         layout = self._layer(layer)
-        if select and layout.index is not None:
-            index = layout.index
-            nobody = torch.empty(0, index.heads, index.head_dim, dtype=self.config.dtype)
-            self.select(layer, nobody, torch.empty(0, index.heads), documents=())
         dim = layout.key_dim if self._world.weights[layer] is None else layout.query_dim
         query = torch.empty(0, layout.heads, dim, dtype=self.config.dtype)
-        empty = torch.empty(0, 0, dtype=torch.int32)
-        self.attend(layer, query, Selection(empty, 1, self.scope(documents=())))
+        nothing = torch.empty(0, 0, dtype=torch.int32)
+        self.attend(layer, query, Selection(nothing, 1, self.scope(documents=())))
 
     # Insight -------------------------------------------------------------------------------------
 
     def explain(self) -> list[DecisionLine]:
         """Why the last `attend` asked whom for what: a line per (query, holder)."""
         return explain_last(self._world)
+
+    def predicted_s(self) -> float:
+        """Seconds the cost model predicts for the last `attend`, as decided; 0 before the first."""
+        return predicted_last(self._world)
+
+    def drop_leases(self) -> None:
+        """Forget every fetched copy."""
+        world = self._world
+        world.leases = [world.entries.leases(layer) for layer in range(len(world.leases))]
 
     def stats(self) -> dict[str, Any]:
         """Counters since `open`: bytes as counted in the transport's send, decisions, phases, memory."""
@@ -388,7 +420,9 @@ class Runtime:
         shape = (len(ids), layout.num_branches, layout.entry_dim)
         _check(entries, "entries", shape, self.config.dtype)
         if (index_keys is None) != (world.index.codecs[layer] is None):
-            raise ValueError(f"layer {layer} of {layout.name!r}: index keys and indexer must go together")
+            raise ValueError(
+                f"layer {layer} of {layout.name!r}: index keys and indexer must go together"
+            )
         if index_keys is not None:
             assert layout.index is not None
             _check(index_keys, "index keys", (len(ids), layout.index.head_dim), None)
@@ -414,7 +448,11 @@ class Runtime:
             raise ValueError("the request was released, or belongs to another runtime")
 
     def _check_scope(self, scope: Scope, queries: int) -> None:
-        if len(scope.runs) != queries or scope.runs.dim() != 3 or scope.hidden.shape != (queries, 2):
+        if (
+            len(scope.runs) != queries
+            or scope.runs.dim() != 3
+            or scope.hidden.shape != (queries, 2)
+        ):
             raise ValueError(f"the scope is for {len(scope.runs)} queries, got {queries}")
 
     def _check_selection(self, layout: Layout, selection: Selection, queries: int) -> None:
@@ -425,7 +463,9 @@ class Runtime:
                 f"got {ids.dtype} {tuple(ids.shape)}"
             )
         if ids.dim() == 3 and ids.shape[1] != layout.num_branches:
-            raise ValueError(f"selection has {ids.shape[1]} branches, the layer {layout.num_branches}")
+            raise ValueError(
+                f"selection has {ids.shape[1]} branches, the layer {layout.num_branches}"
+            )
         if unit < 1 or (block % unit and unit % block):
             raise ValueError(f"units of {unit} tokens and blocks of {block} do not nest")
         self._check_scope(selection.scope, queries)
@@ -443,18 +483,6 @@ class Runtime:
                 f"query {query} selects unit {int(flat.flatten(1)[query, at])}, "
                 "which is outside what it may see"
             )
-
-
-def units_visible(ids: Tensor, runs: Tensor, unit_tokens: int) -> Tensor:
-    """Which units (Q, K) have an entry in their query's runs (Q, R, 2)."""
-    if runs.shape[1] == 0:
-        return torch.zeros_like(ids, dtype=torch.bool)
-    first = ids.long() * unit_tokens
-    starts = runs[..., 0].long().contiguous()
-    run = torch.searchsorted(starts, first + unit_tokens - 1, right=True) - 1
-    at = run.clamp(min=0)
-    ends = (runs[..., 0].long() + runs[..., 1]).gather(1, at)
-    return (ids >= 0) & (run >= 0) & (ends > first)
 
 
 def _check(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:

@@ -23,7 +23,7 @@ from .attend import (
     keep_leases,
     merge_parts,
 )
-from .cost.predicate import Way, decide, way_of
+from .cost.predicate import Mode, Way, decide, way_of
 from .exchange import (
     broadcast,
     candidates,
@@ -34,7 +34,7 @@ from .exchange import (
     routed_answers,
 )
 from .holder import answer_attend, answer_select, best_units
-from .requests import Scope
+from .requests import Scope, units_visible
 from .transport import Column
 from .world import LastStep, World
 
@@ -65,7 +65,7 @@ def select_step(
         )
 
     if world.config.index_placement == "replicated":
-        _, best = own_units()
+        _, best = merge_topk(*own_units(), top_k)
         return Selection(best, unit_tokens, scope)
 
     header = world.header("select", layer=layer, unit_tokens=unit_tokens, top_k=top_k)
@@ -81,7 +81,13 @@ def select_step(
 
 
 def attend_step(
-    world: World, layer: int, query: Tensor, selection: Selection, sink: Tensor | None
+    world: World,
+    layer: int,
+    query: Tensor,
+    selection: Selection,
+    *,
+    sink: Tensor | None,
+    mode: Mode,
 ) -> Tensor:
     """Attention of `query` (Q, H, D) over the selected units, wherever they are: (Q, H, out)."""
     config, stats = world.config, world.stats
@@ -96,7 +102,7 @@ def attend_step(
             rank=world.rank,
             unit_tokens=unit_tokens,
             reuse=config.reuse,
-            mode=config.mode,
+            mode=mode,
             forms=world.forms(layer),
             seed=config.seed,
             step=world.epoch,
@@ -119,7 +125,8 @@ def attend_step(
     hidden = selection.scope.hidden.repeat_interleave(layout.num_branches, 0)
     columns = [Column("fetch", fetch.units, fetch.counts)]
     for form, lists in routes.items():
-        columns += route_columns(form, lists, absorbed if form == "A" else rows, hidden, unit_tokens)
+        payload = (absorbed if form == "A" else rows).to(config.dtype)
+        columns += route_columns(form, lists, payload, hidden, unit_tokens)
     own, answers = exchange(
         world,
         world.header("attend", layer=layer, unit_tokens=unit_tokens),
@@ -152,7 +159,13 @@ def _wanted(world: World, layer: int, selection: Selection) -> plan.Wanted:
     """The units of every item, which of their entries exist, and who holds them."""
     config, branches = world.config, world.config.num_branches
     sizes = {"block_tokens": config.block_tokens, "num_branches": branches}
-    units, unit_tokens = plan.stored_units(selection.ids, unit_tokens=selection.unit_tokens, **sizes)
+    units, unit_tokens = plan.stored_units(
+        selection.ids, unit_tokens=selection.unit_tokens, **sizes
+    )
+    if selection.unit_tokens > config.block_tokens:  # of its blocks, those that the query may see
+        runs = selection.scope.runs.repeat_interleave(branches, 0)
+        block = units // (config.block_tokens * branches)
+        units = torch.where(units_visible(block, runs, config.block_tokens), units, -1)
     hidden = selection.scope.hidden.repeat_interleave(branches, 0)
     entries, visible = plan.unit_entries(units, hidden, unit_tokens=unit_tokens, **sizes)
     exists = plan.existing(entries, visible, world.directory.tokens, **sizes)

@@ -11,7 +11,7 @@ import queue
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,13 +28,13 @@ _GRACE = 0.075
 class Column(NamedTuple):
     """Rows for all ranks: rank r's share is `counts[r]` rows, shares in rank order.
 
-    With `index` the rows sent are `rows[index[...]]`; capacity beyond `counts.sum()` is not read.
+    With `pick` the rows sent are `rows[pick[...]]`; capacity beyond `counts.sum()` is not read.
     """
 
     name: str
     rows: Tensor
     counts: Tensor
-    index: Tensor | None = None
+    pick: Tensor | None = None
 
 
 class Frame(NamedTuple):
@@ -74,11 +74,13 @@ class Transport(ABC):
 
     def post(self, header: Header, columns: Sequence[Column] = ()) -> None:
         """Send every other rank its share of the columns; counts are read to the host once, here."""
+        if self.peers:
+            self.post_shares(header, _shares(columns, self.world_size))
+
+    def post_shares(self, header: Header, shares: Sequence[Mapping[str, Tensor]]) -> None:
+        """Send every other rank its own columns, `shares` in rank order."""
         if self._failure:
             raise self._failure
-        if not self.peers:
-            return
-        shares = _shares(columns, self.world_size)
         for peer in self.peers:
             buffer = encode(header, shares[peer])
             self._send(peer, buffer)
@@ -134,7 +136,9 @@ class Transport(ABC):
         now = time.monotonic()
         expiry, grace = now + self.deadline_s * (1 - 2 * _GRACE), min(0.5, self.deadline_s * _GRACE)
         verdict_at = float("inf")
-        buffers = {peer: self._waiting[peer].popleft() for peer in self.peers if self._waiting[peer]}
+        buffers = {
+            peer: self._waiting[peer].popleft() for peer in self.peers if self._waiting[peer]
+        }
         while missing := tuple(peer for peer in self.peers if peer not in buffers):
             now = time.monotonic()
             lost = {peer: self._gone[peer] for peer in missing if peer in self._gone}
@@ -145,7 +149,9 @@ class Transport(ABC):
                     raise self._fail(tuple(lost), next(iter(lost.values())))
                 raise self._fail(missing, f"no answer within {self.deadline_s:g} s")
             try:
-                frame = self._arrived.get(timeout=min(expiry if now < expiry else verdict_at, verdict_at) - now)
+                frame = self._arrived.get(
+                    timeout=min(expiry if now < expiry else verdict_at, verdict_at) - now
+                )
             except queue.Empty:
                 continue
             if frame.is_abort:
@@ -161,6 +167,10 @@ class Transport(ABC):
     def _check_in_step(self, peer: int, ours: Header, theirs: Header) -> None:
         for field in ("incarnation", "channel", "kind", "epoch", "tables"):
             mine, other = getattr(ours, field), getattr(theirs, field)
+            if mine != other and field == "incarnation":
+                raise self._fail(
+                    (peer,), f"opened with another configuration than rank {self.rank}"
+                )
             if mine != other:
                 raise self._fail(
                     (peer,),
@@ -179,9 +189,9 @@ def _shares(columns: Sequence[Column], world_size: int) -> list[dict[str, Tensor
         start = 0
         for rank, count in enumerate(per_rank):
             if count:
-                rows = column.rows if column.index is None else column.index
+                rows = column.rows if column.pick is None else column.pick
                 share = rows[start : start + count]
-                shares[rank][column.name] = share if column.index is None else column.rows[share]
+                shares[rank][column.name] = share if column.pick is None else column.rows[share]
             start += count
     return shares
 
@@ -197,7 +207,9 @@ class LoopbackTransport(Transport):
     @classmethod
     def world(cls, world_size: int, *, deadline_s: float = 30.0) -> list[LoopbackTransport]:
         """The connected ends of a world, one per rank."""
-        ends = [cls(rank=r, world_size=world_size, deadline_s=deadline_s) for r in range(world_size)]
+        ends = [
+            cls(rank=r, world_size=world_size, deadline_s=deadline_s) for r in range(world_size)
+        ]
         for end in ends:
             end._ends = ends
         return ends

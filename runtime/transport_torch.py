@@ -7,7 +7,9 @@ deadlines are kept by the waiting caller instead, on the queue that the threads 
 
 from __future__ import annotations
 
+import atexit
 import threading
+import time
 from collections import deque
 from datetime import timedelta
 
@@ -21,6 +23,7 @@ from .transport import Frame, Transport
 _FRAME_MAGIC = 0x716F_6672
 _MESSAGE, _ABORT, _BYE = 0, 1, 2
 _MAX_BODY_BYTES = 1 << 34
+_NEVER_SENT = 0x6E6F  # a tag that no message uses
 _FOREVER = timedelta(days=30)
 # A send is known to be over when the peer's later messages have arrived; until then gloo reads it.
 _SENDS_KEPT = 16
@@ -34,27 +37,57 @@ class TorchTransport(Transport):
             rank=dist.get_rank(group), world_size=dist.get_world_size(group), deadline_s=deadline_s
         )
         self._group = group
-        self._in_flight: dict[int, deque[tuple[dist.Work, Tensor]]] = {p: deque() for p in self.peers}
+        self._in_flight: dict[int, deque[tuple[dist.Work, Tensor]]] = {
+            p: deque() for p in self.peers
+        }
         self._closing = False
-        self._threads = [
-            threading.Thread(target=self._listen, args=(peer,), daemon=True, name=f"qroam-from-{peer}")
+        self._threads = {
+            peer: threading.Thread(
+                target=self._listen, args=(peer,), daemon=True, name=f"qroam-from-{peer}"
+            )
             for peer in self.peers
-        ]
-        for thread in self._threads:
+        }
+        for thread in self._threads.values():
             thread.start()
+        atexit.register(self.close)  # a thread inside gloo at interpreter exit aborts the process
 
     def close(self) -> None:
         if self._closing:
             return
         self._closing = True
-        for peer in self.peers:
+        atexit.unregister(self.close)
+        culprits = self._failure.culprits if self._failure else ()
+        # The innocent first: they still need what was sent here, and to wait for a send to the dead
+        # in vain closes every pair of gloo's.
+        self._part_from([peer for peer in self.peers if peer not in culprits], self.deadline_s)
+        self._part_from([peer for peer in self.peers if peer in culprits], 1.0)
+        if any(thread.is_alive() for thread in self._threads.values()):
+            self._hang_up()
+
+    def _part_from(self, peers: list[int], patience_s: float) -> None:
+        """Say goodbye, and listen until these peers have said it (or an abort) too."""
+        expiry = time.monotonic() + patience_s
+        for peer in peers:
             try:
                 self._send_frame(peer, _BYE, None)
+                for work, _ in self._in_flight[peer]:
+                    work.wait(timedelta(seconds=1))
             except RuntimeError:
                 continue  # the peer is gone already
-        if self._failure is None:
-            for thread in self._threads:
-                thread.join(self.deadline_s)
+        for peer in peers:
+            self._threads[peer].join(max(expiry - time.monotonic(), 0.0))
+
+    def _hang_up(self) -> None:
+        """Free the threads that still listen: a receive that times out closes every pair of gloo's."""
+        try:
+            work = dist.irecv(
+                torch.empty(1), group=self._group, group_src=self.peers[0], tag=_NEVER_SENT
+            )
+            assert work is not None
+            work.wait(timedelta(milliseconds=1))
+        except RuntimeError:
+            for thread in self._threads.values():
+                thread.join(1.0)
 
     def _send(self, peer: int, buffer: Tensor) -> None:
         try:
@@ -118,4 +151,3 @@ class TorchTransport(Transport):
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -73,7 +73,7 @@ class Stats:
     ways: Tensor
     steps: int = 0
     queries: int = 0
-    phase_s: Counter[str] = field(default_factory=Counter)
+    phase_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     leases: Counter[str] = field(default_factory=Counter)
 
     def count(self, decision: Decision, queries: int) -> None:
@@ -116,7 +116,9 @@ class World:
             lease_entries=config.lease_entries,
         )
         replicated = config.index_placement == "replicated"
-        self.index_slots = config.max_blocks if replicated else min(config.max_blocks, self.corpus_slots)
+        self.index_slots = (
+            config.max_blocks if replicated else min(config.max_blocks, self.corpus_slots)
+        )
         index_codecs = [index_codec(layout) for layout in layers]
         self.has_index = any(index_codecs)
         self.index = BlockStore(
@@ -130,7 +132,9 @@ class World:
         self.entry_pushes: list[list[Push]] = [[] for _ in layers]
         self.index_pushes: list[list[Push]] = [[] for _ in layers]
         self.facts = [
-            LayerFacts.of(layout, entry_bytes=codec.entry_bytes, element_bytes=config.dtype.itemsize)
+            LayerFacts.of(
+                layout, entry_bytes=codec.entry_bytes, element_bytes=config.dtype.itemsize
+            )
             for layout, codec in zip(layers, entry_codecs, strict=True)
         ]
         self.epoch = 0
@@ -167,8 +171,8 @@ class World:
     def adopt(self, directory: Directory) -> None:
         """Take over a directory that has new blocks, and give their copies here their slots."""
         branches = self.config.num_branches
-        blocks = torch.arange(self.directory.num_blocks, directory.num_blocks)
-        keys = torch.arange(blocks[0] * branches, directory.num_blocks * branches)
+        first, end = self.directory.num_blocks, directory.num_blocks
+        blocks, keys = torch.arange(first, end), torch.arange(first * branches, end * branches)
         owners = directory.owners[keys]
         here, copy = (owners == self.rank).nonzero(as_tuple=True)
         self.entries.assign(keys[here], directory.slots[keys[here], copy])
@@ -176,7 +180,9 @@ class World:
             # A rank has an index slot for every entry slot it may own, or for the whole corpus.
             if self.config.index_placement == "with-blocks":
                 blocks = blocks[owners.view(len(blocks), branches, -1)[:, 0, 0] == self.rank]
-            self.index.assign(blocks, torch.arange(self._index_used, self._index_used + len(blocks)))
+            self.index.assign(
+                blocks, torch.arange(self._index_used, self._index_used + len(blocks))
+            )
             self._index_used += len(blocks)
         self.directory = directory
 
@@ -266,6 +272,7 @@ class World:
             "leases": dict(stats.leases),
             "phase_s": dict(stats.phase_s),
             "pool_bytes": self.entries.num_bytes + self.index.num_bytes,
+            "block_bytes": self.entries.held_bytes + self.index.held_bytes,
         }
 
     def take_pushes(self, layer: int) -> list[Column]:

@@ -1,6 +1,17 @@
+from collections.abc import Iterator
+
+import pytest
 import torch
+from ranks import RankPool
 
 torch.set_num_threads(1)
 # In this mode torch.empty and its kin come filled with NaN (integers: the largest value), so what
 # was never written shows up. `warn_only`: operations without a deterministic form still run.
 torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@pytest.fixture(scope="session")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    """Four gloo processes, started when first used and shared by the whole run."""
+    with RankPool(4, tmp_path_factory.mktemp("ranks")) as pool:
+        yield pool

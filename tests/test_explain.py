@@ -31,7 +31,8 @@ def explain(**changes: Any) -> list[Record]:
     return explain_step(**{**options, **changes})
 
 
-def candidate(record: Any, way: str) -> Candidate:
+def candidate(record: Record, way: str) -> Candidate:
+    assert record["kind"] == "decision"
     (found,) = (c for c in record["candidates"] if c["way"] == way)
     return found
 
@@ -90,7 +91,7 @@ def test_flips_are_where_the_predicate_flips(
     (decision, _) = explain(queries=queries, forms=forms, reuse=reuse)
     assert decision["kind"] == "decision"
     by_queries, by_units = decision["flips"]
-    options = {"forms": forms, "reuse": reuse}
+    options: dict[str, Any] = {"forms": forms, "reuse": reuse}
     assert decision["way"] == decided_way(queries, 512, 4, **options)
     for flip in (by_queries, by_units):
         for edge, way, back in (
@@ -102,7 +103,7 @@ def test_flips_are_where_the_predicate_flips(
 
             def at(value: int, is_queries: bool = flip is by_queries) -> str:
                 both = (value, 512) if is_queries else (queries, value)
-                return decided_way(*both, 4, **options)
+                return decided_way(both[0], both[1], 4, **options)
 
             assert at(edge) == way != decision["way"]
             assert at(edge + back) == decision["way"]
@@ -146,7 +147,7 @@ def test_text_and_json() -> None:
     text = render(records)
     assert text.isascii()
     lines = text.splitlines()
-    assert lines[0].startswith("queries 0-7, holders 1-2 (each the same): ROUTE A, margin ")
+    assert lines[0].startswith("queries 0-7, holders 1-2 (each the same): FETCH, margin ")
     assert all(len(line) <= 130 for line in lines)
     assert text.count("route B") == text.count("not available: the holders have no W_UK") == 2
     assert text.count("never up to") >= 1

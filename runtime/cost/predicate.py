@@ -214,6 +214,7 @@ class _Holders:
     demand: Demand
     remote: Tensor  # (N, W) bool: a choice is to be made
     rest: Tensor  # (N, W) int64: LOCAL or NONE where there is none (`Reason` has the same values)
+    private: Tensor  # (N, W) float64: at least so many units no other item lists
     wait_s: Tensor
     sharers: Tensor  # scalar: holders that share this rank's egress and ingress
 
@@ -227,6 +228,8 @@ class _Holders:
             demand=demand,
             remote=remote,
             rest=(wanted & here).long() * int(Way.LOCAL),
+            # A unit that others list too adds at most a half to the fair share.
+            private=(2 * demand.fair_units - demand.pairs_units).clamp(min=0),
             wait_s=torch.zeros_like(demand.unique_units).double() if wait_s is None else wait_s,
             sharers=remote.any(0).sum().clamp(min=1).double(),
         )
@@ -242,16 +245,23 @@ class _Holders:
             mine = self.remote & (way == which)
             return mine.sum(0), torch.where(mine, units, 0).sum(0)
 
-        routed = [sums(way_of(form.form)) for form in self.model.facts.forms]
+        routes = [sums(way_of(form.form)) for form in self.model.facts.forms]
         items, listed = sums(Way.FETCH)
+        routed = self.remote & (way != Way.FETCH)
         return Load(
-            routed_items=tuple(pair[0] for pair in routed),
-            routed_units=tuple(pair[1] for pair in routed),
+            routed_items=tuple(pair[0] for pair in routes),
+            routed_units=tuple(pair[1] for pair in routes),
             fetched_items=items,
             fetched_units=listed,
-            # Which units a subset shares is not known here; this bound never under-estimates.
-            fetched_unique=torch.minimum(self.demand.unique_units, listed),
+            fetched_unique=self._unique(torch.where(routed, self.private, 0.0).sum(0), listed),
         )
+
+    def _unique(self, routed_private: Tensor, fetched_listed: Tensor) -> Tensor:
+        """Different units of the fetched items, if the others have `routed_private` of their own.
+
+        Which units a subset shares is not known here; this bound never under-estimates.
+        """
+        return torch.minimum(self.demand.unique_units - routed_private, fetched_listed.double())
 
     def price(self, load: Load) -> Exchange:
         return self.model.exchange(load, wait_s=self.wait_s, sharers=self.sharers)
@@ -308,6 +318,8 @@ class _Holders:
             for form in self.model.facts.forms
         ]
         fetched_units = load.fetched_units + change * units
+        routed = self.remote & (way != Way.FETCH)
+        routed_private = torch.where(routed, self.private, 0.0).sum(0) - change * self.private
         changed = Load(
             routed_items=tuple(n + d for n, d in zip(load.routed_items, deltas, strict=True)),
             routed_units=tuple(
@@ -315,7 +327,7 @@ class _Holders:
             ),
             fetched_items=load.fetched_items + change,
             fetched_units=fetched_units,
-            fetched_unique=torch.minimum(self.demand.unique_units, fetched_units),
+            fetched_unique=self._unique(routed_private, fetched_units),
         )
         return self.price(changed).total
 

@@ -1,0 +1,1 @@
+"""Engines that embed qroam, one module each."""

@@ -1,0 +1,343 @@
+"""The demo: a codebase sharded over instances, decoded by their sub-agents, equal to one model.
+
+The parent starts the instances, computes the unsharded reference meanwhile, and compares.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing as mp
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ...partition.placement import Placement
+from ..adapters.hf import model_layout
+from ..config import RuntimeConfig
+from ..cost.predicate import Mode
+from .demo_instance import REPLAYED, Job, corpus_chunks, run_instance
+from .demo_model import (
+    CHUNK_TOKENS,
+    PROMPT_TOKENS,
+    Reference,
+    build_model,
+    load_corpus,
+    prompts,
+    run_reference,
+)
+from .sabotage import Sabotage
+
+MAX_LOGIT_ERROR = 1e-4
+MAX_SUBSTITUTED = 0.01
+_BLOCK_TOKENS = 64
+_PATIENCE_S = 600.0
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoConfig:
+    """Sizes of the demo. Raises: ValueError if one instance would have no chunk to prefill."""
+
+    corpus: Path | None = None
+    files: int = 16
+    bytes_per_file: int = 1024
+    instances: int = 4
+    agents: int = 2
+    decode_tokens: int = 32
+    layers: int = 3
+    seed: int = 0
+    mode: Mode = "auto"
+    sabotage: Sabotage | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("files", "bytes_per_file", "instances", "agents", "decode_tokens", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.sabotage and self.instances < 2:
+            raise ValueError("a sabotage needs an instance to sabotage: at least 2")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoReport:
+    """What was found; `ok` if every check passed."""
+
+    ok: bool
+    facts: dict[str, Any]
+
+    def to_json(self) -> str:
+        return json.dumps({"ok": self.ok, **self.facts}, indent=2)
+
+    def render(self) -> str:
+        return "\n".join(_lines(self.ok, self.facts))
+
+
+def run_demo(config: DemoConfig, report: Report) -> DemoReport:
+    """Run it all; takes about a minute on two cores."""
+    started = time.perf_counter()
+    documents = load_corpus(config.corpus, config.files, config.bytes_per_file)
+    tokens = sum(len(document) for document in documents.values())
+    blocks = sum(-(-len(document) // _BLOCK_TOKENS) for document in documents.values())
+    agents = config.instances * config.agents
+    asked = prompts(documents, agents)
+    max_tokens = tokens + PROMPT_TOKENS + config.decode_tokens
+    model = build_model(config.layers, config.seed, max_tokens)
+    private = -(-(PROMPT_TOKENS + config.decode_tokens) // _BLOCK_TOKENS)
+    run = CHUNK_TOKENS // _BLOCK_TOKENS
+    rounds = -(-blocks // (run * config.instances))
+    runtime = RuntimeConfig(
+        model=model_layout(model.config),
+        max_blocks=blocks,
+        block_tokens=_BLOCK_TOKENS,
+        corpus_slots=min(rounds * run, blocks),
+        private_blocks=config.agents * private,
+        request_blocks=private,
+        placement=Placement(policy="block-cyclic", run=run),
+        lease_entries=1024,
+        mode=config.mode,
+        seed=config.seed,
+    )
+    with tempfile.TemporaryDirectory(prefix="qroam-demo-") as folder:
+        reference_path = str(Path(folder) / "reference.safetensors")
+        jobs = [
+            Job(
+                rank=rank,
+                world_size=config.instances,
+                store=str(Path(folder) / "store"),
+                reference=reference_path,
+                runtime=runtime,
+                layers=config.layers,
+                seed=config.seed,
+                max_tokens=max_tokens,
+                documents=documents,
+                prompts=asked,
+                decode_tokens=config.decode_tokens,
+                sabotage=config.sabotage,
+            )
+            for rank in range(config.instances)
+        ]
+        with _instances(jobs) as instances:
+            chunks = [chunk.tokens for chunk in corpus_chunks(documents)]
+            reference = run_reference(model, chunks, asked, config.decode_tokens, report)
+            save_file(
+                {"keys": reference.ties.keys, "chosen": reference.ties.chosen}, reference_path
+            )
+            reference_s = time.perf_counter() - started
+            results, failures = _results(instances, report)
+    return _judged(
+        config, tokens, len(documents), reference, results, failures, reference_s, started
+    )
+
+
+@contextmanager
+def _instances(jobs: list[Job]) -> Iterator[list[tuple[BaseProcess, Connection]]]:
+    """The instance processes, ended when the block is left."""
+    context = mp.get_context("spawn")
+    started: list[tuple[BaseProcess, Connection]] = []
+    try:
+        for job in jobs:
+            ours, theirs = context.Pipe()
+            process: BaseProcess = context.Process(
+                target=run_instance, args=(job, theirs), daemon=True
+            )
+            process.start()
+            theirs.close()
+            started.append((process, ours))
+        yield started
+    finally:
+        for process, _ in started:
+            process.join(5.0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _results(
+    instances: list[tuple[BaseProcess, Connection]], report: Report
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Let the instances start, follow them, and return what they report, in rank order."""
+    pipes = {pipe: rank for rank, (_, pipe) in enumerate(instances)}
+    results: dict[int, dict[str, Any]] = {}
+    failures: dict[int, str] = {}
+    furthest: dict[str, int] = {}
+    while pipes:
+        ready = wait(list(pipes), timeout=_PATIENCE_S)
+        if not ready:
+            failures |= dict.fromkeys(pipes.values(), f"silent for {_PATIENCE_S:g} s")
+            break
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            rank = pipes[pipe]
+            try:
+                message = pipe.recv()
+            except EOFError:
+                failures[rank] = f"ended with exit code {instances[rank][0].exitcode}"
+                del pipes[pipe]
+                continue
+            match message:
+                case ("ready",):
+                    pipe.send("go")
+                case ("progress", phase, done, total):
+                    if done > furthest.get(phase, 0):
+                        furthest[phase] = done
+                        report(phase, done, total)
+                case ("done", result):
+                    results[rank] = result
+                    del pipes[pipe]
+                case ("failed", why):
+                    failures[rank] = why
+                    del pipes[pipe]
+    said = [f"instance {rank}: {why}" for rank, why in sorted(failures.items())]
+    return [results[rank] for rank in sorted(results)], said
+
+
+def _judged(
+    config: DemoConfig,
+    tokens: int,
+    files: int,
+    reference: Reference,
+    results: list[dict[str, Any]],
+    failures: list[str],
+    reference_s: float,
+    started: float,
+) -> DemoReport:
+    facts: dict[str, Any] = {
+        "corpus": {"files": files, "tokens": tokens},
+        "instances": config.instances,
+        "agents": config.instances * config.agents,
+        "layers": config.layers,
+        "mode": config.mode,
+        "sabotage": config.sabotage,
+        "failures": failures,
+        "seconds": {"reference": reference_s},
+    }
+    problems = [f"an instance failed: {failure}" for failure in failures]
+    if not failures:
+        equal, compared, error = _compared(reference, results)
+        rows = sum(result["rows"]["rows"] for result in results)
+        substituted = sum(result["rows"].get("substituted", 0) for result in results)
+        facts |= {
+            "tokens_equal": equal,
+            "tokens_compared": compared,
+            "max_logit_error": error,
+            "selection_rows": rows,
+            "near_ties_substituted": substituted,
+            "decisions": [result["decisions"] for result in results],
+            "bytes": _bytes(results),
+            "predicted_s": _predicted(config, results),
+            "memory": [
+                {name: result[name] for name in ("pool_bytes", "block_bytes", "peak_bytes")}
+                for result in results
+            ],
+        }
+        facts["seconds"] |= _slowest([result["phase_s"] for result in results])
+        facts["step_seconds"] = _slowest([result["step_phase_s"] for result in results])
+        if equal < compared:
+            problems.append(f"{compared - equal} of {compared} tokens differ")
+        if not error <= MAX_LOGIT_ERROR:
+            problems.append(f"a logit is off by {error:.2e}, allowed is {MAX_LOGIT_ERROR:g}")
+        if substituted > MAX_SUBSTITUTED * rows:
+            problems.append(f"{substituted} of {rows} selections differ in near-ties, over 1 %")
+    facts["seconds"]["all"] = time.perf_counter() - started
+    facts["problems"] = problems
+    return DemoReport(ok=not problems, facts=facts)
+
+
+def _compared(reference: Reference, results: list[dict[str, Any]]) -> tuple[int, int, float]:
+    """(equal tokens, compared tokens, largest logit error up to each agent's first difference)."""
+    equal, compared, worst = 0, 0, 0.0
+    for result in results:
+        for seat, agent in enumerate(result["agents"]):
+            same = torch.from_numpy(result["tokens"][seat]) == reference.tokens[agent]
+            alike = int(same.long().cumprod(0).sum())
+            error = (torch.from_numpy(result["logits"][seat]) - reference.logits[agent]).abs()
+            worst = max(worst, float(error[: alike + 1].nan_to_num(torch.inf).max()))
+            equal += int(same.sum())
+            compared += len(same)
+    return equal, compared, worst
+
+
+def _bytes(results: list[dict[str, Any]]) -> dict[str, int]:
+    """Bytes that the attention exchanges of the decode sent, all instances, by mode."""
+
+    def attention(counted: dict[str, int]) -> int:
+        return counted.get("attend", 0) + counted.get("attend-answer", 0)
+
+    modes = {"decoded": sum(attention(result["bytes"]) for result in results)}
+    for mode in REPLAYED:
+        modes[mode] = sum(attention(result["replays"][mode]["bytes"]) for result in results)
+    modes["selection"] = sum(
+        result["bytes"].get("select", 0) + result["bytes"].get("select-answer", 0)
+        for result in results
+    )
+    return modes
+
+
+def _predicted(config: DemoConfig, results: list[dict[str, Any]]) -> dict[str, float]:
+    return {
+        mode: max(result["replays"][mode]["predicted_s"] for result in results)
+        for mode in dict.fromkeys((config.mode, *REPLAYED))
+    }
+
+
+def _slowest(phases: list[dict[str, float]]) -> dict[str, float]:
+    return {phase: max(times.get(phase, 0.0) for times in phases) for phase in phases[0]}
+
+
+def _lines(ok: bool, facts: dict[str, Any]) -> Iterator[str]:
+    corpus = facts["corpus"]
+    yield (
+        f"corpus      {corpus['files']} files, {corpus['tokens']:,} byte tokens over "
+        f"{facts['instances']} instances; {facts['agents']} sub-agents"
+    )
+    yield (
+        f"model       DeepSeek-V3.2 architecture, {facts['layers']} layers, seeded weights: "
+        "its text is noise, its arithmetic is real"
+    )
+    if "tokens_equal" in facts:
+        yield (
+            f"tokens      {facts['tokens_equal']} of {facts['tokens_compared']} equal to "
+            f"transformers' unsharded eager decode; max logit error {facts['max_logit_error']:.1e}"
+        )
+        yield (
+            f"near-ties   {facts['near_ties_substituted']} of {facts['selection_rows']:,} selections "
+            "taken from the reference (k-th and next score closer than 1e-5)"
+        )
+        yield "decisions   (item, holder) pairs, rows: asking instance, columns: holder"
+        for rank, holders in enumerate(facts["decisions"]):
+            cells = [_ways(holders[holder]) for holder in sorted(holders)]
+            yield f"  from {rank}    " + " | ".join(cells)
+        yield "bytes       sent by the decode's attention steps, counted in the transport:"
+        for mode, count in facts["bytes"].items():
+            name = f"{facts['mode']} (as decoded)" if mode == "decoded" else mode
+            yield f"  {name:<20} {count:>12,}"
+        for mode, seconds in facts["predicted_s"].items():
+            yield f"  predicted {mode:<14} {seconds * 1e3:>10.1f} ms over all decode steps"
+        for rank, memory in enumerate(facts["memory"]):
+            yield (
+                f"memory {rank}    pool {memory['pool_bytes'] / 1e6:.1f} MB for "
+                f"{memory['block_bytes'] / 1e6:.1f} MB of blocks, leases included; "
+                f"peak {memory['peak_bytes'] / 1e6:.1f} MB beyond the loaded model"
+            )
+        steps = ", ".join(f"{name} {took:.1f}" for name, took in facts["step_seconds"].items())
+        yield f"in steps    seconds of the slowest instance: {steps}"
+    yield "seconds     " + ", ".join(
+        f"{name} {took:.1f}" for name, took in facts["seconds"].items()
+    )
+    for problem in facts["problems"]:
+        yield f"FAILED      {problem}"
+    yield "result      " + ("exact" if ok else "NOT exact")
+
+
+def _ways(counts: dict[str, int]) -> str:
+    names = {"local": "local", "route_a": "route", "route_b": "route B", "fetch": "fetch"}
+    return ", ".join(f"{names[way]} {count}" for way, count in counts.items() if count) or "none"

@@ -1,0 +1,235 @@
+"""One instance of the demo: a process, a rank, a model; its part of the prefill, its own sub-agents."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed import FileStore  # type: ignore[attr-defined]
+
+from ..adapters.hf import Batch, Chunk, HFEngine
+from ..config import RuntimeConfig
+from ..cost.predicate import Mode
+from ..errors import CoverageError, PeerError
+from ..requests import Request
+from ..runtime import Runtime
+from ..step import Selection
+from .demo_model import CHUNK_TOKENS, build_model
+from .memory import peak_bytes, reset_peak
+from .sabotage import Sabotage, SabotagedTransport
+
+REPLAYED: tuple[Mode, ...] = ("always-route", "always-fetch")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What an instance is given; equal on all but for `rank`."""
+
+    rank: int
+    world_size: int
+    store: str
+    reference: str
+    runtime: RuntimeConfig
+    layers: int
+    seed: int
+    max_tokens: int
+    documents: Mapping[str, Tensor]
+    prompts: Tensor
+    decode_tokens: int
+    sabotage: Sabotage | None
+
+
+class Recorded(NamedTuple):
+    """An attention step, to be replayed in other modes."""
+
+    layer: int
+    query: Tensor
+    selection: Selection
+    out: Tensor
+
+
+def run_instance(job: Job, pipe: Connection) -> None:
+    """Process entry: reports ("progress", phase, done, total), then ("done", result) or ("failed", why)."""
+    torch.set_num_threads(1)
+    try:
+        pipe.send(("done", _Instance(job, pipe).run()))
+    except (CoverageError, PeerError, RuntimeError, ValueError) as error:
+        pipe.send(("failed", f"{type(error).__name__}: {error}"))
+
+
+class _Instance:
+    def __init__(self, job: Job, pipe: Connection) -> None:
+        self.job = job
+        self.pipe = pipe
+        self.records: list[Recorded] = []
+        self.ties: dict[tuple[int, int], dict[int, Tensor]] = {}
+        self.sequence_of: dict[int, int] = {}
+        self.counts: Counter[str] = Counter()
+        self.mine = range(job.rank, len(job.prompts), job.world_size)
+
+    def run(self) -> dict[str, Any]:
+        job = self.job
+        model = build_model(job.layers, job.seed, job.max_tokens)
+        self.pipe.send(("ready",))
+        self.pipe.recv()  # the reference is written
+        self._load_ties()
+        dist.init_process_group(
+            "gloo",
+            store=FileStore(job.store, job.world_size),
+            rank=job.rank,
+            world_size=job.world_size,
+            timeout=timedelta(seconds=300),
+        )
+        group = dist.group.WORLD
+        assert group is not None
+        transport = SabotagedTransport(
+            group=group, deadline_s=job.runtime.deadline_s, sabotage=job.sabotage
+        )
+        before = reset_peak()
+        with Runtime.open(job.runtime, transport) as runtime:
+            engine = HFEngine(model, runtime, review=self._review)
+            phases = {"prefill": self._timed(self._prefill, engine)}
+            transport.armed = True
+            decode_from = runtime.stats()
+            phases["decode"] = self._timed(self._decode, engine)
+            stats = runtime.stats()
+            peak = peak_bytes() - before
+            replays = self._replay(runtime)
+            return {
+                "rank": job.rank,
+                "agents": list(self.mine),
+                "tokens": self.tokens.numpy(),  # not a tensor: its memory would end with this process
+                "logits": self.logits.numpy(),
+                "rows": dict(self.counts),
+                "decisions": stats["decisions"],
+                "bytes": _bytes_since(decode_from, stats),
+                "replays": replays,
+                "phase_s": phases,
+                "step_phase_s": stats["phase_s"],
+                "pool_bytes": stats["pool_bytes"],
+                "block_bytes": stats["block_bytes"],
+                "peak_bytes": peak,
+            }
+
+    def _timed(self, work: Callable[[HFEngine], None], engine: HFEngine) -> float:
+        start = time.perf_counter()
+        work(engine)
+        return time.perf_counter() - start
+
+    def _prefill(self, engine: HFEngine) -> None:
+        position = 0
+        for name, tokens in self.job.documents.items():
+            engine.runtime.add_document(name, tokens=len(tokens), position=position)
+            position += len(tokens)
+        chunks = corpus_chunks(self.job.documents)
+        total = len(chunks)
+        engine.prefill(chunks, lambda done: self.pipe.send(("progress", "prefill", done, total)))
+
+    def _decode(self, engine: HFEngine) -> None:
+        """Greedy, all of this instance's sub-agents as one batch; every attention step is recorded."""
+        job, runtime = self.job, engine.runtime
+        requests = [runtime.request(list(job.documents)) for _ in self.mine]
+        self.sequence_of = {id(r): agent for r, agent in zip(requests, self.mine, strict=True)}
+        engine.observe = self._record
+        cache = engine.cache()
+        current = job.prompts[list(self.mine)]
+        tokens, logits = [], []
+        for step in range(job.decode_tokens):
+            out = engine.forward(current, requests, cache)
+            assert out is not None
+            current = out.argmax(-1, keepdim=True)
+            tokens.append(current[:, 0])
+            logits.append(out)
+            self.pipe.send(("progress", "decode", step + 1, job.decode_tokens))
+        self.tokens, self.logits = torch.stack(tokens, 1), torch.stack(logits, 1)
+        self._check_cache(engine, cache, requests)
+
+    def _check_cache(self, engine: HFEngine, cache: Any, requests: list[Request]) -> None:
+        private = self.job.prompts.shape[1] + self.job.decode_tokens - 1
+        for layer in range(engine.num_layers):
+            if cache.private_tokens(layer) != private or {r.length for r in requests} != {private}:
+                raise ValueError(
+                    f"the cache of layer {layer} holds {cache.private_tokens(layer)} tokens a request, "
+                    f"{private} are private"
+                )
+
+    def _record(self, layer: int, query: Tensor, selection: Selection, out: Tensor) -> None:
+        self.records.append(Recorded(layer, query, selection, out))
+
+    def _replay(self, runtime: Runtime) -> dict[str, Any]:
+        """The recorded steps again in every fixed mode: bytes as counted, times as predicted."""
+        results: dict[str, Any] = {}
+        for mode in (self.job.runtime.mode, *REPLAYED):
+            runtime.drop_leases()
+            before = runtime.stats()
+            worst, predicted_s = 0.0, 0.0
+            for layer, query, selection, out in self.records:
+                again = runtime.attend(layer, query, selection, mode=mode)
+                worst = max(worst, float((again - out).abs().max()) if len(out) else 0.0)
+                predicted_s += runtime.predicted_s()
+            results[mode] = {
+                "bytes": _bytes_since(before, runtime.stats()),
+                "predicted_s": predicted_s,
+                "max_difference": worst,
+            }
+        return results
+
+    # Near-ties: where the reference's k-th and (k+1)-th scores are too close to call, its choice wins.
+
+    def _load_ties(self) -> None:
+        saved = load_file(self.job.reference)
+        for (sequence, layer, position), chosen in zip(
+            saved["keys"].tolist(), saved["chosen"], strict=True
+        ):
+            self.ties.setdefault((sequence, layer), {})[position] = chosen
+
+    def _review(self, layer: int, batch: Batch, selection: Selection) -> Selection:
+        ids = selection.ids.clone()
+        length = batch.ids.shape[1]
+        for b, request in enumerate(batch.requests):
+            sequence = self.sequence_of.get(id(request), -1)
+            rows = self.ties.get((sequence, layer), {})
+            self.counts["rows"] += length
+            for s, position in enumerate(batch.positions[b].tolist()):
+                if position in rows:
+                    chosen = self._entry_ids(request, rows[position])
+                    if not torch.equal(chosen.sort().values, ids[b * length + s].sort().values):
+                        ids[b * length + s] = chosen
+                        self.counts["substituted"] += 1
+        return selection._replace(ids=ids)
+
+    def _entry_ids(self, request: Request, positions: Tensor) -> Tensor:
+        """Entry ids of the positions of the reference's one long sequence, ascending."""
+        documents = [*request.documents, *([request.into] if request.into else [])]
+        ids = positions - (request.position - request.length) + request.tail_start
+        for document in documents:
+            inside = (positions >= document.position) & (
+                positions < document.position + document.tokens
+            )
+            ids = torch.where(inside, positions - document.position + document.start, ids)
+        return ids.sort().values.to(torch.int32)
+
+
+def corpus_chunks(documents: Mapping[str, Tensor]) -> list[Chunk]:
+    """The corpus as one causal sequence: a chunk sees all documents before its own."""
+    names = list(documents)
+    return [
+        Chunk(name, c * CHUNK_TOKENS, tokens, tuple(names[:d]))
+        for d, name in enumerate(names)
+        for c, tokens in enumerate(documents[name].split(CHUNK_TOKENS))
+    ]
+
+
+def _bytes_since(before: dict[str, Any], after: dict[str, Any]) -> dict[str, int]:
+    counted = Counter(after["bytes_sent"])
+    counted.subtract(before["bytes_sent"])
+    return {kind: count for kind, count in counted.items() if count}

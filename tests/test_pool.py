@@ -1,0 +1,319 @@
+"""The pool: bitwise round trips, append-only writes, generations, and leases against a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qroam.partition.codec import CODEC_NAMES, Codec, make_codec
+from qroam.partition.pool import BlockStore, Leases
+
+B = 8
+DIMS = {"fp64": (6, 0), "fp32": (5, 0), "bf16": (7, 0), "fp8_v32": (144, 16), "fp8_index": (32, 0)}
+
+
+def codec_of(name: str) -> Codec:
+    dim, rope_dim = DIMS[name]
+    return make_codec(name, dim=dim, rope_dim=rope_dim)
+
+
+def store_of(
+    *codecs: Codec | None, slots: int = 4, keys: int = 8, lease_entries: int = 0
+) -> BlockStore:
+    return BlockStore(
+        codecs, num_slots=slots, num_keys=keys, block_tokens=B, lease_entries=lease_entries
+    )
+
+
+def rows_for(codec: Codec, count: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return codec.encode(torch.randn(count, codec.dim, generator=generator, dtype=torch.float64))
+
+
+def ids(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def state(store: BlockStore, layer: int) -> tuple[list[int], bytes]:
+    everything = store.rows(layer, torch.arange(store.first_lease))
+    return store.fill[layer].tolist(), everything.numpy().tobytes()
+
+
+@pytest.mark.parametrize("name", CODEC_NAMES)
+def test_rows_come_back_bitwise_from_any_slot(name: str) -> None:
+    codec = codec_of(name)
+    store = store_of(None, codec)
+    store.assign(torch.tensor([5, 2, 0]), torch.tensor([0, 3, 1]))
+    written = torch.cat([torch.arange(5 * B, 6 * B), torch.arange(2 * B, 2 * B + 3), ids(0)])
+    rows = rows_for(codec, len(written))
+    store.write(1, written.to(torch.int32), rows)
+
+    index, valid = store.resolve(1, written.to(torch.int32))
+    assert bool(valid.all())
+    assert index[[0, B, B + 3]].tolist() == [0, 3 * B, 1 * B]
+    assert torch.equal(store.rows(1, index), rows)
+    shuffled = torch.randperm(len(written), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(store.rows(1, index[shuffled]), rows[shuffled])
+    again = store.read(1, index[None], torch.float64)
+    assert torch.equal(again[0], codec.decode(rows, torch.float64))
+    assert torch.equal(store.identify(index)[0], written.long())
+
+
+def test_two_planes_lie_plane_by_plane() -> None:
+    codec = codec_of("fp8_index")
+    store = store_of(codec, slots=2)
+    store.assign(torch.tensor([1]), torch.tensor([1]))
+    rows = rows_for(codec, B)
+    store.write(0, torch.arange(B, 2 * B, dtype=torch.int32), rows)
+    block = store._storage[0].view(2, -1)[1]
+    values, scales = rows.split((32, 4), dim=1)
+    assert torch.equal(block, torch.cat((values.reshape(-1), scales.reshape(-1))))
+
+
+@given(data=st.data())
+def test_appending_in_any_interleaving_gives_the_blocks(data: st.DataObject) -> None:
+    codec = codec_of("fp32")
+    store = store_of(codec)
+    store.assign(torch.tensor([3, 6]), torch.tensor([2, 0]))
+    whole = {key: rows_for(codec, B, seed=key) for key in (3, 6)}
+    fill = {3: 0, 6: 0}
+    while data.draw(st.booleans()) and min(fill.values()) < B:
+        at: list[int] = []
+        for key in (3, 6):
+            end = data.draw(st.integers(fill[key], B))
+            at += range(key * B + fill[key], key * B + end)
+            fill[key] = end
+        at = data.draw(st.permutations(at))
+        rows = [whole[i // B][i % B] for i in at]
+        store.write(0, ids(*at), torch.stack(rows) if rows else rows_for(codec, 0))
+    for key in (3, 6):
+        index, valid = store.resolve(0, torch.arange(key * B, (key + 1) * B))
+        assert valid.tolist() == [offset < fill[key] for offset in range(B)]
+        assert torch.equal(store.rows(0, index[valid]), whole[key][: fill[key]])
+
+
+BAD_WRITES: dict[str, tuple[str, list[int]]] = {
+    "gap": ("in order", [2 * B + 4]),
+    "gap-within": ("in order", [2 * B + 3, 2 * B + 5]),
+    "overwrite": ("in order", [2 * B + 2]),
+    "overwrite-and-append": ("in order", [2 * B + 2, 2 * B + 3]),
+    "twice": ("in order", [2 * B + 3, 2 * B + 3]),
+    "good-then-foreign-block": ("not held", [2 * B + 3, 4 * B]),
+    "negative": ("not held", [-1]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_WRITES)
+def test_a_bad_write_changes_nothing(case: str) -> None:
+    message, bad = BAD_WRITES[case]
+    codec = codec_of("fp32")
+    store = store_of(codec)
+    store.assign(torch.tensor([2]), torch.tensor([1]))
+    store.write(0, ids(*range(2 * B, 2 * B + 3)), rows_for(codec, 3))
+    before = state(store, 0)
+    with pytest.raises(ValueError, match=message):
+        store.write(0, ids(*bad), rows_for(codec, len(bad), seed=9))
+    assert state(store, 0) == before
+    store.write(0, ids(2 * B + 3), rows_for(codec, 1))
+
+
+@pytest.mark.parametrize("rows", ["short", "narrow", "float"])
+def test_rows_of_another_shape_or_dtype_are_refused(rows: str) -> None:
+    codec = codec_of("fp32")
+    store = store_of(codec, None)
+    store.assign(torch.tensor([2]), torch.tensor([1]))
+    good = rows_for(codec, 2)
+    bad = {"short": good[:1], "narrow": good[:, 1:], "float": good.float()}[rows]
+    before = state(store, 0)
+    with pytest.raises(ValueError, match=r"rows must be uint8 \(2, 20\)"):
+        store.write(0, ids(2 * B, 2 * B + 1), bad)
+    with pytest.raises(ValueError, match="stores nothing"):
+        store.write(1, ids(2 * B), good[:1])
+    assert state(store, 0) == before
+
+
+def test_a_released_block_is_gone_and_its_slot_has_another_generation() -> None:
+    codec = codec_of("fp32")
+    store = store_of(codec)
+    store.assign(torch.tensor([2]), torch.tensor([1]))
+    store.write(0, ids(2 * B), rows_for(codec, 1))
+    index, _ = store.resolve(0, ids(2 * B))
+    _, old = store.identify(index)
+    store.release(torch.tensor([2]))
+    assert not bool(store.resolve(0, ids(2 * B))[1].any())
+    assert not bool(store.holds(ids(2 * B)).any())
+
+    store.assign(torch.tensor([5]), torch.tensor([1]))
+    assert not bool(store.resolve(0, ids(2 * B, 5 * B))[1].any())  # nothing was written yet
+    store.write(0, ids(5 * B), rows_for(codec, 1, seed=1))
+    assert store.resolve(0, ids(2 * B, 5 * B))[1].tolist() == [False, True]
+    identity, new = store.identify(index)
+    assert identity.tolist() == [5 * B]
+    assert int(new) == int(old) + 1
+
+
+def test_ids_outside_the_table_are_absent() -> None:
+    store = store_of(codec_of("fp32"))
+    store.assign(torch.tensor([0, 7]), torch.tensor([0, 3]))
+    foreign = torch.tensor([[-1, -(2**31), 8 * B], [2**31 - 1, 3 * B, 7 * B]], dtype=torch.int32)
+    assert not bool(store.resolve(0, foreign)[1].any())
+
+
+def test_a_slot_in_use_is_not_given_away() -> None:
+    store = store_of(codec_of("fp32"))
+    store.assign(torch.tensor([0]), torch.tensor([2]))
+    with pytest.raises(AssertionError):
+        store.assign(torch.tensor([1]), torch.tensor([2]))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"slots": 0}, "slots must be >= 1"),
+        ({"keys": 2**31 // B}, r"below 2\*\*31"),
+    ],
+    ids=["no-slot", "ids-beyond-int32"],
+)
+def test_absurd_sizes_are_refused(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        store_of(codec_of("fp32"), **sizes)
+    with pytest.raises(ValueError, match="several planes"):
+        store_of(codec_of("fp8_index"), lease_entries=1)
+
+
+@pytest.mark.parametrize("name", CODEC_NAMES)
+def test_a_full_pool_is_its_blocks_encoded_bytes(name: str) -> None:
+    codec = codec_of(name)
+    slots = 64
+    store = store_of(codec, codec, None, slots=slots, keys=slots)
+    encoded = 2 * slots * len(rows_for(codec, B).flatten())
+    assert encoded <= store.num_bytes <= 1.05 * encoded
+
+
+class LeaseModel:
+    """Leases as a plain list of (id, generation, last use), the stalest and lowest given up first."""
+
+    def __init__(self, capacity: int) -> None:
+        self.slots: list[tuple[int, int, int, bytes] | None] = [None] * capacity
+        self.tick = 0
+
+    def at(self, id: int, generation: int) -> int | None:
+        for slot, lease in enumerate(self.slots):
+            if lease is not None and lease[:2] == (id, generation):
+                return slot
+        return None
+
+    def touch(self, slots: Sequence[int]) -> None:
+        self.tick += 1
+        for slot in slots:
+            lease = self.slots[slot]
+            assert lease is not None
+            self.slots[slot] = (*lease[:2], self.tick, lease[3])
+
+    def admit(self, leases: Sequence[tuple[int, int, bytes]]) -> None:
+        kept = leases[: len(self.slots)]
+        new = {id for id, _, _ in kept}
+        self.slots = [None if lease and lease[0] in new else lease for lease in self.slots]
+        order = sorted(range(len(self.slots)), key=lambda slot: (self.used(slot), slot))
+        for slot, (id, generation, row) in zip(order, kept, strict=False):
+            self.slots[slot] = (id, generation, 0, row)
+        if kept:
+            self.touch(order[: len(kept)])
+
+    def used(self, slot: int) -> int:
+        lease = self.slots[slot]
+        return -1 if lease is None else lease[2]
+
+
+CAPACITY = 5
+lease_ops = st.lists(
+    st.one_of(
+        st.tuples(st.just("touch"), st.lists(st.integers(0, 11), unique=True, max_size=4)),
+        st.tuples(st.just("admit"), st.lists(st.integers(0, 11), unique=True, max_size=7)),
+        st.tuples(st.just("raise"), st.lists(st.integers(0, 11), unique=True, max_size=2)),
+    ),
+    max_size=12,
+)
+
+
+@given(ops=lease_ops)
+@settings(max_examples=200)
+def test_leases_are_least_recently_used_as_a_plain_model(
+    ops: list[tuple[str, list[int]]],
+) -> None:
+    codec = codec_of("fp32")
+    store = store_of(codec, slots=2, lease_entries=CAPACITY)
+    leases, model = store.leases(0), LeaseModel(CAPACITY)
+    generation = dict.fromkeys(range(12), 0)
+    everyone = torch.arange(12)
+
+    def current() -> Tensor:
+        return torch.tensor([generation[id] for id in range(12)], dtype=torch.int32)
+
+    for serial, (op, chosen) in enumerate(ops):
+        match op:
+            case "raise":
+                for id in chosen:
+                    generation[id] += 1
+            case "touch":
+                index, found = leases.find(torch.tensor(chosen), current()[chosen])
+                leases.touch(index[found])
+                model.touch((index[found] - store.first_lease).tolist())
+            case _:
+                _, found = leases.find(torch.tensor(chosen), current()[chosen])
+                new = [id for id, have in zip(chosen, found.tolist(), strict=True) if not have]
+                rows = rows_for(codec, len(new), seed=serial)
+                leases.admit(torch.tensor(new, dtype=torch.int32), current()[new], rows)
+                raw = [row.numpy().tobytes() for row in rows]
+                model.admit([(id, generation[id], r) for id, r in zip(new, raw, strict=True)])
+        index, found = leases.find(everyone, current())
+        for id in range(12):
+            slot = model.at(id, generation[id])
+            assert bool(found[id]) == (slot is not None)
+            if slot is not None:
+                lease = model.slots[slot]
+                assert lease is not None
+                row = store.rows(0, index[id : id + 1])
+                assert row.numpy().tobytes() == lease[3]
+
+
+def test_a_lease_of_another_generation_is_not_found_and_is_replaced() -> None:
+    store = store_of(codec_of("fp32"), slots=1, lease_entries=4)
+    leases = store.leases(0)
+    rows = rows_for(codec_of("fp32"), 2)
+    leases.admit(ids(3), ids(0), rows[:1])
+    assert leases.find(ids(3), ids(0))[1].tolist() == [True]
+    assert leases.find(ids(3), ids(1))[1].tolist() == [False]
+    leases.admit(ids(3), ids(1), rows[1:])
+    index, found = leases.find(ids(3), ids(1))
+    assert found.tolist() == [True]
+    assert torch.equal(store.rows(0, index), rows[1:])
+    assert leases.find(ids(3), ids(0))[1].tolist() == [False]
+
+
+def test_admitting_more_than_fits_keeps_the_first_and_counts_evictions() -> None:
+    store = store_of(codec_of("fp32"), slots=1, lease_entries=3)
+    leases = store.leases(0)
+    before = store.num_bytes
+    rows = rows_for(codec_of("fp32"), 5)
+    assert leases.admit(torch.arange(5), torch.zeros(5), rows) == 0
+    assert leases.find(torch.arange(5), torch.zeros(5))[1].tolist() == [True] * 3 + [False] * 2
+    assert leases.admit(ids(9), ids(0), rows[:1]) == 1
+    assert leases.admit(torch.arange(20, 25), torch.zeros(5), rows) == 3
+    assert store.num_bytes == before
+
+
+def test_without_lease_entries_nothing_is_kept() -> None:
+    leases: Leases = store_of(codec_of("fp32")).leases(0)
+    assert leases.admit(ids(1), ids(0), rows_for(codec_of("fp32"), 1)) == 0
+    assert not bool(leases.find(ids(1, -1), ids(0, 0))[1].any())
+
+
+def test_padding_is_never_leased() -> None:
+    leases = store_of(codec_of("fp32"), lease_entries=2).leases(0)
+    assert not bool(leases.find(ids(-1, -1), ids(0, 0))[1].any())
