@@ -27,8 +27,11 @@ class Partial(NamedTuple):
     item: Tensor
 
 
-def attend_local(world: World, layer: int, rows: Tensor, wanted: Wanted) -> Partial:
-    """Partials of all items, rows (N, h, K), over their units in this rank's pool and leases."""
+def attend_local(world: World, layer: int, rows: Tensor, wanted: Wanted) -> tuple[Partial, Tensor]:
+    """Partials of all items, rows (N, h, K), over their units in this rank's pool and leases.
+
+    Also returns how many entries of each item (N,) should be here and were never written.
+    """
     here = (wanted.holder == world.rank)[..., None] & wanted.visible
     ids = torch.where(here, wanted.entries, -1).flatten(1)
     index, valid = world.entries.resolve(layer, ids)
@@ -39,7 +42,10 @@ def attend_local(world: World, layer: int, rows: Tensor, wanted: Wanted) -> Part
         world.leases[layer].touch(lease[leased])
         world.stats.leases["hit"] += int(leased.sum())
     out, lse = attend_entries(world, layer, rows, index, valid, pool_reader(world, layer))
-    return Partial(out, lse, torch.arange(len(rows)))
+    # Of the corpus the plan knows which entries exist; a request has all its tokens up to itself.
+    private = wanted.entries // world.config.block_tokens >= len(world.directory.owners)
+    lacking = ((wanted.exists | private) & here).flatten(1) & ~valid
+    return Partial(out, lse, torch.arange(len(rows))), lacking.sum(1)
 
 
 def attend_fetched(

@@ -5,7 +5,7 @@ Letters: N items, W ranks, P routed pairs in holder order, F fetched units, U to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
@@ -48,31 +48,38 @@ def exchange(
     answer: Answer,
     own_work: Callable[[], T],
 ) -> tuple[T, list[Message | None]]:
-    """Ask everyone, do own work, answer everyone; returns the work's result and everyone's answers.
+    """Ask everyone, answer everyone, do own work; returns the work's result and everyone's answers.
 
-    Everything is sent before the own work and nothing is awaited before it, so the two overlap.
-    Writes of all peers are taken before anyone is answered.
+    The own work comes last, so that it overlaps with the others' answers and reads what peers wrote
+    for this rank; all writes are taken before anyone is answered.
     """
     transport, stats = world.transport, world.stats
-    world.epoch += 1
-    with stats.phase("send"):
-        transport.post(header, columns + world.take_pushes(header.layer))
-    with stats.phase("attend own"):
-        own = own_work()
-    with stats.phase("wait"):
-        visitors = transport.collect(header)
+    visitors = settle(world, header, columns)
     with stats.phase("answer"):
-        for rank, visitor in enumerate(visitors):
-            if visitor is not None:
-                _blaming(world, rank, take_pushes, visitor)
         answers = [
             {} if visitor is None else _blaming(world, rank, answer, visitor)
             for rank, visitor in enumerate(visitors)
         ]
         reply = replace(header, kind=f"{header.kind}-answer")
         transport.post_shares(reply, answers)
+    with stats.phase("attend own"):
+        own = own_work()
     with stats.phase("wait"):
         return own, transport.collect(reply)
+
+
+def settle(world: World, header: Header, columns: Sequence[Column] = ()) -> list[Message | None]:
+    """Ask everyone, and take the writes of all peers; returns what they ask."""
+    world.epoch += 1
+    with world.stats.phase("send"):
+        world.transport.post(header, [*columns, *world.take_pushes(header.layer)])
+    with world.stats.phase("wait"):
+        visitors = world.transport.collect(header)
+    with world.stats.phase("answer"):
+        for rank, visitor in enumerate(visitors):
+            if visitor is not None:
+                _blaming(world, rank, take_pushes, visitor)
+    return visitors
 
 
 def agree(world: World) -> None:
@@ -148,6 +155,12 @@ def candidates(
         assert ids is not None
         found.append((score.view(queries, -1), ids.view(queries, -1)))
     return torch.cat([f[0] for f in found], dim=1), torch.cat([f[1] for f in found], dim=1)
+
+
+def local_complaints(world: World, lacking: Tensor) -> list[Complaint]:
+    """A complaint for each item (N,) whose own rank lacked entries."""
+    items = lacking.nonzero()[:, 0].tolist()
+    return [Complaint(at, world.rank, f"lacked {int(lacking[at])} entries") for at in items]
 
 
 def routed_answers(

@@ -50,8 +50,12 @@ class Runtime:
         """
         world = World(config, transport or connect(config.deadline_s))
         runtime = cls(world, owns_transport=transport is None)
-        with runtime._in_step():
-            agree(world)
+        try:
+            with runtime._in_step():
+                agree(world)
+        except BaseException:
+            runtime.close()
+            raise
         return runtime
 
     def __enter__(self) -> Runtime:

@@ -30,8 +30,10 @@ from .exchange import (
     coverage_error,
     exchange,
     fetched_answers,
+    local_complaints,
     route_columns,
     routed_answers,
+    settle,
 )
 from .holder import answer_attend, answer_select, best_units
 from .requests import Scope, units_visible
@@ -64,11 +66,12 @@ def select_step(
             world, layer, query, weights, scope.runs, top_k=top_k, unit_tokens=unit_tokens
         )
 
+    header = world.header("select", layer=layer, unit_tokens=unit_tokens, top_k=top_k)
     if world.config.index_placement == "replicated":
+        settle(world, header)
         _, best = merge_topk(*own_units(), top_k)
         return Selection(best, unit_tokens, scope)
 
-    header = world.header("select", layer=layer, unit_tokens=unit_tokens, top_k=top_k)
     columns = [
         broadcast("index.query", query, world),
         broadcast("index.weights", weights, world),
@@ -127,7 +130,7 @@ def attend_step(
     for form, lists in routes.items():
         payload = (absorbed if form == "A" else rows).to(config.dtype)
         columns += route_columns(form, lists, payload, hidden, unit_tokens)
-    own, answers = exchange(
+    (own, lacking), answers = exchange(
         world,
         world.header("attend", layer=layer, unit_tokens=unit_tokens),
         columns,
@@ -135,6 +138,7 @@ def attend_step(
         lambda: attend_local(world, layer, absorbed, wanted),
     )
     fetched, complaints = fetched_answers(world, layer, wanted, fetch, answers)
+    complaints += local_complaints(world, lacking)
     parts = {"A": [own]}
     if len(fetched.rows):
         with stats.phase("attend fetched"):

@@ -52,7 +52,7 @@ def cases(draw: st.DrawFn, worlds: tuple[int, ...]) -> Case:
         block_tokens=block_tokens,
         documents=documents,
         prefilled=draw(st.integers(0, len(documents))),
-        chunk=draw(st.integers(7, 20)),
+        chunk=draw(st.integers(11, 30)),
         policy=draw(st.sampled_from(POLICIES)),
         run=draw(st.integers(1, 3)),
         copies=draw(st.integers(1, min(world, 3))),
@@ -111,7 +111,7 @@ def test_thousands_of_queries_beside_idle_ranks(facts: dict[str, Any]) -> None:
 
 
 @given(case=cases(worlds=(1, 3, 4)), stranger=st.integers(0, 3))
-@settings(EVERYWHERE, max_examples=30)
+@settings(EVERYWHERE, max_examples=20)
 def test_unattached_document_changes_nothing(case: Case, stranger: int) -> None:
     documents = (9, *case.documents)
     loaded = len(documents) - case.prefilled  # a document being prefilled is attended

@@ -103,6 +103,7 @@ def run_demo(config: DemoConfig, report: Report) -> DemoReport:
         request_blocks=private,
         placement=Placement(policy="block-cyclic", run=run),
         lease_entries=1024,
+        workspace_bytes=4 << 20,
         mode=config.mode,
         seed=config.seed,
     )
@@ -223,8 +224,8 @@ def _judged(
     problems = [f"an instance failed: {failure}" for failure in failures]
     if not failures:
         equal, compared, error = _compared(reference, results)
-        rows = sum(result["rows"]["rows"] for result in results)
-        substituted = sum(result["rows"].get("substituted", 0) for result in results)
+        rows = sum(result["rows"] for result in results)
+        substituted = sum(result["substituted"] for result in results)
         facts |= {
             "tokens_equal": equal,
             "tokens_compared": compared,

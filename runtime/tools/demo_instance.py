@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from ..adapters.hf import Batch, Chunk, HFEngine
+from ..adapters.hf import Chunk, HFEngine
 from ..config import RuntimeConfig
 from ..cost.predicate import Mode
 from ..errors import CoverageError, PeerError
@@ -25,6 +25,7 @@ from ..runtime import Runtime
 from ..step import Selection
 from .demo_model import CHUNK_TOKENS, build_model
 from .memory import peak_bytes, reset_peak
+from .near_ties import NearTies, TieReview
 from .sabotage import Sabotage, SabotagedTransport
 
 REPLAYED: tuple[Mode, ...] = ("always-route", "always-fetch")
@@ -71,9 +72,7 @@ class _Instance:
         self.job = job
         self.pipe = pipe
         self.records: list[Recorded] = []
-        self.ties: dict[tuple[int, int], dict[int, Tensor]] = {}
         self.sequence_of: dict[int, int] = {}
-        self.counts: Counter[str] = Counter()
         self.mine = range(job.rank, len(job.prompts), job.world_size)
 
     def run(self) -> dict[str, Any]:
@@ -81,7 +80,7 @@ class _Instance:
         model = build_model(job.layers, job.seed, job.max_tokens)
         self.pipe.send(("ready",))
         self.pipe.recv()  # the reference is written
-        self._load_ties()
+        review = TieReview(NearTies(**load_file(job.reference)), self.sequence_of)
         dist.init_process_group(
             "gloo",
             store=FileStore(job.store, job.world_size),
@@ -96,7 +95,7 @@ class _Instance:
         )
         before = reset_peak()
         with Runtime.open(job.runtime, transport) as runtime:
-            engine = HFEngine(model, runtime, review=self._review)
+            engine = HFEngine(model, runtime, review=review)
             phases = {"prefill": self._timed(self._prefill, engine)}
             transport.armed = True
             decode_from = runtime.stats()
@@ -109,7 +108,8 @@ class _Instance:
                 "agents": list(self.mine),
                 "tokens": self.tokens.numpy(),  # not a tensor: its memory would end with this process
                 "logits": self.logits.numpy(),
-                "rows": dict(self.counts),
+                "rows": review.rows,
+                "substituted": review.substituted,
                 "decisions": stats["decisions"],
                 "bytes": _bytes_since(decode_from, stats),
                 "replays": replays,
@@ -138,7 +138,9 @@ class _Instance:
         """Greedy, all of this instance's sub-agents as one batch; every attention step is recorded."""
         job, runtime = self.job, engine.runtime
         requests = [runtime.request(list(job.documents)) for _ in self.mine]
-        self.sequence_of = {id(r): agent for r, agent in zip(requests, self.mine, strict=True)}
+        self.sequence_of.update(
+            {id(request): agent for request, agent in zip(requests, self.mine, strict=True)}
+        )
         engine.observe = self._record
         cache = engine.cache()
         current = job.prompts[list(self.mine)]
@@ -182,41 +184,6 @@ class _Instance:
                 "max_difference": worst,
             }
         return results
-
-    # Near-ties: where the reference's k-th and (k+1)-th scores are too close to call, its choice wins.
-
-    def _load_ties(self) -> None:
-        saved = load_file(self.job.reference)
-        for (sequence, layer, position), chosen in zip(
-            saved["keys"].tolist(), saved["chosen"], strict=True
-        ):
-            self.ties.setdefault((sequence, layer), {})[position] = chosen
-
-    def _review(self, layer: int, batch: Batch, selection: Selection) -> Selection:
-        ids = selection.ids.clone()
-        length = batch.ids.shape[1]
-        for b, request in enumerate(batch.requests):
-            sequence = self.sequence_of.get(id(request), -1)
-            rows = self.ties.get((sequence, layer), {})
-            self.counts["rows"] += length
-            for s, position in enumerate(batch.positions[b].tolist()):
-                if position in rows:
-                    chosen = self._entry_ids(request, rows[position])
-                    if not torch.equal(chosen.sort().values, ids[b * length + s].sort().values):
-                        ids[b * length + s] = chosen
-                        self.counts["substituted"] += 1
-        return selection._replace(ids=ids)
-
-    def _entry_ids(self, request: Request, positions: Tensor) -> Tensor:
-        """Entry ids of the positions of the reference's one long sequence, ascending."""
-        documents = [*request.documents, *([request.into] if request.into else [])]
-        ids = positions - (request.position - request.length) + request.tail_start
-        for document in documents:
-            inside = (positions >= document.position) & (
-                positions < document.position + document.tokens
-            )
-            ids = torch.where(inside, positions - document.position + document.start, ids)
-        return ids.sort().values.to(torch.int32)
 
 
 def corpus_chunks(documents: Mapping[str, Tensor]) -> list[Chunk]:

@@ -2,29 +2,26 @@
 
 A small DeepSeek-V3.2-architecture model with seeded weights: its text is noise, its arithmetic is
 real. The reference is transformers' own eager decode of that model over the whole corpus in one
-process. It also notes every row whose k-th and (k+1)-th index scores are closer than `NEAR_TIE`:
-there either choice is right, and which one wins depends on the order of a floating-point sum.
+process.
 """
 
 from __future__ import annotations
 
 import copy
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-NEAR_TIE = 1e-5
+from .near_ties import NearTies, TopkRecorder, recording
+
 PROMPT_TOKENS = 24
 CHUNK_TOKENS = 256
-_CORPUS = -1
 
 
 def build_model(layers: int, seed: int, max_tokens: int) -> PreTrainedModel:
@@ -116,14 +113,6 @@ def prompts(documents: dict[str, Tensor], agents: int) -> Tensor:
     return torch.tensor([list(text.encode()[:PROMPT_TOKENS]) for text in texts])
 
 
-class NearTies(NamedTuple):
-    """Rows whose selection is arbitrary: keys (n, 3) int64 (sequence, layer, position), and the
-    positions that the reference chose (n, K) int32. Sequence -1 is the corpus, others agents."""
-
-    keys: Tensor
-    chosen: Tensor
-
-
 class Reference(NamedTuple):
     """Greedy tokens (A, steps) int64 and logits (A, steps, V) of the unsharded model."""
 
@@ -131,37 +120,6 @@ class Reference(NamedTuple):
     logits: Tensor
     ties: NearTies
     rows: int
-
-
-class _TopkRecorder(TorchFunctionMode):
-    """Within an indexer's forward: looks at the scores that go into `topk`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sequence, self.layer, self.position, self.rows = _CORPUS, 0, 0, 0
-        self.keys: list[Tensor] = []
-        self.chosen: list[Tensor] = []
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch.Tensor.topk:
-            self._note(args[0], int(args[1]), result.indices)
-        return result
-
-    def _note(self, scores: Tensor, k: int, chosen: Tensor) -> None:
-        queries, entries = scores.shape[1:]
-        self.rows += queries
-        if entries <= k:
-            return
-        top = scores[0].topk(k + 1, dim=-1).values
-        near = (top[:, k - 1] - top[:, k] < NEAR_TIE) & (top[:, k] > torch.finfo(top.dtype).min / 2)
-        at = near.nonzero()[:, 0]
-        key = torch.tensor([self.sequence, self.layer, 0]).repeat(len(at), 1)
-        key[:, 2] = self.position + at
-        self.keys.append(key)
-        self.chosen.append(chosen[0, at].to(torch.int32))
 
 
 def run_reference(
@@ -172,8 +130,8 @@ def run_reference(
     report: Callable[[str, int, int], None],
 ) -> Reference:
     """Prefill the chunks in order, then let each agent decode `steps` tokens greedily, unsharded."""
-    recorder = _TopkRecorder()
-    with _recording(model, recorder), torch.no_grad():
+    recorder = TopkRecorder()
+    with recording(model, recorder), torch.no_grad():
         corpus = DynamicCache(config=model.config)
         for c, tokens in enumerate(chunks):
             model.model(input_ids=tokens[None], past_key_values=corpus, use_cache=True)
@@ -187,16 +145,12 @@ def run_reference(
             tokens_of.append(tokens)
             logits_of.append(logits)
             report("reference decode", agent + 1, len(agent_prompts))
-    k = model.config.index_topk
-    ties = NearTies(
-        torch.cat([torch.empty(0, 3, dtype=torch.int64), *recorder.keys]),
-        torch.cat([torch.empty(0, k, dtype=torch.int32), *recorder.chosen]),
-    )
+    ties = recorder.ties(model.config.index_topk)
     return Reference(torch.stack(tokens_of), torch.stack(logits_of), ties, recorder.rows)
 
 
 def _greedy(
-    model: PreTrainedModel, cache: DynamicCache, prompt: Tensor, steps: int, recorder: _TopkRecorder
+    model: PreTrainedModel, cache: DynamicCache, prompt: Tensor, steps: int, recorder: TopkRecorder
 ) -> tuple[Tensor, Tensor]:
     tokens, logits, current = [], [], prompt[None]
     for _ in range(steps):
@@ -206,25 +160,3 @@ def _greedy(
         current = logits[-1].argmax().reshape(1, 1)
         tokens.append(current[0, 0])
     return torch.stack(tokens), torch.stack(logits)
-
-
-@contextmanager
-def _recording(model: PreTrainedModel, recorder: _TopkRecorder) -> Iterator[None]:
-    """Run every indexer of the model under the recorder."""
-    indexers = [block.self_attn.indexer for block in model.model.layers]
-
-    def watched(layer: int, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def run(*args: Any, **kwargs: Any) -> Tensor:
-            recorder.layer = layer
-            with recorder:
-                return forward(*args, **kwargs)
-
-        return run
-
-    for layer, indexer in enumerate(indexers):
-        indexer.forward = watched(layer, indexer.forward)
-    try:
-        yield
-    finally:
-        for indexer in indexers:
-            del indexer.forward
