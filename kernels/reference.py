@@ -25,7 +25,9 @@ def attend(
         lse: (M, H) in the computing dtype.
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    entries = torch.where(valid[..., None], entries.to(dtype), 0.0)
+    entries = entries.to(dtype)
+    if not bool(valid.all()):
+        entries = torch.where(valid[..., None], entries, 0.0)
     keys, values = entries[..., -query.shape[-1] :], entries[..., :value_dim]
     scores = torch.matmul(query.to(dtype) * scale, keys.mT)
     scores = scores.masked_fill(~valid[:, None, :], -torch.inf)

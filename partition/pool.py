@@ -83,8 +83,9 @@ class BlockStore:
 
     def holds(self, stored_ids: Tensor) -> Tensor:
         """Whether the block of each stored id has a slot here; padding (-1) does not."""
-        keys = (stored_ids.long() // self.block_tokens).clamp(min=0)
-        return (self.slot_of[keys] >= 0) & (stored_ids >= 0)
+        keys = stored_ids.long() // self.block_tokens
+        known = (stored_ids >= 0) & (keys < len(self.slot_of))
+        return known & (self.slot_of[torch.where(known, keys, 0)] >= 0)
 
     def resolve(self, layer: int, stored_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Entry index (int64) of each stored id and whether it is here and written; any shape.

@@ -57,9 +57,13 @@ def attend_fetched(
     valid = (fetch.place >= 0)[..., None] & wanted.exists
     codec = world.entries.codecs[layer]
     assert codec is not None
-    entries = codec.decode(fetched, world.compute_dtype)
+
+    def read(at: Tensor) -> Tensor:
+        entries = codec.decode(fetched[at.flatten()], world.compute_dtype)
+        return entries.view(*at.shape, codec.dim)
+
     index = torch.where(valid, index, 0).flatten(1)
-    out, lse = attend_entries(world, layer, rows, index, valid.flatten(1), lambda at: entries[at])
+    out, lse = attend_entries(world, layer, rows, index, valid.flatten(1), read)
     return Partial(out, lse, torch.arange(len(rows)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -61,6 +62,8 @@ class RuntimeConfig:
         for name in ("max_blocks", "block_tokens", "request_blocks", "workspace_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.corpus_slots is not None and self.corpus_slots < 1:
+            raise ValueError(f"corpus_slots must be at least 1, got {self.corpus_slots}")
         for name in ("private_blocks", "lease_entries"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -68,12 +71,21 @@ class RuntimeConfig:
             raise ValueError(f"unknown mode {self.mode!r}; known: {', '.join(MODES)}")
         if self.index_placement not in ("with-blocks", "replicated"):
             raise ValueError(f"unknown index placement {self.index_placement!r}")
-        if not self.reuse >= 1:
-            raise ValueError(f"reuse must be at least 1, got {self.reuse}")
-        if not self.deadline_s > 0:
-            raise ValueError(f"deadline_s must be positive, got {self.deadline_s}")
+        if not 1 <= self.reuse < math.inf:
+            raise ValueError(f"reuse must be finite and at least 1, got {self.reuse}")
+        if not 0 < self.deadline_s <= 86400:
+            raise ValueError(f"deadline_s must be in (0, 86400], got {self.deadline_s}")
+        if not isinstance(self.fabric, FabricProfile):
+            raise ValueError(
+                f"fabric must be a FabricProfile (`load_profile`), got {self.fabric!r}"
+            )
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {_DTYPES}, got {self.dtype}")
+        products = 8 * max(
+            (layer.index.heads for layer in self.model.layers if layer.index), default=0
+        )
+        if self.workspace_bytes < products:
+            raise ValueError(f"workspace_bytes must be at least {products}: one score of all heads")
         if self.max_ids * self.block_tokens >= 2**31:
             raise ValueError(
                 f"{self.max_ids} (block, branch) keys of {self.block_tokens} tokens "

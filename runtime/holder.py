@@ -13,7 +13,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ..indexer import local_topk, scores, unit_scores, visible
+from ..indexer import local_topk, merge_topk, scores, unit_scores, visible
 from ..kernels import reference
 from ..partition.layout import Form
 from .attend import attend_entries, by_branch, pool_reader
@@ -21,6 +21,8 @@ from .messages import Message
 from .plan import unit_entries
 from .world import World
 
+MAX_TOP_K = 1 << 20
+SCORE_TILE_BYTES = 1 << 20  # per-head products that stay in a core's cache
 FORMS: tuple[Form, ...] = get_args(Form)
 
 
@@ -125,7 +127,7 @@ def answer_select(world: World, message: Message) -> dict[str, Tensor]:
     if weights.shape != query.shape[:2] or len(runs) != len(query) or runs.shape[2] != 2:
         raise ValueError("index weights or scope do not fit the index queries")
     top_k, unit_tokens = message.header.top_k, _unit_tokens(world, message)
-    if not 0 < top_k <= 1 << 20:
+    if not 0 < top_k <= MAX_TOP_K:
         raise ValueError(f"top_k {top_k} is out of range")
     room = (_corpus_ids(world, of_index=True) - runs[..., 0].long()).clamp(min=0)
     runs = torch.stack((runs[..., 0], runs[..., 1].minimum(room).to(torch.int32)), dim=-1)
@@ -146,28 +148,41 @@ def best_units(
     unit_tokens: int,
 ) -> tuple[Tensor, Tensor]:
     """Top units among the index keys held here: scores (Q, k) and unit ids (Q, k) int32, -1 padded."""
-    store, block_tokens = world.index, world.config.block_tokens
-    keys = store.key_of.long()
-    fill = store.fill[layer].long()
-    offset = torch.arange(block_tokens)
-    written = (keys[:, None] >= 0) & (offset < fill[:, None])
-    ids = (keys[:, None] * block_tokens + offset)[written].sort().values
-    ids = ids.to(torch.int32)
-    seen = visible(ids, runs)
+    query, config = query.to(world.compute_dtype), world.config
+    # An entry's key, decoded by way of int32, and for each query its score, sight and their sorts.
+    entry_bytes = 12 * query.shape[2] + 4 * query.element_size() * len(query)
+    store = world.index
+    blocks = store.key_of[(store.key_of >= 0) & (store.fill[layer] > 0)].sort().values
+    nothing = query.new_full((len(query), 1), -torch.inf)
+    tops = [(nothing, torch.full((len(query), 1), -1, dtype=torch.int32))]
+    for some in blocks.split(max(config.workspace_bytes // (entry_bytes * config.block_tokens), 1)):
+        found, ids = _scored(world, layer, some, query, weights, runs)
+        if unit_tokens > 1:
+            found, ids = unit_scores(found, ids, unit_tokens)
+        if len(ids):
+            tops.append(local_topk(found, ids, min(top_k, len(ids))))
+    if len(tops) <= 2:  # one tile, the usual case
+        return tops[-1]
+    best, units = torch.cat([top for top, _ in tops], 1), torch.cat([ids for _, ids in tops], 1)
+    return merge_topk(best, units, min(top_k, units.shape[1]))
+
+
+def _scored(
+    world: World, layer: int, blocks: Tensor, query: Tensor, weights: Tensor, runs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scores (Q, E), -inf where unseen, and ids (E,) of the entries of `blocks` that anyone sees."""
+    block_tokens = world.config.block_tokens
+    ids = (blocks[:, None] * block_tokens + torch.arange(block_tokens, dtype=torch.int32)).flatten()
+    index, written = world.index.resolve(layer, ids)
+    seen = visible(ids, runs) & written
     used = seen.any(0)
-    ids, seen = ids[used], seen[:, used]
-    index, _ = store.resolve(layer, ids)
-    entry_keys = store.read(layer, index, world.compute_dtype)
-    found = scores(
-        query.to(world.compute_dtype),
-        weights,
-        entry_keys,
-        tile_bytes=world.config.workspace_bytes,
-    )
-    found = found.masked_fill_(~seen, -torch.inf)
-    if unit_tokens > 1:
-        found, ids = unit_scores(found, ids, unit_tokens)
-    return local_topk(found, ids, min(top_k, max(len(ids), 1)))
+    if not bool(used.all()):
+        ids, index, seen = ids[used], index[used], seen[:, used]
+    keys = world.index.read(layer, index, world.compute_dtype)
+    tile_bytes = min(world.config.workspace_bytes // 4, SCORE_TILE_BYTES)
+    tile_bytes = max(tile_bytes, query.shape[1] * query.element_size())
+    found = scores(query, weights, keys, tile_bytes=tile_bytes)
+    return found.masked_fill_(~seen, -torch.inf), ids
 
 
 def padded_lists(values: Tensor, counts: Tensor) -> Tensor:

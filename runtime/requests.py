@@ -26,7 +26,7 @@ class Scope(NamedTuple):
     hidden: Tensor
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Request:
     """A reader of `documents` whose own tokens are entry ids `tail_start`, `tail_start` + 1, ...
 

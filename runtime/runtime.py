@@ -14,10 +14,11 @@ from ..partition.directory import Document, with_document
 from ..partition.layout import Layout
 from ..partition.placement import place
 from .config import RuntimeConfig
-from .cost.predicate import Mode
+from .cost.predicate import MODES, Mode
 from .errors import PeerError
 from .exchange import agree
 from .explain import DecisionLine, explain_last, predicted_last
+from .holder import MAX_TOP_K
 from .requests import Request, Scope, scope_of, stacked, units_visible
 from .step import Selection, attend_step, select_step
 from .transport import Transport
@@ -110,10 +111,15 @@ class Runtime:
             raise ValueError(
                 f"document {name!r}: needs tokens > 0 and position >= 0, got {tokens}, {position}"
             )
-        directory = world.directory
+        directory, num_blocks = world.directory, -(-tokens // config.block_tokens)
+        if num_blocks > config.max_blocks - directory.num_blocks:
+            raise ValueError(
+                f"document {name!r} needs {num_blocks} blocks, "
+                f"{config.max_blocks - directory.num_blocks} of {config.max_blocks} are free"
+            )
         ranks = place(
             config.placement,
-            -(-tokens // config.block_tokens),
+            num_blocks,
             first_block=directory.num_blocks,
             num_branches=config.num_branches,
             world_size=world.world_size,
@@ -271,6 +277,9 @@ class Runtime:
         for request, ids in requests:
             self._check_request(request)
             _check(ids, "ids", (len(ids),), torch.int32)
+            end = request.tail_start + request.length
+            if bool(((ids < request.tail_start) | (ids >= end)).any()):
+                raise ValueError(f"ids must lie in the request's [{request.tail_start}, {end})")
             scopes.append(
                 scope_of(request.documents, request.tail_start, ids, block_tokens=block_tokens)
             )
@@ -314,8 +323,10 @@ class Runtime:
             scope = self.scope(documents=documents, queries=len(query))
         self._check_scope(scope, len(query))
         count = index.top_k if top_k is None else top_k
-        if count < 1:
-            raise ValueError(f"top_k must be at least 1, got {count}")
+        if not 1 <= count <= MAX_TOP_K:
+            raise ValueError(f"top_k must be in [1, {MAX_TOP_K}], got {count}")
+        if self.config.checked and not bool(query.isfinite().all() & weights.isfinite().all()):
+            raise ValueError("index queries and weights must be finite")
         with self._in_step():
             return select_step(
                 self._world,
@@ -359,6 +370,8 @@ class Runtime:
         _check(query, "query", (len(query), layout.heads, dim), self.config.dtype)
         if sink is not None:
             _check(sink, "sink", (layout.heads,), None)
+        if mode is not None and mode not in MODES:
+            raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
         self._check_selection(layout, selection, len(query))
         with self._in_step():
             return attend_step(
@@ -430,7 +443,20 @@ class Runtime:
         if index_keys is not None:
             assert layout.index is not None
             _check(index_keys, "index keys", (len(ids), layout.index.head_dim), None)
+        self._check_writable(ids)
         world.store(layer, ids, entries, index_keys, push=push)
+
+    def _check_writable(self, ids: Tensor) -> None:
+        """Entry ids that can be written: distinct, of a document or of a request's own blocks."""
+        world, config = self._world, self.config
+        block, offset = ids // config.block_tokens, ids % config.block_tokens
+        corpus = (ids >= 0) & (block < config.max_blocks)
+        tokens = world.directory.tokens[torch.where(corpus, block, 0).long()]
+        private = world.entries.holds(block.long() * config.num_branches * config.block_tokens)
+        if not bool(torch.where(corpus, offset < tokens, private).all()):
+            raise ValueError("ids must be of a document or of a request's own tokens")
+        if len(ids.unique()) != len(ids):
+            raise ValueError("ids repeat")
 
     def _documents(self, names: Sequence[str]) -> tuple[Document, ...]:
         if len(set(names)) != len(names):
@@ -448,6 +474,7 @@ class Runtime:
             raise RuntimeError("the runtime is closed")
 
     def _check_request(self, request: Request) -> None:
+        self._check_open()
         if not request.is_open or request not in self._open_requests:
             raise ValueError("the request was released, or belongs to another runtime")
 
@@ -456,6 +483,7 @@ class Runtime:
             len(scope.runs) != queries
             or scope.runs.dim() != 3
             or scope.hidden.shape != (queries, 2)
+            or not scope.runs.dtype == scope.hidden.dtype == torch.int32
         ):
             raise ValueError(f"the scope is for {len(scope.runs)} queries, got {queries}")
 
@@ -470,7 +498,7 @@ class Runtime:
             raise ValueError(
                 f"selection has {ids.shape[1]} branches, the layer {layout.num_branches}"
             )
-        if unit < 1 or (block % unit and unit % block):
+        if not 1 <= unit <= block * self.config.max_blocks or (block % unit and unit % block):
             raise ValueError(f"units of {unit} tokens and blocks of {block} do not nest")
         self._check_scope(selection.scope, queries)
         if not self.config.checked or ids.numel() == 0:
@@ -480,13 +508,21 @@ class Runtime:
         if bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()):
             raise ValueError("selection ids repeat within a query")
         seen = units_visible(flat.flatten(1), selection.scope.runs, unit)
-        listed = flat.flatten(1) >= 0
+        listed = flat.flatten(1) != -1
         if bool((listed & ~seen).any()):
             query, at = (listed & ~seen).nonzero()[0].tolist()
             raise ValueError(
                 f"query {query} selects unit {int(flat.flatten(1)[query, at])}, "
                 "which is outside what it may see"
             )
+        part = torch.arange(max(unit // block, 1))  # a larger unit may begin in others' blocks
+        blocks = ((flat.long() * unit // block)[..., None] + part).flatten(1)
+        private = (blocks >= self.config.max_blocks) & units_visible(
+            blocks, selection.scope.runs, block
+        )
+        held = self._world.entries.holds(blocks * layout.num_branches * block)
+        if bool((private & ~held).any()):
+            raise ValueError("the selection lists tokens of a request that was released")
 
 
 def _check(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:

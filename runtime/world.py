@@ -213,25 +213,34 @@ class World:
         block, offset = ids // config.block_tokens, ids % config.block_tokens
         keys = block[:, None] * branches + torch.arange(branches, dtype=torch.int32)
         stored = (keys * config.block_tokens + offset[:, None]).reshape(-1)
-        codec = self.entries.codecs[layer]
-        assert codec is not None
         here = self.entries.holds(stored)
-        owners = self._owners(keys.reshape(-1))
-        if not push:
-            rows = codec.encode(entries.flatten(0, 1)[here])
-            self.entries.write(layer, stored[here], rows)
-        else:
-            rows = codec.encode(entries.flatten(0, 1))
-            self.entries.write(layer, stored[here], rows[here])
-            self._stage(self.entry_pushes[layer], owners, stored, rows)
-        if index_keys is not None:
-            self._store_index(layer, ids, index_keys, push=push)
-
-    def _store_index(self, layer: int, ids: Tensor, index_keys: Tensor, *, push: bool) -> None:
-        codec = self.index.codecs[layer]
+        flat = entries.flatten(0, 1)
+        codec, index_codec = self.entries.codecs[layer], self.index.codecs[layer]
         assert codec is not None
+        # Both are encoded before either is written: what cannot be stored changes nothing.
+        rows = self._encode(codec, flat, torch.ones_like(here) if push else here)
+        index_rows = None
+        if index_keys is not None:
+            assert index_codec is not None
+            index_rows = self._encode(index_codec, index_keys, torch.ones(len(ids)).bool())
+        self.entries.write(layer, stored[here], rows[here] if push else rows)
+        if push:
+            self._stage(self.entry_pushes[layer], self._owners(keys.reshape(-1)), stored, rows)
+        if index_rows is not None:
+            self._store_index(layer, ids, index_rows, push=push)
+
+    def _encode(self, codec: Codec, entries: Tensor, chosen: Tensor) -> Tensor:
+        """Rows of the `chosen` (N,) of entries (N, D), encoded tile by tile within the workspace."""
+        at = chosen.nonzero()[:, 0]
+        rows = torch.empty(len(at), codec.entry_bytes, dtype=torch.uint8)
+        step = max(self.config.workspace_bytes // (16 * codec.dim), 1)
+        for start in range(0, len(at), step):
+            tile = slice(start, start + step)
+            rows[tile] = codec.encode(entries[at[tile]])
+        return rows
+
+    def _store_index(self, layer: int, ids: Tensor, rows: Tensor, *, push: bool) -> None:
         here = self.index.holds(ids)
-        rows = codec.encode(index_keys)
         self.index.write(layer, ids[here], rows[here])
         if not push:
             return

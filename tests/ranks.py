@@ -181,7 +181,7 @@ def _serve(rank: int, world_size: int, folder: Path, deadline_s: float, pipe: Co
 def _connect(rank: int, world_size: int, store: Path, deadline_s: float) -> Transport:
     dist.init_process_group(
         "gloo",
-        store=dist.FileStore(str(store), world_size),
+        init_method=f"file://{store}",
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=deadline_s),

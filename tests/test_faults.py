@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 
 from qroam.partition.layout import named_layout, uniform_model
 from qroam.runtime import PeerError, Runtime, RuntimeConfig, step
@@ -61,7 +62,12 @@ class Progress:
 
 def config(**changes: Any) -> RuntimeConfig:
     model = uniform_model(named_layout("mla-tiny"), 1)
-    sizes = {"max_blocks": 16, "block_tokens": 16, "deadline_s": DEADLINE_S, "mode": "random"}
+    sizes: dict[str, Any] = {
+        "max_blocks": 16,
+        "block_tokens": 16,
+        "deadline_s": DEADLINE_S,
+        "mode": "random",
+    }
     return RuntimeConfig(model=model, **(sizes | changes))
 
 
@@ -72,7 +78,7 @@ def rank_main(
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        store=dist.FileStore(store, WORLD),
+        store=FileStore(store, WORLD),
         rank=rank,
         world_size=WORLD,
         timeout=timedelta(seconds=60),

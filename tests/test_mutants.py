@@ -78,7 +78,7 @@ def each(**changes: Callable[[Tensor], Tensor]) -> Callable[[Answer], Answer]:
 
     def spoil(columns: Answer) -> Answer:
         return {
-            name: changes.get(name.split(".")[-1], lambda rows: rows)(rows)
+            name: changes[part](rows) if (part := name.split(".")[-1]) in changes else rows
             for name, rows in columns.items()
         }
 
@@ -216,7 +216,9 @@ def future_attended(unit_entries: Callable[..., tuple[Tensor, Tensor]]) -> Any:
 def unwritten(store: Callable[..., None]) -> Any:
     """The culprit never stores the last tokens of any document."""
 
-    def wrong(self: World, layer: int, ids: Tensor, entries: Tensor, *rest: Any, push: bool) -> None:
+    def wrong(
+        self: World, layer: int, ids: Tensor, entries: Tensor, *rest: Any, push: bool
+    ) -> None:
         kept = len(ids) - 3 if self.rank == CULPRIT and not push else len(ids)
         store(self, layer, ids[:kept], entries[:kept], *rest, push=push)
 

@@ -9,16 +9,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import run_loopback
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ranks import run_loopback
-
 from qroam.kernels import reference
 from qroam.partition.layout import named_layout, uniform_model
-from qroam.runtime import Runtime, RuntimeConfig, load_profile, plan, step
+from qroam.runtime import Runtime, RuntimeConfig, load_profile, plan
 from qroam.runtime.cost.model import LayerFacts
-from qroam.runtime.cost.predicate import Way, decide, way_of
+from qroam.runtime.cost.predicate import Mode, Way, decide
 from qroam.runtime.transport import Transport
 from qroam.runtime.world import entry_codec
 
@@ -75,11 +74,8 @@ def cases(draw: st.DrawFn) -> Case:
     g = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     num_units = blocks * B // unit_tokens
     shape = (queries, branches) if draw(st.booleans()) else (queries,)
-    ids = torch.stack(
-        [torch.randperm(num_units, generator=g) for _ in range(1 + queries * branches)]
-    )
-    ids = ids[1 : 1 + ids[1:].shape[0] if len(shape) == 2 else 1 + queries, :listed]
-    ids = ids.reshape(*shape, -1) if ids.numel() else torch.zeros(*shape, 0, dtype=torch.int64)
+    unit_order = torch.rand(*shape, num_units, generator=g).argsort(-1)
+    ids = unit_order[..., :listed]
     ids = torch.where(torch.rand(ids.shape, generator=g) < 0.3, -1, ids).to(torch.int32)
     start = torch.randint(blocks * B, (queries,), generator=g)
     hidden = torch.stack((start, start + torch.randint(3, (queries,), generator=g)), dim=1)
@@ -277,7 +273,7 @@ def test_replicas_are_asked_by_different_ranks() -> None:
 
 @pytest.mark.parametrize("unit_tokens", [1, 2, 2 * B])
 @pytest.mark.parametrize("mode", ["auto", "random", "always-fetch", "always-route"])
-def test_plan_and_merge_run_without_data(mode: str, unit_tokens: int) -> None:
+def test_plan_and_merge_run_without_data(mode: Mode, unit_tokens: int) -> None:
     """Under FakeTensorMode a shape that depends on data, or a value read to the host, raises."""
     queries, listed, world, blocks = 5, 7, 4, 16
     layout = named_layout("mla-tiny")
@@ -312,12 +308,11 @@ def test_plan_and_merge_run_without_data(mode: str, unit_tokens: int) -> None:
             load_profile("nvlink4"),
             rank=1,
             unit_tokens=width,
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,
             forms=("A", "B"),
         )
         generations = torch.empty(blocks, dtype=torch.int32)
-        for form in ("A", "B"):
-            way = way_of(form)  # type: ignore[arg-type]
+        for way in (Way.ROUTE_A, Way.ROUTE_B):
             lists = plan.route(wanted, decision.way, way, generations, block_tokens=B)
             assert lists.items.shape == lists.units_of.shape == (world * queries,)
             assert lists.expected.shape == (world * queries, 2)
@@ -361,22 +356,22 @@ def poisoned_fetch(fetch: Callable[..., plan.FetchList]) -> Callable[..., plan.F
 
 
 @pytest.mark.parametrize("mode", ["random", "always-fetch", "always-route"])
-def test_unused_capacity_may_hold_anything(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unused_capacity_may_hold_anything(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     clean = loopback_outputs(mode)
-    monkeypatch.setattr(step.plan, "route", poisoned_route(plan.route))
-    monkeypatch.setattr(step.plan, "fetch", poisoned_fetch(plan.fetch))
+    monkeypatch.setattr(plan, "route", poisoned_route(plan.route))
+    monkeypatch.setattr(plan, "fetch", poisoned_fetch(plan.fetch))
     for poisoned, want in zip(loopback_outputs(mode), clean, strict=True):
         assert torch.equal(poisoned, want)
 
 
-def loopback_outputs(mode: str) -> list[Tensor]:
+def loopback_outputs(mode: Mode) -> list[Tensor]:
     """What three ranks get for queries over entries of all of them, some not listed at all."""
     layout = named_layout("mla-tiny")
     config = RuntimeConfig(
         model=uniform_model(layout, 1),
         max_blocks=6,
         block_tokens=B,
-        mode=mode,  # type: ignore[arg-type]
+        mode=mode,
     )
     g = torch.Generator().manual_seed(3)
     entries = torch.randn(22, layout.entry_dim, generator=g)

@@ -103,6 +103,7 @@ BAD_WRITES: dict[str, tuple[str, list[int]]] = {
     "overwrite": ("in order", [2 * B + 2]),
     "overwrite-and-append": ("in order", [2 * B + 2, 2 * B + 3]),
     "twice": ("in order", [2 * B + 3, 2 * B + 3]),
+    "twice-and-a-gap": ("in order", [2 * B + 3, 2 * B + 3, 2 * B + 5]),
     "good-then-foreign-block": ("not held", [2 * B + 3, 4 * B]),
     "negative": ("not held", [-1]),
 }

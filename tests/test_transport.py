@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -35,6 +36,10 @@ def together(works: list[Callable[[], object]]) -> list[object]:
 
     with ThreadPoolExecutor(max(len(works), 1)) as threads:
         return list(threads.map(guarded, works))
+
+
+def collecting(ends: Sequence[LoopbackTransport]) -> list[Callable[[], object]]:
+    return [partial(end.collect, HEADER) for end in ends]
 
 
 def culprits(outcome: object) -> tuple[int, ...]:
@@ -126,7 +131,7 @@ def test_the_silent_rank_is_named_by_all_within_the_deadline(silent: int) -> Non
     for end in speaking:
         end.post(HEADER)
     start = time.monotonic()
-    outcomes = together([lambda end=end: end.collect(HEADER) for end in speaking])
+    outcomes = together(collecting(speaking))
     took = time.monotonic() - start
     assert [culprits(outcome) for outcome in outcomes] == [(silent,)] * 3
     assert 0.5 * deadline_s < took <= deadline_s
@@ -137,7 +142,7 @@ def test_all_silent_ranks_are_named() -> None:
     ends = world(4, 0.5)
     for end in ends[:2]:
         end.post(HEADER)
-    outcomes = together([lambda end=end: end.collect(HEADER) for end in ends[:2]])
+    outcomes = together(collecting(ends[:2]))
     assert [culprits(outcome) for outcome in outcomes] == [(2, 3)] * 2
 
 
@@ -159,6 +164,20 @@ def test_who_only_waits_for_the_culprit_is_not_blamed() -> None:
     assert [culprits(outcome) for outcome in outcomes] == [(2,), (2,)]
 
 
+def test_who_left_because_of_the_culprit_is_not_blamed() -> None:
+    """Rank 1 gives up on rank 2 and is gone a moment before rank 3 says why."""
+    ends = world(4, 4.0)
+    ends[0].post(HEADER)
+    ends[1].close()
+
+    def rank_3() -> None:
+        time.sleep(0.05)
+        ends[3].abort((2,), "no answer")
+
+    outcomes = together([lambda: ends[0].collect(HEADER), rank_3])
+    assert culprits(outcomes[0]) == (2,)
+
+
 def test_an_abort_reaches_every_rank_at_once_and_stays() -> None:
     ends = world(4, 30.0)
     for end in ends[:3]:
@@ -169,8 +188,7 @@ def test_an_abort_reaches_every_rank_at_once_and_stays() -> None:
         ends[3].abort((3,), "raised ValueError: no")
 
     start = time.monotonic()
-    waits = [lambda end=end: end.collect(HEADER) for end in ends[:3]]
-    outcomes = together([*waits, abort])
+    outcomes = together([*collecting(ends[:3]), abort])
     assert time.monotonic() - start < 5
     assert [culprits(outcome) for outcome in outcomes[:3]] == [(3,)] * 3
     assert all("raised ValueError: no" in str(outcome) for outcome in outcomes[:3])
@@ -198,7 +216,7 @@ def test_a_closed_peer_is_named_without_waiting_for_the_deadline() -> None:
     ends[2].close()
     ends[2].close()
     start = time.monotonic()
-    outcomes = together([lambda end=end: end.collect(HEADER) for end in ends[:2]])
+    outcomes = together(collecting(ends[:2]))
     assert time.monotonic() - start < 5
     assert [culprits(outcome) for outcome in outcomes] == [(2,)] * 2
     assert "closed its runtime" in str(outcomes[0])
@@ -221,7 +239,7 @@ def test_a_rank_out_of_step_is_named_with_what_differs(field: str, value: object
     for end in ends[:2]:
         end.post(HEADER)
     ends[2].post(replace(HEADER, **{field: value}))  # type: ignore[arg-type]
-    outcomes = together([lambda end=end: end.collect(HEADER) for end in ends[:2]])
+    outcomes = together(collecting(ends[:2]))
     assert [culprits(outcome) for outcome in outcomes] == [(2,)] * 2
     said = "another configuration" if field == "incarnation" else f"{field} {value!r} instead of"
     assert said in str(outcomes[0])
@@ -241,7 +259,7 @@ def test_a_malformed_message_accuses_its_sender() -> None:
     ends[0].post(HEADER)
     for peer in (0, 1):
         ends[2]._send(peer, torch.ones(64, dtype=torch.uint8))
-    outcomes = together([lambda end=end: end.collect(HEADER) for end in ends[:2]])
+    outcomes = together(collecting(ends[:2]))
     assert [culprits(outcome) for outcome in outcomes] == [(2,)] * 2
     assert "malformed message" in str(outcomes[0])
 

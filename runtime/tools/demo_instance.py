@@ -95,14 +95,16 @@ class _Instance:
         )
         before = reset_peak()
         with Runtime.open(job.runtime, transport) as runtime:
+            self.runtime, self.predicted_s = runtime, 0.0
             engine = HFEngine(model, runtime, review=review)
             phases = {"prefill": self._timed(self._prefill, engine)}
             transport.armed = True
+            runtime.drop_leases()
             decode_from = runtime.stats()
             phases["decode"] = self._timed(self._decode, engine)
             stats = runtime.stats()
             peak = peak_bytes() - before
-            replays = self._replay(runtime)
+            replays = {mode: self._replay(mode) for mode in REPLAYED}
             return {
                 "rank": job.rank,
                 "agents": list(self.mine),
@@ -112,6 +114,7 @@ class _Instance:
                 "substituted": review.substituted,
                 "decisions": stats["decisions"],
                 "bytes": _bytes_since(decode_from, stats),
+                "predicted_s": self.predicted_s,
                 "replays": replays,
                 "phase_s": phases,
                 "step_phase_s": stats["phase_s"],
@@ -136,7 +139,7 @@ class _Instance:
 
     def _decode(self, engine: HFEngine) -> None:
         """Greedy, all of this instance's sub-agents as one batch; every attention step is recorded."""
-        job, runtime = self.job, engine.runtime
+        job, runtime = self.job, self.runtime
         requests = [runtime.request(list(job.documents)) for _ in self.mine]
         self.sequence_of.update(
             {id(request): agent for request, agent in zip(requests, self.mine, strict=True)}
@@ -166,24 +169,22 @@ class _Instance:
 
     def _record(self, layer: int, query: Tensor, selection: Selection, out: Tensor) -> None:
         self.records.append(Recorded(layer, query, selection, out))
+        self.predicted_s += self.runtime.predicted_s()
 
-    def _replay(self, runtime: Runtime) -> dict[str, Any]:
-        """The recorded steps again in every fixed mode: bytes as counted, times as predicted."""
-        results: dict[str, Any] = {}
-        for mode in (self.job.runtime.mode, *REPLAYED):
-            runtime.drop_leases()
-            before = runtime.stats()
-            worst, predicted_s = 0.0, 0.0
-            for layer, query, selection, out in self.records:
-                again = runtime.attend(layer, query, selection, mode=mode)
-                worst = max(worst, float((again - out).abs().max()) if len(out) else 0.0)
-                predicted_s += runtime.predicted_s()
-            results[mode] = {
-                "bytes": _bytes_since(before, runtime.stats()),
-                "predicted_s": predicted_s,
-                "max_difference": worst,
-            }
-        return results
+    def _replay(self, mode: Mode) -> dict[str, Any]:
+        """The recorded steps again in a fixed mode: bytes as counted, times as predicted."""
+        runtime = self.runtime
+        runtime.drop_leases()
+        before = runtime.stats()
+        worst, predicted_s = 0.0, 0.0
+        for layer, query, selection, out in self.records:
+            again = runtime.attend(layer, query, selection, mode=mode)
+            worst = max(worst, float((again - out).abs().max()))
+            predicted_s += runtime.predicted_s()
+        if not worst <= 1e-4:
+            raise ValueError(f"replayed with {mode}, an output differs by {worst:.1e}")
+        counted = _bytes_since(before, runtime.stats())
+        return {"bytes": counted, "predicted_s": predicted_s}
 
 
 def corpus_chunks(documents: Mapping[str, Tensor]) -> list[Chunk]:

@@ -46,7 +46,7 @@ class TopkRecorder(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.Tensor.topk:
-            self._note(args[0], int(args[1]), result.indices)
+            self._note(args[0], result.values, result.indices)
         return result
 
     def ties(self, top_k: int) -> NearTies:
@@ -55,14 +55,14 @@ class TopkRecorder(TorchFunctionMode):
             torch.cat([torch.empty(0, top_k, dtype=torch.int32), *self._chosen]),
         )
 
-    def _note(self, scores: Tensor, k: int, chosen: Tensor) -> None:
+    def _note(self, scores: Tensor, best: Tensor, chosen: Tensor) -> None:
         queries, entries = scores.shape[1:]
         self.rows += queries
-        if entries <= k:
+        if entries <= chosen.shape[-1]:
             return
-        top = scores[0].topk(k + 1, dim=-1).values
-        near = (top[:, k - 1] - top[:, k] < NEAR_TIE) & (top[:, k] > torch.finfo(top.dtype).min / 2)
-        at = near.nonzero()[:, 0]
+        following = scores[0].scatter(1, chosen[0], -torch.inf).amax(1)
+        visible = following > torch.finfo(scores.dtype).min / 2
+        at = ((best[0].amin(1) - following < NEAR_TIE) & visible).nonzero()[:, 0]
         key = torch.tensor([self.sequence, self.layer, 0]).repeat(len(at), 1)
         key[:, 2] = self.position + at
         self._keys.append(key)
