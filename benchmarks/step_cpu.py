@@ -110,7 +110,7 @@ def measure(world: int, steps: int, mode: str) -> float:
         raise RuntimeError(
             f"{world} ranks, {mode}: outputs differ by {worst:.1e}; nothing was timed"
         )
-    return max(seconds for _, seconds in results)
+    return max(float(seconds) for _, seconds in results)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from typing import Any
 from fractions import Fraction
 
 import numpy as np
@@ -51,9 +52,10 @@ def v32_row(row: np.ndarray, latent: int) -> bytes:
     tiles = row[:latent].reshape(-1, 128)
     scales = [ceil_scale(float(np.abs(tile).max()), -13) for tile in tiles]
     values = b"".join(e4m3_bytes(tile / s) for tile, s in zip(tiles, scales, strict=True))
-    rope = row[latent:].view(np.uint32)
+    rope: Any = row[latent:].view(np.uint32)
     rope = (rope + 0x7FFF + ((rope >> 16) & 1)) >> 16
-    return values + struct.pack(f"<{len(scales)}f", *scales) + rope.astype("<u2").tobytes()
+    packed: bytes = rope.astype("<u2").tobytes()
+    return values + struct.pack(f"<{len(scales)}f", *scales) + packed
 
 
 def index_row(row: np.ndarray) -> bytes:
@@ -71,7 +73,7 @@ def scrambled(num_rows: int, dim: int) -> np.ndarray:
 
 def corner_rows(dim: int) -> np.ndarray:
     """Rows whose largest number is zero, tiny, huge, or at a power of two times 448."""
-    peaks = [0.0, -0.0, 1e-45, 1e-30, 1e-5, 1e-4, 0.0448, 1.0, 447.0, 65504.0, FP32_MAX]
+    peaks: list[Any] = [0.0, -0.0, 1e-45, 1e-30, 1e-5, 1e-4, 0.0448, 1.0, 447.0, 65504.0, FP32_MAX]
     for exponent in range(-30, 31, 3):
         peak = np.float32(448.0 * 2.0**exponent)
         peaks += [np.nextafter(peak, np.float32(0)), peak, np.nextafter(peak, np.float32(np.inf))]

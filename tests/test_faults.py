@@ -27,7 +27,7 @@ from qroam.runtime import PeerError, Runtime, RuntimeConfig, step
 WORLD = 4
 VICTIM = 2
 GOOD_STEPS = 3
-DEADLINE_S = 4.0
+DEADLINE_S = 5.0
 PATIENCE_S = 60.0
 TOKENS = 250
 
@@ -187,7 +187,8 @@ def test_the_others_name_a_rank_that(fault: str, where: str, tmp_path: Path) -> 
             continue
         assert outcome.error.startswith("PeerError"), outcome
         assert outcome.culprits == (VICTIM,), outcome
-        assert outcome.steps == GOOD_STEPS
+        # One less if the victim's last answer was not yet out, one more if its next one was.
+        assert abs(outcome.steps - GOOD_STEPS) <= 1, outcome
         assert outcome.seconds <= DEADLINE_S, outcome
         assert outcome.exit_code == 0, outcome
     if fault == "raises":

@@ -38,7 +38,7 @@ from qroam.partition.layout import IndexLayout, Pairing
 
 TILE = 1 << 20
 NEVER = 2**31 - 1
-TINY = {
+TINY: dict[str, Any] = {
     "hidden_size": 64,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
@@ -63,14 +63,14 @@ def hf_indexer(pairing: Pairing) -> tuple[torch.nn.Module, torch.nn.Module]:
     """(indexer, rotary embedding) of the model that pairs this way, with seeded weights."""
     if pairing == "half":
         config: Any = DeepseekV32Config(**TINY)
-        parts = hf_v32.DeepseekV32Indexer(config, 0), hf_v32.DeepseekV32RotaryEmbedding(config)
+        parts: Any = hf_v32.DeepseekV32Indexer(config, 0), hf_v32.DeepseekV32RotaryEmbedding(config)
     else:
         config = GlmMoeDsaConfig(**TINY)
         parts = hf_glm.GlmMoeDsaIndexer(config, 0), hf_glm.GlmMoeDsaRotaryEmbedding(config)
     generator = torch.Generator().manual_seed(5)
     for parameter in parts[0].parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=generator)
-    return parts
+    return parts[0], parts[1]
 
 
 def hf_scores(
@@ -91,7 +91,8 @@ def hf_scores(
             patch.setattr(Tensor, "float", Tensor.double)  # it casts to fp32 before scoring
         with pytest.raises(Captured) as caught:
             indexer(x[None], compressed[None], doubled, nothing_masked, positions)
-    return caught.value.args[0][0]
+    found: Tensor = caught.value.args[0][0]
+    return found
 
 
 @torch.no_grad()
@@ -181,7 +182,7 @@ def test_rope_rejects() -> None:
 
 
 def hadamard_matrix(dim: int) -> Tensor:
-    matrix = np.ones((1, 1))
+    matrix: Any = np.ones((1, 1))
     while len(matrix) < dim:
         matrix = np.kron([[1, 1], [1, -1]], matrix)
     return torch.from_numpy(matrix / math.sqrt(dim))
@@ -234,7 +235,7 @@ class LargestProduct(TorchDispatchMode):
     """Records the bytes of the largest matrix product, which is the largest intermediate."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -335,8 +336,8 @@ def test_merged_shards_equal_the_global_topk(seed: int, num_shards: int) -> None
         local_topk(every[:, shard_of == shard], all_ids[shard_of == shard], k)
         for shard in rng.sample(range(num_shards), num_shards)
     ]
-    candidates = (torch.cat(side, dim=1) for side in zip(*lists, strict=True))
-    assert_selection(merge_topk(*candidates, k), rows, ids, k)
+    scores, candidates = (torch.cat(side, dim=1) for side in zip(*lists, strict=True))
+    assert_selection(merge_topk(scores, candidates, k), rows, ids, k)
 
 
 @settings(deadline=None, max_examples=100)

@@ -249,7 +249,9 @@ def _judged(
             problems.append(f"a logit is off by {error:.2e}, allowed is {MAX_LOGIT_ERROR:g}")
         cheaper = min(facts["predicted_s"][mode] for mode in REPLAYED)
         if config.mode == "auto" and facts["predicted_s"]["decoded"] > MAX_PREDICTED * cheaper:
-            problems.append("auto is predicted to be slower than the cheaper fixed mode by over 2 %")
+            problems.append(
+                "auto is predicted to be slower than the cheaper fixed mode by over 2 %"
+            )
         if substituted > MAX_SUBSTITUTED * rows:
             problems.append(f"{substituted} of {rows} selections differ in near-ties, over 1 %")
     facts["seconds"]["all"] = time.perf_counter() - started
