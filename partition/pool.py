@@ -42,6 +42,7 @@ class BlockStore:
         self.block_tokens = block_tokens
         self.num_slots = num_slots
         self.first_lease = num_slots * block_tokens
+        self._lease_entries = lease_entries
         if lease_entries and any(codec and len(codec.planes) > 1 for codec in self.codecs):
             raise ValueError("entries of a codec with several planes cannot be leased")
         self._storage = [
@@ -58,8 +59,14 @@ class BlockStore:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the blocks and leases of all layers."""
-        return sum(storage.numel() for storage in self._storage)
+        """Bytes of the blocks of all layers, held or free."""
+        return sum(storage.numel() for storage in self._storage) - self.lease_bytes
+
+    @property
+    def lease_bytes(self) -> int:
+        """Bytes kept for leases, behind the blocks."""
+        entry_bytes = sum(codec.entry_bytes for codec in self.codecs if codec)
+        return self._lease_entries * entry_bytes
 
     @property
     def held_bytes(self) -> int:

@@ -59,7 +59,7 @@ def attend_fetched(
     assert codec is not None
 
     def read(at: Tensor) -> Tensor:
-        entries = codec.decode(fetched[at.flatten()], world.compute_dtype)
+        entries = codec.decode(fetched.index_select(0, at.flatten()), world.compute_dtype)
         return entries.view(*at.shape, codec.dim)
 
     index = torch.where(valid, index, 0).flatten(1)
@@ -67,13 +67,12 @@ def attend_fetched(
     return Partial(out, lse, torch.arange(len(rows)))
 
 
-def keep_leases(
-    world: World, layer: int, ids: Tensor, generations: Tensor, fetched: Tensor
-) -> None:
-    """Keep fetched rows (n, entry_bytes) of stored ids (n,) that exist and are not leased yet."""
+def keep_leases(world: World, layer: int, ids: Tensor, came: Tensor, fetched: Tensor) -> None:
+    """Keep fetched rows (n, entry_bytes) of stored ids (n,) that `came` and are not leased yet."""
     if world.config.lease_entries == 0:
         return
-    new = (generations >= 0) & ~world.leases[layer].find(ids, generations)[1]
+    generations = world.generations(ids)
+    new = came & ~world.leases[layer].find(ids, generations)[1]
     world.stats.leases["evicted"] += world.leases[layer].admit(
         ids[new], generations[new], fetched[new]
     )

@@ -12,10 +12,11 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ..kernels.reference import mix
 from ..partition.layout import Form
 from .attend import Partial
 from .errors import CoverageError, PeerError
-from .holder import tagged, take_pushes, to_int32
+from .holder import BestUnits, tagged, take_pushes, to_int32
 from .messages import Header, Message
 from .plan import FetchList, RouteLists, Wanted
 from .transport import Column
@@ -26,11 +27,11 @@ Answer = Callable[[World, Message], Mapping[str, Tensor]]
 
 
 class FetchedPart(NamedTuple):
-    """Fetched rows (F * U, entry_bytes), their stored ids and generations (F * U,), -1 if absent."""
+    """Fetched rows (F * U, entry_bytes), their stored ids (F * U,), and which are as asked for."""
 
     rows: Tensor
     ids: Tensor
-    generations: Tensor
+    came: Tensor
 
 
 class Complaint(NamedTuple):
@@ -131,19 +132,26 @@ def route_columns(
 
 
 def candidates(
-    world: World, own: tuple[Tensor, Tensor], answers: list[Message | None]
+    world: World, layer: int, own: BestUnits, answers: list[Message | None], visible: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Scores (Q, M) and unit ids (Q, M) of every rank's best units, own ones first."""
+    """Scores (Q, M) and unit ids (Q, M) of every rank's best units, own ones first.
+
+    Args: visible: (Q,) entries that each query may see; all must have been scored, each once.
+    """
     found = [own]
-    queries = len(own[0])
+    queries = len(own.score)
     for rank, message in enumerate(answers):
         if message is None or queries == 0:
             continue
         score, ids = message.columns.get("score"), message.columns.get("id")
+        seen = message.columns.get("seen")
         well_formed = (
             score is not None
             and ids is not None
-            and score.dtype == own[0].dtype
+            and seen is not None
+            and seen.shape == own.seen.shape
+            and seen.dtype == torch.int32
+            and score.dtype == own.score.dtype
             and ids.dtype == torch.int32
             and score.dim() == 1
             and score.shape == ids.shape
@@ -153,8 +161,18 @@ def candidates(
             raise world.transport.accuse(rank, f"sent malformed candidates for {queries} queries")
         assert score is not None
         assert ids is not None
-        found.append((score.view(queries, -1), ids.view(queries, -1)))
-    return torch.cat([f[0] for f in found], dim=1), torch.cat([f[1] for f in found], dim=1)
+        assert seen is not None
+        found.append(BestUnits(score.view(queries, -1), ids.view(queries, -1), seen))
+    scored = torch.stack([best.seen for best in found])
+    wrong = (scored.sum(0) != visible).nonzero()[:, 0]
+    if len(wrong):
+        query = int(wrong[0])
+        raise CoverageError(
+            f"layer {layer}: query {query} sees {int(visible[query])} entries, index keys of "
+            f"{int(scored[:, query].sum())} were scored ({scored[:, query].tolist()} by rank, "
+            f"rank {world.rank} first); {len(wrong)} queries in all"
+        )
+    return torch.cat([b.score for b in found], dim=1), torch.cat([b.id for b in found], dim=1)
 
 
 def local_complaints(world: World, lacking: Tensor) -> list[Complaint]:
@@ -195,12 +213,12 @@ def fetched_answers(
     unit_tokens = wanted.entries.shape[2]
     asked = (fetch.counts * unit_tokens).tolist()
     rows = _gathered(world, "fetch.rows", torch.uint8, (codec.entry_bytes,), asked, answers)
-    came = _gathered(world, "fetch.generation", torch.int32, (), asked, answers)
+    mark = _gathered(world, "fetch.mark", torch.int32, (), asked, answers)
     units = fetch.units[: len(rows) // unit_tokens]
     ids = (units[:, None] + torch.arange(unit_tokens, dtype=torch.int32)).reshape(-1)
-    missing = came != world.generations(ids)
+    missing = mark != to_int32(mix(ids, world.generations(ids)))
     if not bool(missing.any()):
-        return FetchedPart(rows, ids, came), []
+        return FetchedPart(rows, ids, ~missing), []
     place = fetch.place[..., None] * unit_tokens + torch.arange(unit_tokens)
     needed = (fetch.place >= 0)[..., None] & wanted.exists
     lost = needed & missing[torch.where(needed, place, 0)]
@@ -210,7 +228,7 @@ def fetched_answers(
         for item in lost.flatten(1).any(1).nonzero()[:, 0].tolist()
         for holder in sorted(set(holders[item].tolist()) - {-1})
     ]
-    return FetchedPart(rows, ids, came), complaints
+    return FetchedPart(rows, ids, ~missing), complaints
 
 
 def coverage_error(world: World, layer: int, complaints: list[Complaint]) -> CoverageError:

@@ -8,7 +8,7 @@ sender. Ids that are not here (or not written) add nothing, and the coverage say
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -24,6 +24,14 @@ from .world import World
 MAX_TOP_K = 1 << 20
 SCORE_TILE_BYTES = 1 << 20  # per-head products that stay in a core's cache
 FORMS: tuple[Form, ...] = get_args(Form)
+
+
+class BestUnits(NamedTuple):
+    """Units of each query: scores (Q, k) and ids (Q, k) int32, -1 padded; entries scored, (Q,) int32."""
+
+    score: Tensor
+    id: Tensor
+    seen: Tensor
 
 
 def take_pushes(world: World, message: Message) -> None:
@@ -109,12 +117,14 @@ def _fetched(world: World, layer: int, message: Message) -> dict[str, Tensor]:
     index, here = world.entries.resolve(
         layer, torch.where(ids < _corpus_ids(world, False), ids, -1)
     )
-    generation = torch.where(here, world.entries.identify(index)[1], -1)
-    return {"fetch.rows": world.entries.rows(layer, index), "fetch.generation": generation}
+    mark = torch.where(here, reference.mix(*world.entries.identify(index)), 0)
+    return {"fetch.rows": world.entries.rows(layer, index), "fetch.mark": to_int32(mark)}
 
 
 def answer_select(world: World, message: Message) -> dict[str, Tensor]:
-    """The best units here for a peer's index queries: `score` and `id`, (Q * k,) for a k of its own."""
+    """The best units here for a peer's index queries: `score` and `id`, (Q * k,) for a k of its own;
+    and `seen` (Q,), how many entries were scored.
+    """
     columns, layer = message.columns, _layer(world, message)
     if "index.query" not in columns:
         return {}
@@ -131,10 +141,8 @@ def answer_select(world: World, message: Message) -> dict[str, Tensor]:
         raise ValueError(f"top_k {top_k} is out of range")
     room = (_corpus_ids(world, of_index=True) - runs[..., 0].long()).clamp(min=0)
     runs = torch.stack((runs[..., 0], runs[..., 1].minimum(room).to(torch.int32)), dim=-1)
-    found, ids = best_units(
-        world, layer, query, weights, runs, top_k=top_k, unit_tokens=unit_tokens
-    )
-    return {"score": found.flatten(), "id": ids.flatten()}
+    best = best_units(world, layer, query, weights, runs, top_k=top_k, unit_tokens=unit_tokens)
+    return {"score": best.score.flatten(), "id": best.id.flatten(), "seen": best.seen}
 
 
 def best_units(
@@ -146,8 +154,8 @@ def best_units(
     *,
     top_k: int,
     unit_tokens: int,
-) -> tuple[Tensor, Tensor]:
-    """Top units among the index keys held here: scores (Q, k) and unit ids (Q, k) int32, -1 padded."""
+) -> BestUnits:
+    """Top units among the index keys held here."""
     query, config = query.to(world.compute_dtype), world.config
     # An entry's key, decoded by way of int32, and for each query its score, sight and their sorts.
     entry_bytes = 12 * query.shape[2] + 4 * query.element_size() * len(query)
@@ -155,16 +163,18 @@ def best_units(
     blocks = store.key_of[(store.key_of >= 0) & (store.fill[layer] > 0)].sort().values
     nothing = query.new_full((len(query), 1), -torch.inf)
     tops = [(nothing, torch.full((len(query), 1), -1, dtype=torch.int32))]
+    seen = torch.zeros(len(query), dtype=torch.int32)
     for some in blocks.split(max(config.workspace_bytes // (entry_bytes * config.block_tokens), 1)):
         found, ids = _scored(world, layer, some, query, weights, runs)
+        seen += (found > -torch.inf).sum(1, dtype=torch.int32)
         if unit_tokens > 1:
             found, ids = unit_scores(found, ids, unit_tokens)
         if len(ids):
             tops.append(local_topk(found, ids, min(top_k, len(ids))))
     if len(tops) <= 2:  # one tile, the usual case
-        return tops[-1]
-    best, units = torch.cat([top for top, _ in tops], 1), torch.cat([ids for _, ids in tops], 1)
-    return merge_topk(best, units, min(top_k, units.shape[1]))
+        return BestUnits(*tops[-1], seen)
+    score, units = torch.cat([top for top, _ in tops], 1), torch.cat([ids for _, ids in tops], 1)
+    return BestUnits(*merge_topk(score, units, min(top_k, units.shape[1])), seen)
 
 
 def _scored(

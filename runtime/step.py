@@ -35,7 +35,7 @@ from .exchange import (
     routed_answers,
     settle,
 )
-from .holder import answer_attend, answer_select, best_units
+from .holder import BestUnits, answer_attend, answer_select, best_units
 from .requests import Scope, units_visible
 from .transport import Column
 from .world import LastStep, World
@@ -61,16 +61,17 @@ def select_step(
 ) -> Selection:
     """INDEX: the exact global top-k units of each query, scored where the index keys live."""
 
-    def own_units() -> tuple[Tensor, Tensor]:
+    def own_units() -> BestUnits:
         return best_units(
             world, layer, query, weights, scope.runs, top_k=top_k, unit_tokens=unit_tokens
         )
 
     header = world.header("select", layer=layer, unit_tokens=unit_tokens, top_k=top_k)
+    visible = scope.runs[..., 1].sum(1)
     if world.config.index_placement == "replicated":
         settle(world, header)
-        _, best = merge_topk(*own_units(), top_k)
-        return Selection(best, unit_tokens, scope)
+        scores, ids = candidates(world, layer, own_units(), [], visible)
+        return Selection(merge_topk(scores, ids, top_k)[1], unit_tokens, scope)
 
     columns = [
         broadcast("index.query", query, world),
@@ -78,9 +79,8 @@ def select_step(
         broadcast("index.runs", scope.runs, world),
     ]
     own, answers = exchange(world, header, columns, answer_select, own_units)
-    scores, ids = candidates(world, own, answers)
-    _, best = merge_topk(scores, ids, top_k)
-    return Selection(best, unit_tokens, scope)
+    scores, ids = candidates(world, layer, own, answers, visible)
+    return Selection(merge_topk(scores, ids, top_k)[1], unit_tokens, scope)
 
 
 def attend_step(
@@ -122,7 +122,7 @@ def attend_step(
         }
         fetch = plan.fetch(wanted, decision.way, Way.FETCH)
 
-    # MOVE, and ATTEND meanwhile: ask everyone, attend here, attend for the others, hear the answers.
+    # MOVE and ATTEND: ask everyone, attend for the others, attend here, hear the answers.
     rows = by_item(query, layout)
     absorbed = absorb_items(world, layer, rows)
     hidden = selection.scope.hidden.repeat_interleave(layout.num_branches, 0)
@@ -143,7 +143,7 @@ def attend_step(
     if len(fetched.rows):
         with stats.phase("attend fetched"):
             parts["A"].append(attend_fetched(world, layer, absorbed, wanted, fetch, fetched.rows))
-            keep_leases(world, layer, fetched.ids, fetched.generations, fetched.rows)
+            keep_leases(world, layer, fetched.ids, fetched.came, fetched.rows)
     for form, lists in routes.items():
         part, wrong = routed_answers(world, layer, form, lists, answers)
         parts.setdefault(form, []).append(part)

@@ -96,6 +96,11 @@ class World:
         self.config = config
         self.transport = transport
         self.rank, self.world_size = transport.rank, transport.world_size
+        self._sent_before = Counter(transport.bytes_sent), Counter(transport.messages_sent)
+        if config.placement.copies > self.world_size:
+            raise ValueError(
+                f"{config.placement.copies} copies need as many ranks, the world has {self.world_size}"
+            )
         layers = config.model.layers
         branches, block_tokens = config.num_branches, config.block_tokens
         self.corpus_slots = config.slots_for(self.world_size)
@@ -276,11 +281,12 @@ class World:
                 rank: {way.name.lower(): int(ways[way]) for way in Way if way != Way.NONE}
                 for rank, ways in enumerate(stats.ways)
             },
-            "bytes_sent": dict(transport.bytes_sent),
-            "messages_sent": dict(transport.messages_sent),
+            "bytes_sent": dict(transport.bytes_sent - self._sent_before[0]),
+            "messages_sent": dict(transport.messages_sent - self._sent_before[1]),
             "leases": dict(stats.leases),
             "phase_s": dict(stats.phase_s),
             "pool_bytes": self.entries.num_bytes + self.index.num_bytes,
+            "lease_bytes": self.entries.lease_bytes,
             "block_bytes": self.entries.held_bytes + self.index.held_bytes,
         }
 

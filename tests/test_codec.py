@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from typing import Any
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest

@@ -69,7 +69,8 @@ def work(world: int, config: RuntimeConfig, entries: torch.Tensor, keys: torch.T
                     )
                     query = torch.randn(QUERIES, HEADS, ENTRY_DIM, generator=g)
                     runtime.attend(layer, query, selection)
-            return int(runtime.stats()["pool_bytes"])
+            stats = runtime.stats()
+            return int(stats["pool_bytes"] + stats["lease_bytes"])
 
     return run_loopback(world, worker, deadline_s=120)
 

@@ -262,9 +262,7 @@ MUTANTS: dict[str, Mutant] = {
         wrong_answer(each(out=dropped, lse=dropped_lse)), ROUTE, *DENSE
     ),
     "dropped answer": Mutant(wrong_answer(lambda _: {}), ROUTE, *BY_PEER),
-    "dropped fetched rows": Mutant(
-        wrong_answer(each(generation=lambda rows: torch.full_like(rows, -1))), FETCH, *COVERAGE
-    ),
+    "dropped fetched rows": Mutant(wrong_answer(each(mark=torch.zeros_like)), FETCH, *COVERAGE),
     "doubled units": Mutant(wrong_work(asked_twice), ROUTE, *COVERAGE),
     "doubled answer": Mutant(
         lambda patch: resent(patch, instead=False), {**ROUTE, "repeats": 2}, *BY_PEER

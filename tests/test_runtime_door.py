@@ -394,9 +394,8 @@ def test_absurd_profiles_are_refused(tmp_path: Path) -> None:
 
 
 def test_more_copies_than_ranks_are_refused() -> None:
-    runtime = Runtime.open(config(placement=Placement(copies=2)))
     with pytest.raises(ValueError, match="2 copies need as many ranks"):
-        runtime.add_document("a", tokens=1)
+        Runtime.open(config(placement=Placement(copies=2)))
 
 
 @pytest.mark.parametrize(
@@ -667,3 +666,21 @@ def test_mlra_branches_may_select_different_units() -> None:
         listed = torch.zeros(1, 4, 2 * B, dtype=torch.bool).scatter(2, ids[None].long(), True)
         want = dense.attend(replace(layout, projection=None), numbers(1, 2, 192), entries, listed)
         assert float((out - want).abs().max()) <= 1e-12
+
+
+def test_a_holder_without_index_keys_is_noticed() -> None:
+    """Rank 1 never loads its part of the document: its index keys would silently win nothing."""
+
+    def work(transport: Transport) -> str:
+        layout = named_layout("mla-tiny")
+        shared = RuntimeConfig(model=uniform_model(layout, 1), max_blocks=4, deadline_s=10.0)
+        with Runtime.open(shared, transport) as runtime:
+            runtime.add_document("a", tokens=256)
+            if runtime.rank == 0:
+                runtime.load_document("a", 0, torch.randn(256, 80), torch.randn(256, 32))
+            with pytest.raises(CoverageError) as caught:
+                runtime.select(0, torch.randn(1, 4, 32), torch.rand(1, 4), documents=["a"])
+            return str(caught.value)
+
+    for said in run_loopback(2, work):
+        assert "query 0 sees 256 entries, index keys of 128 were scored" in said

@@ -41,6 +41,7 @@ MAX_SUBSTITUTED = 0.01
 MAX_PREDICTED = 1.02  # auto, of the cheaper of always-route and always-fetch
 _BLOCK_TOKENS = 64
 _PATIENCE_S = 600.0
+_MEMORY = ("pool_bytes", "block_bytes", "lease_bytes", "peak_bytes")
 
 Report = Callable[[str, int, int], None]
 
@@ -236,10 +237,7 @@ def _judged(
             "decisions": [result["decisions"] for result in results],
             "bytes": _bytes(results),
             "predicted_s": _predicted(results),
-            "memory": [
-                {name: result[name] for name in ("pool_bytes", "block_bytes", "peak_bytes")}
-                for result in results
-            ],
+            "memory": [{name: result[name] for name in _MEMORY} for result in results],
         }
         facts["seconds"] |= _slowest([result["phase_s"] for result in results])
         facts["step_seconds"] = _slowest([result["step_phase_s"] for result in results])
@@ -320,7 +318,7 @@ def _lines(ok: bool, facts: dict[str, Any]) -> Iterator[str]:
             f"near-ties   {facts['near_ties_substituted']} of {facts['selection_rows']:,} selections "
             "taken from the reference (k-th and next score closer than 1e-5)"
         )
-        yield "decisions   (item, holder) pairs, rows: asking instance, columns: holder"
+        yield "decisions   per (query, holder), prefill and decode; a row per asking instance:"
         for rank, holders in enumerate(facts["decisions"]):
             cells = [_ways(holders[holder]) for holder in sorted(holders)]
             yield f"  from {rank}    " + " | ".join(cells)
@@ -334,8 +332,9 @@ def _lines(ok: bool, facts: dict[str, Any]) -> Iterator[str]:
             yield f"  {name:<20} {seconds * 1e3:>12.1f}"
         for rank, memory in enumerate(facts["memory"]):
             yield (
-                f"memory {rank}    pool {memory['pool_bytes'] / 1e6:.1f} MB for "
-                f"{memory['block_bytes'] / 1e6:.1f} MB of blocks, leases included; "
+                f"memory {rank}    pool {memory['pool_bytes'] / 1e6:.2f} MB for "
+                f"{memory['block_bytes'] / 1e6:.2f} MB of encoded blocks, leases "
+                f"{memory['lease_bytes'] / 1e6:.2f} MB, "
                 f"peak {memory['peak_bytes'] / 1e6:.1f} MB beyond the loaded model"
             )
         steps = ", ".join(f"{name} {took:.1f}" for name, took in facts["step_seconds"].items())

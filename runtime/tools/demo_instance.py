@@ -120,6 +120,7 @@ class _Instance:
                 "step_phase_s": stats["phase_s"],
                 "pool_bytes": stats["pool_bytes"],
                 "block_bytes": stats["block_bytes"],
+                "lease_bytes": stats["lease_bytes"],
                 "peak_bytes": peak,
             }
 

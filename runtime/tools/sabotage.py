@@ -51,6 +51,6 @@ class SabotagedTransport(TorchTransport):
                 return rows + math.log(2)
             case "double-answer", "covered":
                 return rows * 2
-            case "double-answer", "generation":
-                return rows + 1
+            case "double-answer", "mark":
+                return rows * 2
         return rows
