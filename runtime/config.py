@@ -59,7 +59,13 @@ class RuntimeConfig:
     checked: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_blocks", "block_tokens", "request_blocks", "workspace_bytes"):
+        if not isinstance(self.model, ModelLayout):
+            raise ValueError(f"model must be a ModelLayout, got {type(self.model).__name__}")
+        sizes = ("max_blocks", "block_tokens", "request_blocks", "workspace_bytes")
+        for name in (*sizes, "private_blocks", "lease_entries", "seed"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.corpus_slots is not None and self.corpus_slots < 1:

@@ -14,4 +14,8 @@ class PeerError(RuntimeError):
 
 
 class CoverageError(RuntimeError):
-    """An answer did not cover exactly what was asked; the outputs of its queries are NaN."""
+    """An answer did not cover exactly what was asked, so there is no output. `holders` gave it."""
+
+    def __init__(self, message: str, holders: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.holders = holders

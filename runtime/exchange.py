@@ -16,9 +16,11 @@ from ..kernels.reference import mix
 from ..partition.layout import Form
 from .attend import Partial
 from .errors import CoverageError, PeerError
-from .holder import BestUnits, tagged, take_pushes, to_int32
+from .holder import tagged, take_pushes, to_int32
 from .messages import Header, Message
 from .plan import FetchList, RouteLists, Wanted
+from .requests import Scope, units_visible
+from .score import BestUnits
 from .transport import Column
 from .world import World
 
@@ -132,14 +134,20 @@ def route_columns(
 
 
 def candidates(
-    world: World, layer: int, own: BestUnits, answers: list[Message | None], visible: Tensor
+    world: World,
+    layer: int,
+    own: BestUnits,
+    answers: list[Message | None],
+    scope: Scope,
+    unit_tokens: int,
 ) -> tuple[Tensor, Tensor]:
     """Scores (Q, M) and unit ids (Q, M) of every rank's best units, own ones first.
 
-    Args: visible: (Q,) entries that each query may see; all must have been scored, each once.
+    Raises: CoverageError unless every entry in a query's scope was scored, once.
     """
     found = [own]
     queries = len(own.score)
+    visible = scope.runs[..., 1].sum(1)
     for rank, message in enumerate(answers):
         if message is None or queries == 0:
             continue
@@ -162,7 +170,14 @@ def candidates(
         assert score is not None
         assert ids is not None
         assert seen is not None
-        found.append(BestUnits(score.view(queries, -1), ids.view(queries, -1), seen))
+        best = BestUnits(score.view(queries, -1), ids.view(queries, -1), seen)
+        listed = best.id >= 0
+        ordered = best.id.sort(1).values
+        repeats = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+        foreign = listed & ~units_visible(best.id, scope.runs, unit_tokens)
+        if bool(repeats.any() | foreign.any() | (listed & ~best.score.isfinite()).any()):
+            raise world.transport.accuse(rank, "sent candidates nobody may see, twice, or unscored")
+        found.append(best)
     scored = torch.stack([best.seen for best in found])
     wrong = (scored.sum(0) != visible).nonzero()[:, 0]
     if len(wrong):
@@ -170,7 +185,8 @@ def candidates(
         raise CoverageError(
             f"layer {layer}: query {query} sees {int(visible[query])} entries, index keys of "
             f"{int(scored[:, query].sum())} were scored ({scored[:, query].tolist()} by rank, "
-            f"rank {world.rank} first); {len(wrong)} queries in all"
+            f"rank {world.rank} first); {len(wrong)} queries in all",
+            tuple(range(world.world_size)),
         )
     return torch.cat([b.score for b in found], dim=1), torch.cat([b.id for b in found], dim=1)
 
@@ -193,14 +209,19 @@ def routed_answers(
     covered = _gathered(world, f"{form}.covered", torch.int32, (2,), asked, answers)
     item = lists.items[: len(out)]
     expected = to_int32(tagged(lists.expected[: len(out)], item))
-    wrong = (covered != expected).any(1).nonzero()[:, 0]
+    uncovered = (covered != expected).any(1)
     holder = torch.arange(world.world_size).repeat_interleave(lists.pairs)
     complaints = [
         Complaint(
             int(item[at]), int(holder[at]), f"covered {covered[at, 0]} of {expected[at, 0]} entries"
         )
-        for at in wrong
+        for at in uncovered.nonzero()[:, 0]
     ]
+    unsound = ~out.isfinite().flatten(1).all(1) | (lse.isnan() | (lse == torch.inf)).any(1)
+    unsound &= ~uncovered
+    if bool(unsound.any()):
+        culprit = int(holder[unsound.nonzero()[0, 0]])
+        raise world.transport.accuse(culprit, f"answered layer {layer} with NaN or infinity")
     return Partial(out.to(lse_dtype), lse, item), complaints
 
 
@@ -238,7 +259,8 @@ def coverage_error(world: World, layer: int, complaints: list[Complaint]) -> Cov
         f"query {item // branches} at rank {holder} {what}" for item, holder, what in complaints[:4]
     ]
     more = f"; and {len(complaints) - 4} more" if len(complaints) > 4 else ""
-    return CoverageError(f"layer {layer}: {'; '.join(said)}{more}")
+    holders = tuple(sorted({complaint.holder for complaint in complaints}))
+    return CoverageError(f"layer {layer}: {'; '.join(said)}{more}", holders)
 
 
 def _gathered(

@@ -8,30 +8,22 @@ sender. Ids that are not here (or not written) add nothing, and the coverage say
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from ..indexer import local_topk, merge_topk, scores, unit_scores, visible
 from ..kernels import reference
 from ..partition.layout import Form
 from .attend import attend_entries, by_branch, pool_reader
 from .messages import Message
 from .plan import unit_entries
+from .score import best_units
 from .world import World
 
 MAX_TOP_K = 1 << 20
-SCORE_TILE_BYTES = 1 << 20  # per-head products that stay in a core's cache
+_LISTED_BYTES = 128  # ids, indices, masks and their sorts, for one listed entry
 FORMS: tuple[Form, ...] = get_args(Form)
-
-
-class BestUnits(NamedTuple):
-    """Units of each query: scores (Q, k) and ids (Q, k) int32, -1 padded; entries scored, (Q,) int32."""
-
-    score: Tensor
-    id: Tensor
-    seen: Tensor
 
 
 def take_pushes(world: World, message: Message) -> None:
@@ -79,39 +71,59 @@ def _routed(world: World, layer: int, form: Form, message: Message) -> dict[str,
     if unit_tokens > 1:
         hidden = _column(columns, f"{form}.hidden", torch.int32, 2)
 
-    listed = padded_lists(units, count)
-    ids, seen = unit_entries(
-        listed,
-        hidden,
-        unit_tokens=unit_tokens,
-        block_tokens=config.block_tokens,
-        num_branches=config.num_branches,
-    )
-    ids, seen = ids.flatten(1), seen.flatten(1) & (ids.flatten(1) < _corpus_ids(world, False))
-    index, here = world.entries.resolve(layer, ids)
-    valid = here & seen
-    really, generations = world.entries.identify(index)
-    covered = tagged(reference.coverage(really, generations, valid), item)
-
+    capacity = _corpus_ids(world, of_index=False) // unit_tokens
+    longest = int(count.max()) if pairs else 0
+    if longest > capacity or hidden.shape != (pairs, 2):
+        raise ValueError(f"a pair lists {longest} units of {capacity}, or `hidden` is malformed")
     rows = query.to(world.compute_dtype)
     branch = item.long() % config.num_branches
+    weights = world.weights[layer]
     if form == "B":
-        weights = world.weights[layer]
         assert weights is not None
         rows = by_branch(rows, branch, weights.w_uk, reference.absorb)
-    out, lse = attend_entries(world, layer, rows, index, valid, pool_reader(world, layer))
+    # Tile by tile, so that one long list does not pad all the others beyond the workspace.
+    step = max(config.workspace_bytes // (max(longest, 1) * unit_tokens * _LISTED_BYTES), 1)
+    starts = count.long().cumsum(0) - count
+    done = []
+    for first in range(0, max(pairs, 1), step):
+        tile = slice(first, first + step)
+        begin = int(starts[first]) if pairs else 0
+        listed = padded_lists(units[begin:], count[tile])
+        done.append(_attended(world, layer, rows[tile], listed, hidden[tile], unit_tokens))
+    out, lse, covered = (torch.cat(parts) for parts in zip(*done, strict=True))
     if form == "B":
         assert weights is not None
         out = by_branch(out, branch, weights.w_uv, reference.project)
     return {
         f"{form}.out": out.to(config.dtype),
         f"{form}.lse": lse,
-        f"{form}.covered": to_int32(covered),
+        f"{form}.covered": to_int32(tagged(covered, item)),
     }
+
+
+def _attended(
+    world: World, layer: int, rows: Tensor, listed: Tensor, hidden: Tensor, unit_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Partials and coverage of absorbed rows (P, h, K) over their listed units (P, U)."""
+    ids, seen = unit_entries(
+        listed,
+        hidden,
+        unit_tokens=unit_tokens,
+        block_tokens=world.config.block_tokens,
+        num_branches=world.config.num_branches,
+    )
+    ids, seen = ids.flatten(1), seen.flatten(1)
+    index, here = world.entries.resolve(layer, ids)
+    valid = here & seen & (ids < _corpus_ids(world, of_index=False))
+    covered = reference.coverage(*world.entries.identify(index), valid)
+    out, lse = attend_entries(world, layer, rows, index, valid, pool_reader(world, layer))
+    return out, lse, covered
 
 
 def _fetched(world: World, layer: int, message: Message) -> dict[str, Tensor]:
     units = _column(message.columns, "fetch", torch.int32, 1)
+    if len(units) > len(units.unique()):
+        raise ValueError("units to fetch repeat")
     ids = units[:, None] + torch.arange(_unit_tokens(world, message), dtype=torch.int32)
     ids = torch.where(units[:, None] < 0, -1, ids).reshape(-1)
     index, here = world.entries.resolve(
@@ -134,7 +146,10 @@ def answer_select(world: World, message: Message) -> dict[str, Tensor]:
     index = world.config.model.layers[layer].index
     if index is None or query.shape[1:] != (index.heads, index.head_dim):
         raise ValueError(f"index queries of shape {tuple(query.shape)} do not fit layer {layer}")
-    if weights.shape != query.shape[:2] or len(runs) != len(query) or runs.shape[2] != 2:
+    finite = bool(query.isfinite().all()) and bool(weights.isfinite().all())
+    if not finite or weights.shape != query.shape[:2]:
+        raise ValueError("index queries or weights are malformed or not finite")
+    if len(runs) != len(query) or runs.shape[2] != 2 or bool((runs[..., 1] < 0).any()):
         raise ValueError("index weights or scope do not fit the index queries")
     top_k, unit_tokens = message.header.top_k, _unit_tokens(world, message)
     if not 0 < top_k <= MAX_TOP_K:
@@ -143,56 +158,6 @@ def answer_select(world: World, message: Message) -> dict[str, Tensor]:
     runs = torch.stack((runs[..., 0], runs[..., 1].minimum(room).to(torch.int32)), dim=-1)
     best = best_units(world, layer, query, weights, runs, top_k=top_k, unit_tokens=unit_tokens)
     return {"score": best.score.flatten(), "id": best.id.flatten(), "seen": best.seen}
-
-
-def best_units(
-    world: World,
-    layer: int,
-    query: Tensor,
-    weights: Tensor,
-    runs: Tensor,
-    *,
-    top_k: int,
-    unit_tokens: int,
-) -> BestUnits:
-    """Top units among the index keys held here."""
-    query, config = query.to(world.compute_dtype), world.config
-    # An entry's key, decoded by way of int32, and for each query its score, sight and their sorts.
-    entry_bytes = 12 * query.shape[2] + 4 * query.element_size() * len(query)
-    store = world.index
-    blocks = store.key_of[(store.key_of >= 0) & (store.fill[layer] > 0)].sort().values
-    nothing = query.new_full((len(query), 1), -torch.inf)
-    tops = [(nothing, torch.full((len(query), 1), -1, dtype=torch.int32))]
-    seen = torch.zeros(len(query), dtype=torch.int32)
-    for some in blocks.split(max(config.workspace_bytes // (entry_bytes * config.block_tokens), 1)):
-        found, ids = _scored(world, layer, some, query, weights, runs)
-        seen += (found > -torch.inf).sum(1, dtype=torch.int32)
-        if unit_tokens > 1:
-            found, ids = unit_scores(found, ids, unit_tokens)
-        if len(ids):
-            tops.append(local_topk(found, ids, min(top_k, len(ids))))
-    if len(tops) <= 2:  # one tile, the usual case
-        return BestUnits(*tops[-1], seen)
-    score, units = torch.cat([top for top, _ in tops], 1), torch.cat([ids for _, ids in tops], 1)
-    return BestUnits(*merge_topk(score, units, min(top_k, units.shape[1])), seen)
-
-
-def _scored(
-    world: World, layer: int, blocks: Tensor, query: Tensor, weights: Tensor, runs: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Scores (Q, E), -inf where unseen, and ids (E,) of the entries of `blocks` that anyone sees."""
-    block_tokens = world.config.block_tokens
-    ids = (blocks[:, None] * block_tokens + torch.arange(block_tokens, dtype=torch.int32)).flatten()
-    index, written = world.index.resolve(layer, ids)
-    seen = visible(ids, runs) & written
-    used = seen.any(0)
-    if not bool(used.all()):
-        ids, index, seen = ids[used], index[used], seen[:, used]
-    keys = world.index.read(layer, index, world.compute_dtype)
-    tile_bytes = min(world.config.workspace_bytes // 4, SCORE_TILE_BYTES)
-    tile_bytes = max(tile_bytes, query.shape[1] * query.element_size())
-    found = scores(query, weights, keys, tile_bytes=tile_bytes)
-    return found.masked_fill_(~seen, -torch.inf), ids
 
 
 def padded_lists(values: Tensor, counts: Tensor) -> Tensor:

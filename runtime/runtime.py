@@ -15,7 +15,7 @@ from ..partition.layout import Layout
 from ..partition.placement import place
 from .config import RuntimeConfig
 from .cost.predicate import MODES, Mode
-from .errors import PeerError
+from .errors import CoverageError, PeerError
 from .exchange import agree
 from .explain import DecisionLine, explain_last, predicted_last
 from .holder import MAX_TOP_K
@@ -107,9 +107,13 @@ class Runtime:
         """
         self._check_open()
         world, config = self._world, self._world.config
-        if tokens <= 0 or position < 0:
+        if (
+            not (isinstance(tokens, int) and isinstance(position, int))
+            or tokens < 1
+            or position < 0
+        ):
             raise ValueError(
-                f"document {name!r}: needs tokens > 0 and position >= 0, got {tokens}, {position}"
+                f"document {name!r}: needs whole tokens > 0 and position >= 0, got {tokens}, {position}"
             )
         directory, num_blocks = world.directory, -(-tokens // config.block_tokens)
         if num_blocks > config.max_blocks - directory.num_blocks:
@@ -251,9 +255,16 @@ class Runtime:
         head = (layout.num_branches, layout.branch_heads)
         _check(w_uk, "w_uk", (*head, layout.projection.nope_dim, layout.absorbed_dim), None)
         _check(w_uv, "w_uv", (*head, layout.value_dim, layout.projection.out_dim), None)
+        if not w_uk.is_floating_point() or not w_uv.is_floating_point():
+            raise ValueError(f"weights must be floating point, got {w_uk.dtype} and {w_uv.dtype}")
+        if not bool(w_uk.isfinite().all() & w_uv.isfinite().all()):
+            raise ValueError("weights must be finite")
         dtype = self._world.compute_dtype
-        self._world.weights[layer] = LayerWeights(
-            w_uk.detach().to(dtype).contiguous(), w_uv.detach().to(dtype).contiguous()
+        self._world.take_weights(
+            layer,
+            LayerWeights(
+                w_uk.detach().to(dtype).contiguous(), w_uv.detach().to(dtype).contiguous()
+            ),
         )
 
     def scope(
@@ -276,7 +287,7 @@ class Runtime:
         scopes = []
         for request, ids in requests:
             self._check_request(request)
-            _check(ids, "ids", (len(ids),), torch.int32)
+            _check(ids, "ids", (None,), torch.int32)
             end = request.tail_start + request.length
             if bool(((ids < request.tail_start) | (ids >= end)).any()):
                 raise ValueError(f"ids must lie in the request's [{request.tail_start}, {end})")
@@ -311,9 +322,10 @@ class Runtime:
         index = layout.index
         if index is None:
             raise ValueError(f"layer {layer} ({layout.name!r}) has no indexer")
-        _check(query, "index query", (len(query), index.heads, index.head_dim), self.config.dtype)
+        _check(query, "index query", (None, index.heads, index.head_dim), self.config.dtype)
         _check(weights, "index weights", (len(query), index.heads), None)
-        if unit_tokens < 1 or self.config.block_tokens % unit_tokens:
+        whole = isinstance(unit_tokens, int) and unit_tokens >= 1
+        if not whole or self.config.block_tokens % unit_tokens:
             raise ValueError(
                 f"unit_tokens must divide block_tokens {self.config.block_tokens}, got {unit_tokens}"
             )
@@ -323,7 +335,7 @@ class Runtime:
             scope = self.scope(documents=documents, queries=len(query))
         self._check_scope(scope, len(query))
         count = index.top_k if top_k is None else top_k
-        if not 1 <= count <= MAX_TOP_K:
+        if not isinstance(count, int) or not 1 <= count <= MAX_TOP_K:
             raise ValueError(f"top_k must be in [1, {MAX_TOP_K}], got {count}")
         if self.config.checked and not bool(query.isfinite().all() & weights.isfinite().all()):
             raise ValueError("index queries and weights must be finite")
@@ -367,9 +379,13 @@ class Runtime:
         self._check_open()
         layout = self._layer(layer)
         dim = layout.key_dim if self._world.weights[layer] is None else layout.query_dim
-        _check(query, "query", (len(query), layout.heads, dim), self.config.dtype)
+        _check(query, "query", (None, layout.heads, dim), self.config.dtype)
         if sink is not None:
             _check(sink, "sink", (layout.heads,), None)
+        if self.config.checked:
+            finite = bool(query.isfinite().all())
+            if not finite or (sink is not None and bool(sink.isnan().any())):
+                raise ValueError("queries must be finite, and sinks not NaN")
         if mode is not None and mode not in MODES:
             raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
         self._check_selection(layout, selection, len(query))
@@ -422,6 +438,9 @@ class Runtime:
             yield
         except PeerError:
             raise
+        except CoverageError as error:
+            self._world.transport.abort(error.holders, f"rank {self.rank} was not served: {error}")
+            raise
         except BaseException as error:
             self._world.transport.abort((self.rank,), f"raised {type(error).__name__}: {error}")
             raise
@@ -431,7 +450,7 @@ class Runtime:
     ) -> None:
         self._check_open()
         layout, world = self._layer(layer), self._world
-        _check(ids, "ids", (len(ids),), torch.int32)
+        _check(ids, "ids", (None,), torch.int32)
         if entries.dim() == 2 and layout.num_branches == 1:
             entries = entries[:, None]
         shape = (len(ids), layout.num_branches, layout.entry_dim)
@@ -459,13 +478,15 @@ class Runtime:
             raise ValueError("ids repeat")
 
     def _documents(self, names: Sequence[str]) -> tuple[Document, ...]:
+        if isinstance(names, str):
+            raise ValueError(f"documents must be a list of names, got the string {names!r}")
         if len(set(names)) != len(names):
             raise ValueError(f"a document is attached twice: {list(names)}")
         return tuple(self._world.directory.document(name) for name in names)
 
     def _layer(self, layer: int) -> Layout:
         layers = self.config.model.layers
-        if not 0 <= layer < len(layers):
+        if not isinstance(layer, int) or not 0 <= layer < len(layers):
             raise ValueError(f"layer must be in [0, {len(layers)}), got {layer}")
         return layers[layer]
 
@@ -482,6 +503,7 @@ class Runtime:
         if (
             len(scope.runs) != queries
             or scope.runs.dim() != 3
+            or scope.runs.shape[2] != 2
             or scope.hidden.shape != (queries, 2)
             or not scope.runs.dtype == scope.hidden.dtype == torch.int32
         ):
@@ -525,9 +547,15 @@ class Runtime:
             raise ValueError("the selection lists tokens of a request that was released")
 
 
-def _check(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
-    if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
-        got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ValueError(f"{name} must have shape {shape}, got {got}")
+def _check(
+    tensor: object, name: str, shape: tuple[int | None, ...], dtype: torch.dtype | None
+) -> None:
+    """A tensor of that shape (None is any size) and dtype (None is any)."""
+    said = str(shape).replace("None", "any")
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor of shape {said}, got {type(tensor).__name__}")
+    sizes = zip(tensor.shape, shape, strict=False)
+    if tensor.dim() != len(shape) or any(want not in (None, got) for got, want in sizes):
+        raise ValueError(f"{name} must have shape {said}, got {tuple(tensor.shape)}")
     if dtype is not None and tensor.dtype != dtype:
         raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")

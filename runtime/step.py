@@ -35,8 +35,9 @@ from .exchange import (
     routed_answers,
     settle,
 )
-from .holder import BestUnits, answer_attend, answer_select, best_units
+from .holder import answer_attend, answer_select
 from .requests import Scope, units_visible
+from .score import BestUnits, best_units
 from .transport import Column
 from .world import LastStep, World
 
@@ -67,10 +68,9 @@ def select_step(
         )
 
     header = world.header("select", layer=layer, unit_tokens=unit_tokens, top_k=top_k)
-    visible = scope.runs[..., 1].sum(1)
     if world.config.index_placement == "replicated":
         settle(world, header)
-        scores, ids = candidates(world, layer, own_units(), [], visible)
+        scores, ids = candidates(world, layer, own_units(), [], scope, unit_tokens)
         return Selection(merge_topk(scores, ids, top_k)[1], unit_tokens, scope)
 
     columns = [
@@ -79,7 +79,7 @@ def select_step(
         broadcast("index.runs", scope.runs, world),
     ]
     own, answers = exchange(world, header, columns, answer_select, own_units)
-    scores, ids = candidates(world, layer, own, answers, visible)
+    scores, ids = candidates(world, layer, own, answers, scope, unit_tokens)
     return Selection(merge_topk(scores, ids, top_k)[1], unit_tokens, scope)
 
 

@@ -23,6 +23,8 @@ from .messages import Header, Message, decode, encode
 # Before a rank accuses a peer it listens, for this part of the deadline, for somebody who knows
 # better: a peer that is silent because it waits for the real culprit says so when it gives up.
 _GRACE = 0.075
+# In step, a peer can be one message ahead; more is a fault, and would fill the memory.
+_MAX_AHEAD = 4
 
 
 class Column(NamedTuple):
@@ -115,7 +117,7 @@ class Transport(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Stop listening. Does not wait for other ranks; idempotent."""
+        """Say goodbye and stop listening, within the deadline; idempotent."""
 
     @abstractmethod
     def _send(self, peer: int, buffer: Tensor) -> None: ...
@@ -159,6 +161,8 @@ class Transport(ABC):
             if frame.buffer is None:
                 self._gone[frame.peer] = frame.reason
             elif frame.peer in buffers:
+                if len(self._waiting[frame.peer]) >= _MAX_AHEAD:
+                    raise self._fail((frame.peer,), f"ran ahead by over {_MAX_AHEAD} messages")
                 self._waiting[frame.peer].append(frame.buffer)
             else:
                 buffers[frame.peer] = frame.buffer
@@ -175,7 +179,7 @@ class Transport(ABC):
                 raise self._fail(
                     (peer,),
                     f"out of step with rank {self.rank}: {field} {other!r} instead of {mine!r}; "
-                    "every rank issues the same steps and the same add_document calls in one order",
+                    "every rank issues the same steps, add_document and load_weights in one order",
                 )
 
 

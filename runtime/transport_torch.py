@@ -22,10 +22,12 @@ from .transport import Frame, Transport
 
 _FRAME_MAGIC = 0x716F_6672
 _MESSAGE, _ABORT, _BYE = 0, 1, 2
-_MAX_BODY_BYTES = 1 << 34
+_MAX_BODY_BYTES = 1 << 32
+_MAX_ABORT_BYTES = 1 << 14
 _NEVER_SENT = 0x6E6F  # a tag that no message uses
 _FOREVER = timedelta(days=30)
-# A send is known to be over when the peer's later messages have arrived; until then gloo reads it.
+# gloo reads a send until it is over. In step there are at most three messages (six parts) to a peer
+# that it has not answered yet, so older ones are over.
 _SENDS_KEPT = 16
 
 
@@ -125,6 +127,8 @@ class TorchTransport(Transport):
                 if kind == _BYE:
                     self._arrived.put(Frame(peer, None, "closed its runtime"))
                     return
+                if kind not in (_MESSAGE, _ABORT) or (kind == _ABORT and size > _MAX_ABORT_BYTES):
+                    raise RuntimeError(f"malformed frame {frame.tolist()}")
                 body = self._receive(peer, torch.empty(size, dtype=torch.uint8))
                 if kind == _ABORT:
                     self._arrived.put(self._abort_frame(peer, body))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,17 +29,17 @@ from .transport_torch import TorchTransport
 
 
 def connect(deadline_s: float) -> Transport:
-    """The transport of this process: the default torch.distributed group, made from a launcher's
-    environment (torchrun) if there is none, or a world of one.
+    """The transport of this process: over a gloo group of its own beside torch.distributed's default
+    group (made from a launcher's environment, torchrun's, if there is none), or a world of one.
     """
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return LoopbackTransport.world(1, deadline_s=deadline_s)[0]
         dist.init_process_group("gloo", timeout=timedelta(seconds=max(deadline_s, 60.0)))
-    group = dist.group.WORLD
-    assert group is not None
-    if dist.get_world_size(group) == 1:
+    if dist.get_world_size() == 1:
         return LoopbackTransport.world(1, deadline_s=deadline_s)[0]
+    # Of its own: an engine's messages in the default group must never meet ours.
+    group = dist.new_group(backend="gloo")
     return TorchTransport(group=group, deadline_s=deadline_s)
 
 
@@ -77,7 +78,7 @@ class Stats:
     leases: Counter[str] = field(default_factory=Counter)
 
     def count(self, decision: Decision, queries: int) -> None:
-        """Add one attention step: decisions by holder, predicted exchange times by mode."""
+        """Add one attention step and its decisions by holder."""
         self.steps += 1
         self.queries += queries
         self.ways += torch.nn.functional.one_hot(decision.way.long(), len(Way)).sum(0)
@@ -85,8 +86,10 @@ class Stats:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
-        self.phase_s[name] += time.perf_counter() - start
+        try:
+            yield
+        finally:
+            self.phase_s[name] += time.perf_counter() - start
 
 
 class World:
@@ -120,10 +123,7 @@ class World:
             block_tokens=block_tokens,
             lease_entries=config.lease_entries,
         )
-        replicated = config.index_placement == "replicated"
-        self.index_slots = (
-            config.max_blocks if replicated else min(config.max_blocks, self.corpus_slots)
-        )
+        self.index_slots = index_slots(config, self.world_size)
         index_codecs = [index_codec(layout) for layout in layers]
         self.has_index = any(index_codecs)
         self.index = BlockStore(
@@ -143,6 +143,8 @@ class World:
             for layout, codec in zip(layers, entry_codecs, strict=True)
         ]
         self.epoch = 0
+        self._weights_mark = 0
+        self._incarnation = config.fingerprint(self.world_size)
         self.stats = Stats(torch.zeros(self.world_size, len(Way), dtype=torch.int64))
         self.last: LastStep | None = None
         self._index_used = 0
@@ -158,20 +160,29 @@ class World:
         return generations[keys.clamp(0, len(generations) - 1)]
 
     def forms(self, layer: int) -> tuple[Form, ...]:
-        """Payload forms that can be executed: B once the projection weights are at every holder."""
+        """Payload forms that can be executed: B with the projection weights, which headers compare."""
         return ("A",) if self.weights[layer] is None else ("A", "B")
 
     def header(self, kind: str, *, layer: int, unit_tokens: int = 1, top_k: int = 0) -> Header:
         return Header(
             kind=kind,
-            incarnation=self.config.fingerprint(self.world_size),
+            incarnation=self._incarnation,
             channel=0,
             epoch=self.epoch,
-            tables=self.directory.version,
+            tables=self.directory.version ^ self._weights_mark,
             layer=layer,
             unit_tokens=unit_tokens,
             top_k=top_k,
         )
+
+    def take_weights(self, layer: int, weights: LayerWeights) -> None:
+        """Keep a layer's weights. Their mark joins the table version: ranks that differ are named."""
+        self.weights[layer] = weights
+        for weight in weights:
+            raw = weight.cpu().view(torch.uint8).numpy().tobytes()
+            self._weights_mark = zlib.crc32(
+                raw, zlib.crc32(bytes([layer % 256]), self._weights_mark)
+            )
 
     def adopt(self, directory: Directory) -> None:
         """Take over a directory that has new blocks, and give their copies here their slots."""
@@ -182,7 +193,6 @@ class World:
         here, copy = (owners == self.rank).nonzero(as_tuple=True)
         self.entries.assign(keys[here], directory.slots[keys[here], copy])
         if self.has_index:
-            # A rank has an index slot for every entry slot it may own, or for the whole corpus.
             if self.config.index_placement == "with-blocks":
                 blocks = blocks[owners.view(len(blocks), branches, -1)[:, 0, 0] == self.rank]
             self.index.assign(
@@ -304,6 +314,19 @@ class World:
                 columns.append(Column(f"{name}.rows", rows, counts, order))
                 pushes[layer].clear()
         return columns
+
+
+def index_slots(config: RuntimeConfig, world_size: int) -> int:
+    """Blocks whose index keys one rank may have to hold: as the owner of their first branch, or all."""
+    placement, branches = config.placement, config.num_branches
+    if config.index_placement == "replicated":
+        return config.max_blocks
+    if placement.policy == "block-cyclic":
+        rounds = -(-config.max_blocks // (placement.run * world_size))
+        return min(rounds * placement.run, config.max_blocks)
+    # Elsewhere a rank may own all that it holds, and hold few replicas or none.
+    per_block = 1 if placement.policy == "branch-split" else branches
+    return min(-(-config.slots_for(world_size) // per_block), config.max_blocks)
 
 
 def entry_codec(layout: Layout) -> Codec:

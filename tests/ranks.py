@@ -6,7 +6,7 @@ import multiprocessing
 import pickle
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -128,21 +128,25 @@ class RankPool:
 
 
 def run_loopback(
-    world_size: int, worker: Callable[[Transport], T], *, deadline_s: float = 20.0
+    world_size: int,
+    worker: Callable[[Transport], T],
+    *,
+    deadline_s: float = 20.0,
+    transports: Sequence[Transport] | None = None,
 ) -> list[T]:
     """The results of `worker(transport)` of every rank, each in a thread of its own.
 
     Raises: what a rank raised; rather the cause than the PeerError that others got because of it.
     """
 
-    def guarded(end: LoopbackTransport) -> T:
+    def guarded(end: Transport) -> T:
         try:
             return worker(end)
         except BaseException as error:
             end.abort((end.rank,), f"raised {type(error).__name__}: {error}")
             raise
 
-    ends = LoopbackTransport.world(world_size, deadline_s=deadline_s)
+    ends = transports or LoopbackTransport.world(world_size, deadline_s=deadline_s)
     with ThreadPoolExecutor(world_size) as threads:
         futures = [threads.submit(guarded, end) for end in ends]
     errors = [error for future in futures if (error := future.exception())]

@@ -44,6 +44,7 @@ class Mutant(NamedTuple):
 COVERAGE = CoverageError, rf"^layer 0: query \d+ at rank {CULPRIT} "
 BY_PEER = PeerError, rf"^rank {CULPRIT}: "
 DENSE = (MismatchError,)
+NOT_A_NUMBER = PeerError, rf"^rank {CULPRIT}: answered layer \d+ with NaN"
 
 
 def wrong_answer(spoil: Callable[[Answer], Answer]) -> Inject:
@@ -273,7 +274,9 @@ MUTANTS: dict[str, Mutant] = {
         lambda patch: resent(patch, instead=True), {**ROUTE, "repeats": 2}, *BY_PEER
     ),
     "stale results": Mutant(stale_results, {**ROUTE, "repeats": 2, "steps": 1}, *DENSE),
-    "wrong row read": Mutant(replaced(holder, "pool_reader", neighbour_read), ROUTE, *DENSE),
+    "wrong row read": Mutant(
+        replaced(holder, "pool_reader", neighbour_read), ROUTE, *NOT_A_NUMBER
+    ),  # the rows between blocks are NaN here
     "wrong row fetched": Mutant(
         wrong_answer(each(rows=mixed_up)), {**FETCH, "picks": "random"}, *DENSE
     ),

@@ -55,6 +55,8 @@ def model_layout(config: Any, *, codec: str = "fp32", index_codec: str = "fp32")
         top_k=config.index_topk,
     )
     types = getattr(config, "indexer_types", None) or ["full"] * config.num_hidden_layers
+    if types[0] != "full":
+        raise ValueError(f"the first layer must have an indexer, indexer_types are {types}")
     layers: list[Layout] = []
     sources: list[int] = []
     for layer, kind in enumerate(types):
@@ -226,6 +228,8 @@ class HFEngine:
             runtime.load_weights(layer, w_uk[None], w_uv.mT[None])
             attention.qroam = self
             attention.expand_kv = _nothing_expanded
+            if isinstance(attention.indexer, RuntimeIndexer):
+                raise ValueError("the model belongs to another engine already")
             if attention.indexer is not None:
                 attention.indexer = RuntimeIndexer(self, layer, attention.indexer)
 

@@ -26,9 +26,10 @@ from ...partition.layout import Form, Layout
 from .profile import FabricProfile
 
 UNIT_ID_BYTES = 4
-QUERY_META_BYTES = 16  # query, branch, request offset: int32 and int64 columns
+QUERY_META_BYTES = 16  # item, number of units, and the span of hidden entries, int32 each
 COVERAGE_BYTES = 8  # entries that went in, and a 32-bit mix of their ids
-HEADER_BYTES = 160
+MARK_BYTES = 4  # with each packed entry, a 32-bit mix of its id
+HEADER_BYTES = 208  # of a message, its columns described
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,7 +226,7 @@ class CostModel:
             reply = entries * self.facts.entry_bytes
         else:
             request = (used * HEADER_BYTES + unique * UNIT_ID_BYTES) / self._out_rate(sharers)
-            reply = used * HEADER_BYTES + entries * self.facts.entry_bytes
+            reply = used * HEADER_BYTES + entries * (self.facts.entry_bytes + MARK_BYTES)
             pack = used * device.pack_s + reply / device.pack_bytes_per_s
             in_rate = self._in_rate(sharers)
         rotated = 2 * entries * self.facts.rope_bytes if self.splice else torch.zeros_like(unique)

@@ -12,13 +12,14 @@ from typing import Annotated, Literal, TypeAlias
 
 import typer
 
+from ..cost.predicate import Mode
 from . import doctor as _doctor
 from .progress import progress
+from .sabotage import Sabotage
 
 _FILES = 16  # of the demo's corpus
 
-Mode: TypeAlias = Literal["auto", "always-route", "always-fetch", "random"]
-Sabotage: TypeAlias = Literal["drop-holder", "wrong-row", "double-answer"]
+Forms: TypeAlias = Literal["A", "A,B"]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Count: TypeAlias = Annotated[int, typer.Option(min=1)]
 
@@ -118,14 +119,23 @@ def explain(
     fabric: Annotated[str, typer.Option(help="A shipped profile or a TOML file.")] = "ibgda-ndr200",
     reuse: Annotated[float, typer.Option(help="Expected uses of a fetched unit.")] = 1.0,
     shared: Annotated[bool, typer.Option("--shared", help="All select the same units.")] = False,
+    forms: Annotated[
+        Forms, typer.Option(help="Routable payloads; B if the holders have W_UK and W_UV.")
+    ] = "A",
+    unit_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a unit.")] = 1,
+    lines: Annotated[
+        bool, typer.Option("--lines", help="Print one line per query and holder.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show the decisions of a hypothetical step, and why."""
     from ...partition.codec import make_codec
     from ...partition.layout import named_layout
     from ..cost.profile import load_profile
-    from .explain import explain_step, render
+    from .explain import explain_step, render, render_lines
 
+    if lines and as_json:
+        raise ValueError("--lines and --json exclude each other")
     chosen = named_layout(layout)
     codec = make_codec(chosen.codec, dim=chosen.entry_dim, rope_dim=chosen.rope_dim)
     records = explain_step(
@@ -136,9 +146,15 @@ def explain(
         profile=load_profile(fabric),
         reuse=reuse,
         entry_bytes=codec.entry_bytes,
+        forms=("A", "B") if forms == "A,B" else ("A",),
+        unit_tokens=unit_tokens,
         overlap=1.0 if shared else 0.0,
     )
-    typer.echo(json.dumps(records) if as_json else render(records))
+    if lines:
+        for line in render_lines(records):
+            typer.echo(line)
+    else:
+        typer.echo(json.dumps(records) if as_json else render(records))
 
 
 @app.command()

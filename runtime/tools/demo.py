@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -37,6 +37,7 @@ from .demo_model import (
 from .sabotage import Sabotage
 
 MAX_LOGIT_ERROR = 1e-4
+MAX_REPLAY_ERROR = 1e-4
 MAX_SUBSTITUTED = 0.01
 MAX_PREDICTED = 1.02  # auto, of the cheaper of always-route and always-fetch
 _BLOCK_TOKENS = 64
@@ -48,7 +49,7 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoConfig:
-    """Sizes of the demo. Raises: ValueError if one instance would have no chunk to prefill."""
+    """Sizes of the demo. Raises: ValueError for a size below 1 or a sabotage of a lone instance."""
 
     corpus: Path | None = None
     files: int = 16
@@ -83,8 +84,22 @@ class DemoReport:
         return "\n".join(_lines(self.ok, self.facts))
 
 
+class _Failure(NamedTuple):
+    """`kind`: "coverage" if the instance found an answer's coverage to be wrong, else "other"."""
+
+    rank: int
+    kind: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"instance {self.rank}: {self.why}"
+
+
 def run_demo(config: DemoConfig, report: Report) -> DemoReport:
-    """Run it all; takes about a minute on two cores."""
+    """Run it all; takes about a minute on two cores.
+
+    Raises: RuntimeError if an instance failed and none found an answer's coverage to be wrong.
+    """
     started = time.perf_counter()
     documents = load_corpus(config.corpus, config.files, config.bytes_per_file)
     tokens = sum(len(document) for document in documents.values())
@@ -136,9 +151,10 @@ def run_demo(config: DemoConfig, report: Report) -> DemoReport:
             )
             reference_s = time.perf_counter() - started
             results, failures = _results(instances, report)
-    return _judged(
-        config, tokens, len(documents), reference, results, failures, reference_s, started
-    )
+    if failures and all(failure.kind != "coverage" for failure in failures):
+        raise RuntimeError(str(failures[0]))
+    said = [str(failure) for failure in sorted(failures)]
+    return _judged(config, tokens, len(documents), reference, results, said, reference_s, started)
 
 
 @contextmanager
@@ -166,16 +182,17 @@ def _instances(jobs: list[Job]) -> Iterator[list[tuple[BaseProcess, Connection]]
 
 def _results(
     instances: list[tuple[BaseProcess, Connection]], report: Report
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Let the instances start, follow them, and return what they report, in rank order."""
+) -> tuple[list[dict[str, Any]], list[_Failure]]:
+    """Let the instances start, follow them; returns results in rank order, failures as they came."""
     pipes = {pipe: rank for rank, (_, pipe) in enumerate(instances)}
     results: dict[int, dict[str, Any]] = {}
-    failures: dict[int, str] = {}
+    failures: list[_Failure] = []
     furthest: dict[str, int] = {}
     while pipes:
         ready = wait(list(pipes), timeout=_PATIENCE_S)
         if not ready:
-            failures |= dict.fromkeys(pipes.values(), f"silent for {_PATIENCE_S:g} s")
+            silence = f"silent for {_PATIENCE_S:g} s"
+            failures += [_Failure(rank, "other", silence) for rank in pipes.values()]
             break
         for pipe in ready:
             assert isinstance(pipe, Connection)
@@ -183,7 +200,9 @@ def _results(
             try:
                 message = pipe.recv()
             except EOFError:
-                failures[rank] = f"ended with exit code {instances[rank][0].exitcode}"
+                process = instances[rank][0]
+                process.join(5.0)  # else it may have no exit code yet
+                failures.append(_Failure(rank, "other", f"ended with exit code {process.exitcode}"))
                 del pipes[pipe]
                 continue
             match message:
@@ -196,11 +215,10 @@ def _results(
                 case ("done", result):
                     results[rank] = result
                     del pipes[pipe]
-                case ("failed", why):
-                    failures[rank] = why
+                case ("failed", kind, why):
+                    failures.append(_Failure(rank, kind, why))
                     del pipes[pipe]
-    said = [f"instance {rank}: {why}" for rank, why in sorted(failures.items())]
-    return [results[rank] for rank in sorted(results)], said
+    return [results[rank] for rank in sorted(results)], failures
 
 
 def _judged(
@@ -237,6 +255,10 @@ def _judged(
             "decisions": [result["decisions"] for result in results],
             "bytes": _bytes(results),
             "predicted_s": _predicted(results),
+            "replay_error": {
+                mode: max(result["replays"][mode]["error"] for result in results)
+                for mode in REPLAYED
+            },
             "memory": [{name: result[name] for name in _MEMORY} for result in results],
         }
         facts["seconds"] |= _slowest([result["phase_s"] for result in results])
@@ -245,6 +267,9 @@ def _judged(
             problems.append(f"{compared - equal} of {compared} tokens differ")
         if not error <= MAX_LOGIT_ERROR:
             problems.append(f"a logit is off by {error:.2e}, allowed is {MAX_LOGIT_ERROR:g}")
+        for mode, worst in facts["replay_error"].items():
+            if not worst <= MAX_REPLAY_ERROR:
+                problems.append(f"replayed with {mode}, an output differs by {worst:.1e}")
         cheaper = min(facts["predicted_s"][mode] for mode in REPLAYED)
         if config.mode == "auto" and facts["predicted_s"]["decoded"] > MAX_PREDICTED * cheaper:
             problems.append(

@@ -15,6 +15,10 @@ _PACKAGES = {
     "qroam": None,
     "torch": None,
     "numpy": None,
+    "msgpack": None,
+    "safetensors": None,
+    "typer": None,
+    "rich": None,
     "transformers": "models",
     "triton": "gpu",
     "nvshmem4py-cu13": "gpu",
@@ -99,7 +103,7 @@ def _gloo() -> Check:
 
 def _absent(name: str, distribution: str, gpus: Sequence[str]) -> Check:
     """A path that this version of qroam lacks, and what else it would need of the machine."""
-    reasons = [f"not part of qroam {_version('qroam')}"]
+    reasons = ["not part of this version of qroam"]
     if _version(distribution) is None:
         reasons.append(f"{distribution} is not installed")
     if not gpus:

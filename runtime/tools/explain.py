@@ -1,11 +1,12 @@
 """A hypothetical step explained: every candidate's predicted parts, the choice, and where it flips.
 
-`explain_step` is pure and returns JSON-able records; `render` is their plain text.
+`explain_step` is pure and returns JSON-able records; `render` is their plain text, and
+`render_lines` one line per (query, holder).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypedDict
 
@@ -220,6 +221,17 @@ def render(records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
+def render_lines(records: Sequence[Record]) -> Iterator[str]:
+    """One line per (query, holder), with all that `render` says of its decision."""
+    for record in records:
+        if record["kind"] == "decision":
+            first, last = record["queries"]
+            about = _one_line(record)
+            for query in range(first, last + 1):
+                for holder in range(record["holders"][0], record["holders"][1] + 1):
+                    yield f"query {query}, holder {holder}: {about}"
+
+
 def _decision(
     case: _Case, demand: Demand, decision: Decision, first: int, last: int
 ) -> DecisionRecord:
@@ -364,11 +376,33 @@ def _decision_lines(record: DecisionRecord) -> list[str]:
         if candidate["parts_us"] is None:
             lines.append(f"    {candidate['way']:<10}{'-':>9}  not priced: {blocked}")
             continue
-        parts = " + ".join(f"{name} {part:.1f}" for name, part in candidate["parts_us"].items())
+        parts = _parts_text(candidate["parts_us"])
         lines.append(f"    {candidate['way']:<10}{candidate['total_us']:>9.1f} = {parts}")
         if blocked is not None:
             lines.append(f"    {'':<10}{'':>9}   not available: {blocked}")
     return lines + [f"    flips: {_flip_text(flip)}" for flip in record["flips"]]
+
+
+def _one_line(record: DecisionRecord) -> str:
+    candidates = "; ".join(map(_candidate_text, record["candidates"]))
+    flips = "; ".join(map(_flip_text, record["flips"]))
+    return (
+        f"{record['way'].upper()}, margin {record['margin']:.1%}: {record['reason']} | us for all "
+        f"queries at the holder: {candidates} | flips: {flips}"
+    )
+
+
+def _candidate_text(candidate: Candidate) -> str:
+    if candidate["parts_us"] is None:
+        return f"{candidate['way']} not priced ({candidate['blocked']})"
+    text = f"{candidate['way']} {candidate['total_us']:.1f} = {_parts_text(candidate['parts_us'])}"
+    return (
+        text if candidate["blocked"] is None else f"{text} not available ({candidate['blocked']})"
+    )
+
+
+def _parts_text(parts_us: dict[str, float]) -> str:
+    return " + ".join(f"{name} {part:.1f}" for name, part in parts_us.items())
 
 
 def _flip_text(flip: Flip) -> str:
