@@ -30,6 +30,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--tokens", "1000"], "multiple of 16"),
         (["explain", "--layout", "mla-v9"], "mla-v3.2"),
         (["explain", "--fabric", "pigeon"], "pigeon"),
+        (["explain", "--forms", "B"], "A,B"),
+        (["explain", "--layout", "mla-tiny", "--units", "1"], "at least holders"),
+        (["explain", "--unit-tokens", "0"], "--unit-tokens"),
+        (["explain", "--lines", "--json"], "exclude each other"),
     ],
 )
 def test_errors_are_one_line(
@@ -77,15 +81,45 @@ def test_explain_shared_units_make_fetching_cheaper(capsys: pytest.CaptureFixtur
     assert totals[1]["always-route"] == totals[0]["always-route"]
 
 
+def test_explain_opens_form_b(capsys: pytest.CaptureFixture[str]) -> None:
+    ways = []
+    for forms in ([], ["--forms", "A"], ["--forms", "A,B"]):
+        assert main([*EXPLAIN, *forms, "--json"]) == 0
+        ways.append(json.loads(capsys.readouterr().out)[0]["way"])
+    assert ways == ["route A", "route A", "route B"]
+
+
+def test_explain_units_of_many_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    steps = []
+    for unit_tokens in ("1", "16"):
+        assert main([*EXPLAIN, "--unit-tokens", unit_tokens, "--json"]) == 0
+        steps.append(json.loads(capsys.readouterr().out)[-1])
+    assert [step["unit_tokens"] for step in steps] == [1, 16]
+    assert steps[1]["total_us"]["always-fetch"] > 8 * steps[0]["total_us"]["always-fetch"]
+
+
+def test_explain_a_line_a_decision(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*EXPLAIN, "--lines"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    heads = [line.split(":")[0] for line in said]
+    assert heads == [f"query {q}, holder {h}" for q in range(8) for h in range(1, 5)]
+
+
 def test_doctor_knows_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     checks = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
     assert checks["torch"] == {"name": "torch", "ok": True, "detail": version("torch")}
-    assert checks["qroam"]["detail"] == version("qroam")
+    for name in ("qroam", "msgpack", "safetensors", "typer", "rich"):
+        assert checks[name]["detail"] == version(name)
     assert checks["transport torch (gloo)"]["ok"] == torch.distributed.is_gloo_available()
     assert checks["transport loopback"]["ok"]
     assert not checks["transport nvshmem"]["ok"]
     assert all(entry["detail"] for entry in checks.values())
+
+
+def test_doctor_of_a_checkout_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qroam.runtime.tools.doctor._version", lambda distribution: None)
+    assert not any("None" in check.detail for check in diagnose())
 
 
 def test_doctor_does_not_initialise_cuda() -> None:

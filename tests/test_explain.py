@@ -13,7 +13,14 @@ from qroam.partition.layout import named_layout
 from qroam.runtime.cost.model import LayerFacts
 from qroam.runtime.cost.predicate import Demand, Way, decide
 from qroam.runtime.cost.profile import load_profile
-from qroam.runtime.tools.explain import MAX_QUERIES, Candidate, Record, explain_step, render
+from qroam.runtime.tools.explain import (
+    MAX_QUERIES,
+    Candidate,
+    Record,
+    explain_step,
+    render,
+    render_lines,
+)
 
 WAYS = {Way.ROUTE_A: "route A", Way.ROUTE_B: "route B", Way.FETCH: "fetch"}
 
@@ -154,6 +161,28 @@ def test_text_and_json() -> None:
     assert lines[-2].startswith("step of mla-v3.2 on ibgda-ndr200, reuse 2, overlap 0: ")
     one = render(explain(queries=1, holders=1, units=1))
     assert one.startswith("query 0, holder 1: ")
+
+
+def test_a_line_has_all_of_its_decision() -> None:
+    records = explain(units=2050, queries=2)
+    said = list(render_lines(records))
+    heads = [line.split(": ")[0] for line in said]
+    holders = [(1, 2), (3, 4)]  # the first two hold one unit more
+    assert heads == [f"query {q}, holder {h}" for group in holders for q in range(2) for h in group]
+    for i, line in enumerate(said):
+        record = records[i // 4]
+        assert record["kind"] == "decision"
+        assert line.isascii()
+        assert f": {record['way'].upper()}, margin {record['margin']:.1%}: " in line
+        assert record["reason"] in line
+        for found in record["candidates"]:
+            for name, part in (found["parts_us"] or {}).items():
+                assert f"{name} {part:.1f}" in line
+            if found["total_us"] is not None:
+                assert f"{found['way']} {found['total_us']:.1f} = " in line
+            assert found["blocked"] is None or f"({found['blocked']})" in line
+        for flip in record["flips"]:
+            assert f"{flip['quantity']} (now {flip['now']}): " in line
 
 
 @pytest.mark.parametrize(
