@@ -684,3 +684,24 @@ def test_a_holder_without_index_keys_is_noticed() -> None:
 
     for said in run_loopback(2, work):
         assert "query 0 sees 256 entries, index keys of 128 were scored" in said
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_full_pool_is_hardly_larger_than_its_blocks(copies: int) -> None:
+    """Bytes per rank at most 1.05 x the encoded bytes of the blocks it holds, replicas included."""
+    full = RuntimeConfig(
+        model=uniform_model(named_layout("mla-tiny"), 2),
+        max_blocks=32,
+        private_blocks=0,
+        placement=Placement(policy="block-cyclic", run=2, copies=copies),
+        deadline_s=10.0,
+    )
+
+    def work(transport: Transport) -> float:
+        with Runtime.open(full, transport) as runtime:
+            runtime.add_document("a", tokens=20 * 64)
+            runtime.add_document("b", tokens=12 * 64)
+            stats = runtime.stats()
+            return float(stats["pool_bytes"] / stats["block_bytes"])
+
+    assert max(run_loopback(4, work)) <= 1.05
