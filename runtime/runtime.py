@@ -1,4 +1,4 @@
-"""Runtime: the public face. Input is checked here, at the door, and nowhere deeper."""
+"""Runtime: the public face. Input is checked here, at the door (`door.py`), and nowhere deeper."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from ..partition.layout import Layout
 from ..partition.placement import place
 from .config import RuntimeConfig
 from .cost.predicate import MODES, Mode
+from .door import check_scope, check_selection, check_tensor, check_writable
 from .errors import CoverageError, PeerError
 from .exchange import agree
 from .explain import DecisionLine, explain_last, predicted_last
 from .holder import MAX_TOP_K
-from .requests import Request, Scope, scope_of, stacked, units_visible
+from .requests import Request, Scope, scope_of, stacked
 from .step import Selection, attend_step, select_step
 from .transport import Transport
 from .world import LayerWeights, World, connect
@@ -253,8 +254,8 @@ class Runtime:
         if layout.projection is None:
             raise ValueError(f"layout {layout.name!r} has no projection")
         head = (layout.num_branches, layout.branch_heads)
-        _check(w_uk, "w_uk", (*head, layout.projection.nope_dim, layout.absorbed_dim), None)
-        _check(w_uv, "w_uv", (*head, layout.value_dim, layout.projection.out_dim), None)
+        check_tensor(w_uk, "w_uk", (*head, layout.projection.nope_dim, layout.absorbed_dim), None)
+        check_tensor(w_uv, "w_uv", (*head, layout.value_dim, layout.projection.out_dim), None)
         if not w_uk.is_floating_point() or not w_uv.is_floating_point():
             raise ValueError(f"weights must be floating point, got {w_uk.dtype} and {w_uv.dtype}")
         if not bool(w_uk.isfinite().all() & w_uv.isfinite().all()):
@@ -287,7 +288,7 @@ class Runtime:
         scopes = []
         for request, ids in requests:
             self._check_request(request)
-            _check(ids, "ids", (None,), torch.int32)
+            check_tensor(ids, "ids", (None,), torch.int32)
             end = request.tail_start + request.length
             if bool(((ids < request.tail_start) | (ids >= end)).any()):
                 raise ValueError(f"ids must lie in the request's [{request.tail_start}, {end})")
@@ -322,8 +323,8 @@ class Runtime:
         index = layout.index
         if index is None:
             raise ValueError(f"layer {layer} ({layout.name!r}) has no indexer")
-        _check(query, "index query", (None, index.heads, index.head_dim), self.config.dtype)
-        _check(weights, "index weights", (len(query), index.heads), None)
+        check_tensor(query, "index query", (None, index.heads, index.head_dim), self.config.dtype)
+        check_tensor(weights, "index weights", (len(query), index.heads), None)
         whole = isinstance(unit_tokens, int) and unit_tokens >= 1
         if not whole or self.config.block_tokens % unit_tokens:
             raise ValueError(
@@ -333,7 +334,7 @@ class Runtime:
             raise ValueError("give either documents or a scope")
         if scope is None:
             scope = self.scope(documents=documents, queries=len(query))
-        self._check_scope(scope, len(query))
+        check_scope(scope, len(query))
         count = index.top_k if top_k is None else top_k
         if not isinstance(count, int) or not 1 <= count <= MAX_TOP_K:
             raise ValueError(f"top_k must be in [1, {MAX_TOP_K}], got {count}")
@@ -379,16 +380,16 @@ class Runtime:
         self._check_open()
         layout = self._layer(layer)
         dim = layout.key_dim if self._world.weights[layer] is None else layout.query_dim
-        _check(query, "query", (None, layout.heads, dim), self.config.dtype)
+        check_tensor(query, "query", (None, layout.heads, dim), self.config.dtype)
         if sink is not None:
-            _check(sink, "sink", (layout.heads,), None)
+            check_tensor(sink, "sink", (layout.heads,), None)
         if self.config.checked:
             finite = bool(query.isfinite().all())
             if not finite or (sink is not None and bool(sink.isnan().any())):
                 raise ValueError("queries must be finite, and sinks not NaN")
         if mode is not None and mode not in MODES:
             raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
-        self._check_selection(layout, selection, len(query))
+        check_selection(self._world, layout, selection, len(query))
         with self._in_step():
             return attend_step(
                 self._world, layer, query, selection, sink=sink, mode=mode or self.config.mode
@@ -450,32 +451,20 @@ class Runtime:
     ) -> None:
         self._check_open()
         layout, world = self._layer(layer), self._world
-        _check(ids, "ids", (None,), torch.int32)
-        if entries.dim() == 2 and layout.num_branches == 1:
+        check_tensor(ids, "ids", (None,), torch.int32)
+        if isinstance(entries, Tensor) and entries.dim() == 2 and layout.num_branches == 1:
             entries = entries[:, None]
         shape = (len(ids), layout.num_branches, layout.entry_dim)
-        _check(entries, "entries", shape, self.config.dtype)
+        check_tensor(entries, "entries", shape, self.config.dtype)
         if (index_keys is None) != (world.index.codecs[layer] is None):
             raise ValueError(
                 f"layer {layer} of {layout.name!r}: index keys and indexer must go together"
             )
         if index_keys is not None:
             assert layout.index is not None
-            _check(index_keys, "index keys", (len(ids), layout.index.head_dim), None)
-        self._check_writable(ids)
+            check_tensor(index_keys, "index keys", (len(ids), layout.index.head_dim), None)
+        check_writable(world, ids)
         world.store(layer, ids, entries, index_keys, push=push)
-
-    def _check_writable(self, ids: Tensor) -> None:
-        """Entry ids that can be written: distinct, of a document or of a request's own blocks."""
-        world, config = self._world, self.config
-        block, offset = ids // config.block_tokens, ids % config.block_tokens
-        corpus = (ids >= 0) & (block < config.max_blocks)
-        tokens = world.directory.tokens[torch.where(corpus, block, 0).long()]
-        private = world.entries.holds(block.long() * config.num_branches * config.block_tokens)
-        if not bool(torch.where(corpus, offset < tokens, private).all()):
-            raise ValueError("ids must be of a document or of a request's own tokens")
-        if len(ids.unique()) != len(ids):
-            raise ValueError("ids repeat")
 
     def _documents(self, names: Sequence[str]) -> tuple[Document, ...]:
         if isinstance(names, str):
@@ -498,64 +487,3 @@ class Runtime:
         self._check_open()
         if not request.is_open or request not in self._open_requests:
             raise ValueError("the request was released, or belongs to another runtime")
-
-    def _check_scope(self, scope: Scope, queries: int) -> None:
-        if (
-            len(scope.runs) != queries
-            or scope.runs.dim() != 3
-            or scope.runs.shape[2] != 2
-            or scope.hidden.shape != (queries, 2)
-            or not scope.runs.dtype == scope.hidden.dtype == torch.int32
-        ):
-            raise ValueError(f"the scope is for {len(scope.runs)} queries, got {queries}")
-
-    def _check_selection(self, layout: Layout, selection: Selection, queries: int) -> None:
-        ids, unit, block = selection.ids, selection.unit_tokens, self.config.block_tokens
-        if ids.dtype != torch.int32 or ids.dim() not in (2, 3) or len(ids) != queries:
-            raise ValueError(
-                f"selection ids must be int32 ({queries}, K) or ({queries}, G, K), "
-                f"got {ids.dtype} {tuple(ids.shape)}"
-            )
-        if ids.dim() == 3 and ids.shape[1] != layout.num_branches:
-            raise ValueError(
-                f"selection has {ids.shape[1]} branches, the layer {layout.num_branches}"
-            )
-        if not 1 <= unit <= block * self.config.max_blocks or (block % unit and unit % block):
-            raise ValueError(f"units of {unit} tokens and blocks of {block} do not nest")
-        self._check_scope(selection.scope, queries)
-        if not self.config.checked or ids.numel() == 0:
-            return
-        flat = ids.reshape(queries, -1, ids.shape[-1])
-        ordered = flat.sort(dim=-1).values
-        if bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()):
-            raise ValueError("selection ids repeat within a query")
-        seen = units_visible(flat.flatten(1), selection.scope.runs, unit)
-        listed = flat.flatten(1) != -1
-        if bool((listed & ~seen).any()):
-            query, at = (listed & ~seen).nonzero()[0].tolist()
-            raise ValueError(
-                f"query {query} selects unit {int(flat.flatten(1)[query, at])}, "
-                "which is outside what it may see"
-            )
-        part = torch.arange(max(unit // block, 1))  # a larger unit may begin in others' blocks
-        blocks = ((flat.long() * unit // block)[..., None] + part).flatten(1)
-        private = (blocks >= self.config.max_blocks) & units_visible(
-            blocks, selection.scope.runs, block
-        )
-        held = self._world.entries.holds(blocks * layout.num_branches * block)
-        if bool((private & ~held).any()):
-            raise ValueError("the selection lists tokens of a request that was released")
-
-
-def _check(
-    tensor: object, name: str, shape: tuple[int | None, ...], dtype: torch.dtype | None
-) -> None:
-    """A tensor of that shape (None is any size) and dtype (None is any)."""
-    said = str(shape).replace("None", "any")
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} must be a tensor of shape {said}, got {type(tensor).__name__}")
-    sizes = zip(tensor.shape, shape, strict=False)
-    if tensor.dim() != len(shape) or any(want not in (None, got) for got, want in sizes):
-        raise ValueError(f"{name} must have shape {said}, got {tuple(tensor.shape)}")
-    if dtype is not None and tensor.dtype != dtype:
-        raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
