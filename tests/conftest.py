@@ -1,8 +1,12 @@
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from ranks import RankPool
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before any is imported
 
 torch.set_num_threads(1)
 # In this mode torch.empty and its kin come filled with NaN (integers: the largest value), so what

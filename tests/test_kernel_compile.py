@@ -1,0 +1,280 @@
+"""Every kernel, as its launcher ships it for Hopper, compiles for sm_90 without spilling registers.
+
+A child process stands in for the device: launchers get tensors that claim to be on a GPU of 132
+SMs, and what they launch is compiled with the types, constants and options of that launch. ptxas
+tells of stack and spills. Nothing runs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_USED = re.compile(
+    r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
+    r"(\d+) bytes spill loads.*?Used (\d+) registers",
+    re.DOTALL,
+)
+_FAILED = "did not compile:"
+_GPU = torch.device("cuda:0")
+_BF16, _F32, _I32, _U8 = torch.bfloat16, torch.float32, torch.int32, torch.uint8
+
+
+def on_gpu(*shape: int, dtype: torch.dtype = _I32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=_GPU)
+
+
+def attend(
+    *,
+    heads: int,
+    unit_tokens: int = 1,
+    fp8: bool = False,
+    tables: bool = False,
+    dtype: torch.dtype = _BF16,
+) -> None:
+    from qroam.kernels.attend import Tables, Workspace, attend, parts_of
+
+    rows = 64
+    entries = on_gpu(262144, 656, dtype=_U8) if fp8 else on_gpu(262144, 576, dtype=dtype)
+    attend(
+        on_gpu(rows, heads, 576, dtype=dtype),
+        entries,
+        on_gpu(rows, 2048 // unit_tokens),
+        value_dim=512,
+        scale=0.1,
+        unit_tokens=unit_tokens,
+        workspace=Workspace.make(
+            rows=rows,
+            heads=heads,
+            value_dim=512,
+            device=_GPU,
+            parts=parts_of(heads, _GPU),
+            dtype=dtype,
+        ),
+        lengths=on_gpu(rows),
+        num_rows=on_gpu(1),
+        query_of=on_gpu(rows),
+        tables=Tables(on_gpu(4096), on_gpu(4096), on_gpu(4096), 64) if tables else None,
+        rotation=on_gpu(rows, 64, dtype=_F32) if tables else None,
+    )
+
+
+def merge(*, listed: bool) -> None:
+    from qroam.kernels.merge import merge
+
+    shape = (256,) if listed else (4, 64)
+    merge(
+        on_gpu(*shape, 128, 512, dtype=_BF16),
+        on_gpu(*shape, 128, dtype=_F32),
+        offsets=on_gpu(65) if listed else None,
+        sink=on_gpu(128, dtype=_F32),
+        covered=on_gpu(*shape, 2),
+        expected=on_gpu(*shape, 2),
+        fault=on_gpu(64),
+    )
+
+
+def gather(*, rows: int, row_bytes: int) -> None:
+    from qroam.kernels.gather import gather
+
+    gather(on_gpu(262144, row_bytes, dtype=_U8), on_gpu(rows), count=on_gpu(1))
+
+
+def codec(*, verb: str) -> None:
+    from qroam.kernels import codec
+
+    listed, count = on_gpu(8192), on_gpu(1)
+    match verb:
+        case "encode_latent":
+            out = on_gpu(262144, 656, dtype=_U8)
+            entries = on_gpu(8192, 576, dtype=_BF16)
+            codec.encode_latent(entries, rope_dim=64, index=listed, count=count, out=out)
+        case "decode_latent":
+            rows = on_gpu(262144, 656, dtype=_U8)
+            codec.decode_latent(rows, rope_dim=64, index=listed, count=count)
+        case "encode_index":
+            out = on_gpu(4096, 64 * 132, dtype=_U8)
+            keys = on_gpu(8192, 128, dtype=_BF16)
+            codec.encode_index(keys, block_tokens=64, index=listed, count=count, out=out)
+        case "decode_index":
+            blocks = on_gpu(4096, 64 * 132, dtype=_U8)
+            codec.decode_index(blocks, block_tokens=64, index=listed, count=count)
+
+
+def rope(*, layers: int) -> None:
+    from qroam.kernels.rope import rotate
+
+    rows = on_gpu(layers, 8192, 576, dtype=_BF16)
+    rotate(
+        rows[..., 512:],
+        on_gpu(2048),
+        on_gpu(2048),
+        on_gpu(32, dtype=_F32),
+        pairing="interleaved",
+        count=on_gpu(1),
+    )
+
+
+def plan(*, items: int) -> None:
+    from qroam.kernels.decide import PriceTable
+    from qroam.kernels.plan import Directory, Workspace, plan
+
+    prices = PriceTable(on_gpu(64, dtype=torch.float64), 8, 1, 2)
+    directory = Directory(
+        on_gpu(4096, 1), on_gpu(4096), on_gpu(4096), on_gpu(4096), block_tokens=64, num_branches=1
+    )
+    workspace = Workspace.make(
+        num_items=items, num_branches=1, num_units=262144, world_size=8, device=_GPU
+    )
+    plan(on_gpu(items, 2048), directory, prices, workspace, rank=0, hidden=on_gpu(items, 2))
+
+
+def decide(*, items: int) -> None:
+    from qroam.kernels.decide import PriceTable, decide
+
+    prices = PriceTable(on_gpu(64, dtype=torch.float64), 8, 2, 2)
+    fair_units = on_gpu(items, 8, dtype=torch.float64)
+    decide(on_gpu(items, 8), on_gpu(8), fair_units, prices, rank=0)
+
+
+@dataclass(frozen=True)
+class Launch:
+    run: Callable[..., None]
+    options: dict[str, Any]
+    kernels: frozenset[str]  # what it must have compiled
+    spilled: int  # bytes at most
+
+
+def launch(run: Callable[..., None], *kernels: str, spilled: int = 0, **options: Any) -> Launch:
+    return Launch(run, options, frozenset(kernels), spilled)
+
+
+LAUNCHES = {
+    "attend 128 heads": launch(attend, "_attend", "_combine", heads=128),
+    "attend 16 heads": launch(attend, "_attend", "_combine", heads=16),
+    "attend 128 heads of a pool, rotated": launch(attend, "_attend", heads=128, tables=True),
+    "attend units of 64": launch(attend, "_attend", heads=128, unit_tokens=64),
+    # Four registers, moved once a tile of 3,600 cycles; a producer with more would take them from
+    # the accumulators.
+    "attend fp8": launch(attend, "_attend", heads=128, fp8=True, spilled=16),
+    "attend fp16, the portable kernel": launch(attend, "_attend", heads=128, dtype=torch.float16),
+    "merge": launch(merge, "_merge_kernel", listed=False),
+    "merge lists": launch(merge, "_merge_kernel", listed=True),
+    "gather fp8 entries": launch(gather, "_gather_kernel", rows=2048, row_bytes=656),
+    "gather blocks": launch(gather, "_gather_kernel", rows=1024, row_bytes=64 * 1152),
+    **{
+        f"codec {verb}": launch(codec, f"_{verb}_kernel", verb=verb)
+        for verb in ("encode_latent", "decode_latent", "encode_index", "decode_index")
+    },
+    "rope": launch(rope, "_rotate_kernel", layers=61),
+    "plan 1": launch(plan, "_plan_kernel", items=1),
+    "plan 64": launch(plan, "_plan_kernel", items=64),
+    "decide 1024": launch(decide, "_decide_kernel", items=1024),
+}
+
+
+class StandIn(TorchFunctionMode):
+    """Tensors without memory that claim to be on a GPU."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func == Tensor.device.__get__:
+            return _GPU
+        if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+            return True
+        kwargs = dict(kwargs or {})
+        if "device" in kwargs:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def compile_all(names: list[str]) -> None:
+    """In the child: run launchers, print the name of each before what ptxas says."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction, MockTensor
+
+    device = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
+    driver.set_active(cast(Any, device))
+    properties = SimpleNamespace(multi_processor_count=132, L2_cache_size=60 << 20)
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    torch.cuda.get_device_properties = lambda device=None: cast(Any, properties)
+    run = JITFunction.run
+
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        def mock(value: Any) -> Any:
+            return MockTensor(value.dtype) if isinstance(value, Tensor) else value
+
+        mocked = {name: mock(value) for name, value in options.items()}
+        return run(kernel, *map(mock, args), grid=grid, warmup=True, **mocked)
+
+    JITFunction.run = compile_only
+    for name in names:
+        sys.stdout.write(f"== {name}\n")
+        sys.stdout.flush()
+        try:
+            with StandIn():
+                LAUNCHES[name].run(**LAUNCHES[name].options)
+        except Exception:  # whatever it is belongs to this launch; the others still compile
+            sys.stdout.write(f"{_FAILED}\n{traceback.format_exc()}\n")
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What ptxas said about each launch."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "TRITON_DUMP_PTXAS_LOG": "1",
+    }
+    halves = [list(LAUNCHES)[part::2] for part in range(2)]
+    children = [
+        subprocess.Popen(
+            [sys.executable, str(Path(__file__)), *names],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for names in halves
+    ]
+    found: dict[str, str] = {}
+    for child in children:
+        printed, errors = child.communicate(timeout=300)
+        parts = re.split(r"^== (.*)$", printed, flags=re.MULTILINE)[1:]
+        found |= dict(zip(parts[::2], parts[1::2], strict=True))
+        assert child.returncode == 0, errors
+    return found
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_compiles_for_hopper_without_spills(name: str, reports: dict[str, str]) -> None:
+    assert _FAILED not in reports[name], reports[name]
+    kernels = {kernel: tuple(map(int, used)) for kernel, *used in _USED.findall(reports[name])}
+    assert LAUNCHES[name].kernels <= set(kernels), sorted(kernels)
+    for kernel, (_, stores, loads, registers) in kernels.items():
+        most = LAUNCHES[name].spilled
+        assert max(stores, loads) <= most, f"{kernel}: {stores} and {loads} bytes spilled"
+        assert registers <= 255
+
+
+if __name__ == "__main__":
+    compile_all(sys.argv[1:])
