@@ -200,7 +200,8 @@ def assert_near(found: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], units
     assert bool(empty.any()) or len(units) == 1
     assert bool((found[0][empty] == 0).all())
     assert bool((found[1][empty] == -torch.inf).all())
-    torch.testing.assert_close(out, want[0].double(), rtol=2**-7, atol=2e-3)
+    # In norm: twice 2 ** -9, what eager torch's bf16 is off by on such numbers.
+    assert float((out - want[0]).norm()) <= 2 * 2**-9 * float(want[0].norm())
     torch.testing.assert_close(lse, want[1].double(), rtol=1e-4, atol=2e-3)
 
 
