@@ -1,4 +1,4 @@
-"""Times on one GPU: replays of CUDA graphs, each variant only after its results were checked.
+"""Times on one GPU: replays of CUDA graphs, qroam's only after their results were checked.
 
 A variant is k back-to-back calls, every one with inputs and outputs of its own, in one graph; its
 time is the graph's over k. The inputs of a replay together are at least four times as large as the

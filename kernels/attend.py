@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import hopper
+from .checks import check_ids, check_tensor
 
 TILE = 64
 FP8_ROW_BYTES = 656
@@ -107,6 +108,7 @@ def attend(
     out: Tensor | None = None,
     lse: Tensor | None = None,
     covered: Tensor | None = None,
+    checked: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of each row over its own listed units; `reference.attend` and `coverage` define it.
 
@@ -121,12 +123,14 @@ def attend(
         query_of: (M,) int32, the query of each row; by default its own.
         rotation: (M, R) fp32, cos then sin of R / 2 angles by which a row's query is turned.
         out, lse, covered: where to write, instead of new tensors.
+        checked: read `units` and `query_of` back and refuse ids that are out of range.
     Returns:
         out: (M, H, C) in the query's dtype, 0 for an empty row.
         lse: (M, H) fp32, natural log of sum(exp(scale * q.k)), -inf for an empty row.
         covered: (M, 2) int32, the entries that went in and the sum of their `mix`.
     Raises:
-        ValueError: naming what does not fit. Values on the device are not read.
+        ValueError: naming what does not fit. Unless `checked`, no value on the device is read, and
+            an id out of range reads anywhere.
     """
     rows, heads, rope_dim, is_fp8 = _check(query, entries, units, value_dim, unit_tokens, workspace)
     if not scale > 0:
@@ -143,7 +147,7 @@ def attend(
     )
     for name, tensor, shape, dtype in optional:
         if tensor is not None:
-            _check_tensor(tensor, name, shape, dtype, device)
+            check_tensor(tensor, name, shape, dtype, device)
     if query_of is None and len(query) != rows:
         raise ValueError(f"{rows} rows need as many queries or `query_of`, got {len(query)}")
     if rotation is not None and (rope_dim == 0 or pairing not in ("interleaved", "half")):
@@ -152,10 +156,16 @@ def attend(
         )
     if tables is not None:
         for name in ("slot_of", "generation", "fill"):
-            _check_tensor(getattr(tables, name), name, (None,), torch.int32, device)
-        if tables.block_tokens % unit_tokens:
+            check_tensor(getattr(tables, name), name, (None,), torch.int32, device)
+        slots, block_tokens = len(tables.fill), tables.block_tokens
+        if block_tokens < 1 or block_tokens % unit_tokens:
             raise ValueError(
-                f"unit_tokens must divide block_tokens {tables.block_tokens}, got {unit_tokens}"
+                f"unit_tokens must divide block_tokens {block_tokens}, got {unit_tokens}"
+            )
+        if len(tables.generation) != slots or slots * block_tokens > len(entries):
+            raise ValueError(
+                f"generation and fill must be of as many slots, {block_tokens} entries each, as the "
+                f"{len(entries)} entries hold, got {len(tables.generation)} and {slots}"
             )
     if out is None:
         out = torch.empty(rows, heads, value_dim, dtype=query.dtype, device=device)
@@ -163,6 +173,11 @@ def attend(
         lse = torch.empty(rows, heads, dtype=torch.float32, device=device)
     if covered is None:
         covered = torch.empty(rows, 2, dtype=torch.int32, device=device)
+    if checked:
+        stored = len(entries) if tables is None else len(tables.slot_of) * tables.block_tokens
+        check_ids(units, "units", stored - unit_tokens + 1)
+        if query_of is not None:
+            check_ids(query_of, "query_of", len(query))
     if rows == 0:
         return out, lse, covered
 
@@ -216,8 +231,13 @@ def attend(
         )
     else:
         group = 32 if heads > 16 else 16
+        wide = query.dtype == torch.float32  # two stages of it would not fit into shared memory
         _attend[(parts * -(-heads // group),)](
-            **arguments, HEADS=group, TILE=TILE, num_warps=2 * group // 8, num_stages=2
+            **arguments,
+            HEADS=group,
+            TILE=TILE // 2 if wide else TILE,
+            num_warps=2 * group // 8,
+            num_stages=1 if wide else 2,
         )
     # On Hopper the merge is launched while the attention ends, and waits for its results itself.
     early = {"launch_pdl": True} if on_hopper else {}
@@ -249,7 +269,8 @@ def _e4m3(codes):
     """Exact: the code's exponent and mantissa as those of an fp32, its bias made up for."""
     code = codes.to(tl.int32)
     bits = ((code & 0x80) << 24) | ((code & 0x7F) << 20)
-    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2 ** 120
+    value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2 ** 120
+    return tl.where((code & 0x7F) == 0x7F, float("nan"), value)
 
 
 @triton.jit
@@ -338,7 +359,7 @@ def _attend(
             index = tl.where(valid, ids, 0)
             if HAS_TABLES:
                 offset = index % B
-                valid = valid & (index // B < num_keys)
+                valid = valid & (index >= 0) & (index // B < num_keys)
                 slot = tl.load(slot_of + index // B, mask=valid, other=-1)
                 valid = valid & (slot >= 0)
                 gens = tl.load(generation + slot, mask=valid, other=0)
@@ -359,17 +380,17 @@ def _attend(
             else:
                 k_c = tl.load(entries + wide * (C + R) + c_cols[None, :], mask=here, other=0.0)
                 rope_at = entries + wide * (C + R) + C
-            scores = tl.dot(q_c, tl.trans(k_c))
+            scores = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")
             if R > 0:
                 k_r = tl.load(rope_at + r_cols[None, :], mask=here, other=0.0).to(dtype)
-                scores = tl.dot(q_r, tl.trans(k_r), scores)
+                scores = tl.dot(q_r, tl.trans(k_r), scores, input_precision="ieee")
             scores = tl.where(valid[None, :], scores * scale_log2, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, 1))
             safe = tl.where(new_top == float("-inf"), 0.0, new_top)
             shares = tl.exp2(scores - safe[:, None])
             decay = tl.exp2(top - safe)
             total = total * decay + tl.sum(shares, 1)
-            acc = tl.dot(shares.to(dtype), k_c, acc * decay[:, None])
+            acc = tl.dot(shares.to(dtype), k_c, acc * decay[:, None], input_precision="ieee")
             top = new_top
 
         result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -457,8 +478,8 @@ def _check(
     workspace: Workspace,
 ) -> tuple[int, int, int, bool]:
     """Rows, heads, rope columns and whether the entries are fp8, or a ValueError."""
-    _check_tensor(query, "query", (None, None, None), None, query.device)
-    _check_tensor(units, "units", (None, None), torch.int32, query.device)
+    check_tensor(query, "query", (None, None, None), None, query.device)
+    check_tensor(units, "units", (None, None), torch.int32, query.device)
     _, heads, dim = query.shape
     rows, listed = units.shape
     if query.dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -468,11 +489,12 @@ def _check(
             f"needs 1 to 128 heads, {_LATENTS} value columns and {_ROPES} rope columns, "
             f"got {heads}, {value_dim} and {dim - value_dim}"
         )
-    if unit_tokens < 1 or unit_tokens & (unit_tokens - 1):
-        raise ValueError(f"unit_tokens must be a power of two, got {unit_tokens}")
-    if listed < 1 or rows > MAX_ROWS:
+    if not 1 <= unit_tokens <= TILE or unit_tokens & (unit_tokens - 1):
+        raise ValueError(f"unit_tokens must be a power of two up to {TILE}, got {unit_tokens}")
+    if listed < 1 or rows > MAX_ROWS or rows * (listed * unit_tokens + TILE) >= 2**31:
         raise ValueError(
-            f"units must be (at most {MAX_ROWS}, at least 1), got {tuple(units.shape)}"
+            f"units must be (at most {MAX_ROWS}, at least 1) of below 2**31 entries, "
+            f"got {tuple(units.shape)} of {unit_tokens}"
         )
     is_fp8 = entries.dtype == torch.uint8
     if is_fp8:
@@ -480,33 +502,19 @@ def _check(
             raise ValueError(
                 f"fp8 rows need 512 value and 64 rope columns, got {value_dim} and {dim - value_dim}"
             )
-        _check_tensor(entries, "entries", (None, FP8_ROW_BYTES), torch.uint8, query.device)
+        check_tensor(entries, "entries", (None, FP8_ROW_BYTES), torch.uint8, query.device)
     else:
-        _check_tensor(entries, "entries", (None, dim), query.dtype, query.device)
-    parts = len(workspace.out)
-    _check_tensor(
-        workspace.out, "workspace.out", (parts, 2, heads, value_dim), query.dtype, query.device
-    )
-    if len(workspace.first_tile) != rows + 2:
+        check_tensor(entries, "entries", (None, dim), query.dtype, query.device)
+    if any(tensor.data_ptr() % 16 for tensor in (query, entries)):
+        raise ValueError("query and entries must begin at multiples of 16 bytes")
+    parts, device = len(workspace.out), query.device
+    if parts < 1 or len(workspace.first_tile) < rows + 2:
         raise ValueError(
-            f"the workspace was made for {len(workspace.first_tile) - 2} rows, got {rows}"
+            f"the workspace was made for {parts} parts and {len(workspace.first_tile) - 2} rows, "
+            f"got {rows} rows"
         )
+    check_tensor(workspace.out, "workspace.out", (parts, 2, heads, value_dim), query.dtype, device)
+    check_tensor(workspace.lse, "workspace.lse", (parts, 2, heads), torch.float32, device)
+    check_tensor(workspace.covered, "workspace.covered", (parts, 2, 2), torch.int32, device)
+    check_tensor(workspace.first_tile, "workspace.first_tile", (None,), torch.int32, device)
     return rows, heads, dim - value_dim, is_fp8
-
-
-def _check_tensor(
-    tensor: Tensor,
-    name: str,
-    shape: tuple[int | None, ...],
-    dtype: torch.dtype | None,
-    device: torch.device,
-) -> None:
-    fits = len(shape) == tensor.dim() and all(
-        want is None or want == got for want, got in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits or (dtype is not None and tensor.dtype != dtype):
-        raise ValueError(
-            f"{name} must be {shape} {dtype or ''}, got {tuple(tensor.shape)} {tensor.dtype}"
-        )
-    if tensor.device != device or not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous on {device}, got {tensor.device}")

@@ -65,6 +65,9 @@ def _encode_latent_kernel(
     at = (entry * stride)[:, None, None] + columns
     x = tl.load(entries_ptr + at, mask=live[:, :, None], other=0.0).to(tl.float32)
     scale, inverse = _scale(tl.max(tl.abs(x), axis=2), LOWEST=-13)
+    # A number that e4m3 cannot hold is told by its tile's scale, whatever reads the codes.
+    finite = tl.min((tl.abs(x) < float("inf")).to(tl.int32), axis=2)
+    scale = tl.where(finite != 0, scale, float("nan"))
     values = (x * inverse[:, :, None]).to(tl.float8e4nv)
     tl.store(values_ptr + (row * ROW)[:, None, None] + columns, values, mask=live[:, :, None])
     to = (row * (ROW // 4))[:, None] + TILES * _TILE // 4 + tiles

@@ -64,7 +64,8 @@ def _slots(unit, at, slot_of, num_keys, U: gl.constexpr, B: gl.constexpr, HAS_TA
     slot = unit
     if HAS_TABLES:
         key = (unit + at % U) // B
-        slot = gl.load(slot_of + key, mask=(unit >= 0) & (key < num_keys), other=-1)
+        inside = (unit >= 0) & (key >= 0) & (key < num_keys)
+        slot = gl.load(slot_of + key, mask=inside, other=-1)
     return slot
 
 
@@ -87,7 +88,11 @@ def _resolve(
 
 @gluon.jit
 def _widen(codes, scale):
-    """e4m3 codes to bf16, exactly: their bits as a bf16's, times 2 ** 120, times the row's scale."""
+    """e4m3 codes to bf16: their bits as a bf16's, times 2 ** 120, times the scale, a power of two.
+
+    Exact, as each factor is. A code of NaN (0x7f) would read as 480: encoders tell of a number that
+    they cannot store by a scale of NaN, which shows in every product.
+    """
     scale = scale.to(gl.bfloat16)[:, None]
     codes, scale = gl.broadcast(codes, scale)
     return gl.inline_asm_elementwise(
@@ -136,6 +141,7 @@ def _widen_tile(raw, wide, scales, here, LAYOUT: gl.constexpr):
     gl.thread_barrier()
     wide.slice(384, 128, dim=1).store(_widen(codes, scale_3))
     fence_async_shared()
+    gl.thread_barrier()
 
 
 @gluon.jit
@@ -291,6 +297,7 @@ def _score(
             safe = gl.where(new_top == float("-inf"), 0.0, new_top)
             decay = gl.exp2(top - safe)
             decays.index(s).store(decay)
+            gl.thread_barrier()
             mbarrier.arrive(decayed.index(s), count=1)
             shares = gl.exp2(scores * scale_log2 - safe[:, None])
             top = new_top

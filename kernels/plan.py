@@ -68,7 +68,8 @@ class Workspace(NamedTuple):
     """What programs leave for one another: made once, for one launch at a time.
 
     listers: (units of the corpus, words) int32, a bit per query; zero between launches. seats:
-    (units of the corpus,) int32. first, reps: (N, W) int32. gate: (1,) int64, any value.
+    (units of the corpus,) int32. first, reps: (N, W) int32. gate: (1,) int64, zero before
+    the first launch.
     """
 
     listers: Tensor
