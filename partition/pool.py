@@ -74,12 +74,14 @@ class BlockStore:
         block_bytes = sum(codec.entry_bytes for codec in self.codecs if codec) * self.block_tokens
         return int((self.key_of >= 0).sum()) * block_bytes
 
-    def assign(self, keys: Tensor, slots: Tensor) -> None:
-        """Give free `slots` (n,) to `keys` (n,)."""
+    def assign(self, keys: Tensor, slots: Tensor, generations: Tensor | None = None) -> None:
+        """Give free `slots` (n,) to `keys` (n,), of these `generations` or of the slots' next."""
         assert bool((self.key_of[slots.long()] == -1).all()), "slot in use"
         self.slot_of[keys.long()] = slots.to(torch.int32)
         self.key_of[slots.long()] = keys.to(torch.int32)
         self.fill[:, slots.long()] = 0
+        if generations is not None:
+            self.generation[slots.long()] = generations.to(torch.int32)
 
     def release(self, keys: Tensor) -> None:
         """Free the slots of `keys`; the next block in them gets another generation."""
@@ -207,6 +209,12 @@ class Leases:
         """Mark the leases at these entry indices (n,) as used now."""
         self._tick += 1
         self._used_at[entry_index - self._first] = self._tick
+
+    def forget(self, gone: Tensor) -> None:
+        """Give up the leases of these entries (n,) by stored id."""
+        old = torch.isin(self._id_at, gone.long())
+        self._id_at[old], self._used_at[old] = -1, -1
+        self._sorted_ids, self._order = self._id_at.sort(stable=True)
 
     def admit(self, stored_ids: Tensor, generations: Tensor, rows: Tensor) -> int:
         """Keep rows (n, entry_bytes) of distinct ids (n,) that are not leased, evicting the stalest.

@@ -249,7 +249,7 @@ class Player:
         for number, tokens in enumerate(self.case.documents):
             document = self.runtime.add_document(f"d{number}", tokens=tokens, position=3 * number)
             self.documents.append(document)
-            ids = torch.arange(document.start, document.start + tokens)
+            ids = document.ids().long()
             noise = _generator(self.case.seed, number, self.case.perturbed == number)
             for layer in range(self.case.layers):
                 entries, keys = self._invent(layer, ids, noise)
@@ -328,7 +328,7 @@ class Player:
         if request.into is None:
             return self._invent(layer, at, self.noise)
         entries, keys = self.contents[request.into.name, layer]
-        at = at - request.into.start
+        at = request.indices(at)
         return entries[at], None if keys is None else keys[at]
 
     def _select(self, layer: int, scope: Scope, visible: Tensor) -> Selection:
@@ -440,7 +440,7 @@ class Player:
             seen = torch.zeros(len(ids), dtype=torch.bool)
             for document in group.documents:
                 if document != into:
-                    seen[document.start : document.start + document.tokens] = True
+                    seen[document.ids().long()] = True
             rows.append(seen.expand(len(group.at), -1))
             if group.request:
                 own = (ids >= group.request.tail_start) & (ids <= group.at[:, None])

@@ -27,8 +27,9 @@ def empty(*, world: int = 4, branches: int = 1, copies: int = 1, max_blocks: int
 def ranks_for(directory: Directory, tokens: int, placement: Placement) -> Tensor:
     return place(
         placement,
-        -(-tokens // B),
-        first_block=directory.num_blocks,
+        directory.free_blocks(
+            "new", min(-(-tokens // B), directory.max_blocks - directory.num_blocks)
+        ),
         num_branches=directory.num_branches,
         world_size=len(directory.used),
         used=directory.used,
@@ -101,8 +102,7 @@ def test_documents_need_not_fill_their_last_block(lengths: list[int]) -> None:
     start = 0
     for number, tokens in enumerate(lengths):
         document = directory.document(f"doc{number}")
-        blocks = slice(document.first_block, document.first_block + document.num_blocks)
-        fills = directory.tokens[blocks].tolist()
+        fills = directory.tokens[list(document.blocks)].tolist()
         assert document.start == start
         assert document.position == number
         assert sum(fills) == document.tokens == tokens
