@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..partition.directory import Document
-from ..partition.layout import Layout
-from .requests import Request, Scope, units_visible
+from ..partition.layout import Layout, ModelLayout
+from .requests import MAX_OFFSETS, Request, Scope, units_visible
 from .step import Selection
 from .world import World
 
@@ -33,6 +33,30 @@ def check_name(name: object, what: str) -> str:
     if not isinstance(name, str) or len(name) > 256:
         raise ValueError(f"a {what}'s name must be a string of up to 256 characters, got {name!r}")
     return name
+
+
+def check_attachment(item: object) -> tuple[str, int | None]:
+    """A document's name, or (name, position)."""
+    match item:
+        case str():
+            return item, None
+        case (str(name), int(position)) if 0 <= position < 2**31:
+            return name, position
+    raise ValueError(f"a document is attached by name or (name, position >= 0), got {item!r}")
+
+
+def check_offsets(model: ModelLayout, offsets: set[int]) -> None:
+    """Offsets that every layer of the model can be attached at."""
+    if len(offsets) > MAX_OFFSETS:
+        raise ValueError(f"documents can be at {MAX_OFFSETS} offsets at once, got {len(offsets)}")
+    if offsets <= {0}:
+        return
+    for layer, layout in enumerate(model.layers):
+        if layout.index is not None and layout.index_rope is None:
+            raise ValueError(
+                f"layer {layer} ({layout.name!r}) has an indexer and no rope to rotate it by: "
+                "documents can only be attached at their own positions"
+            )
 
 
 def check_disjoint(documents: Sequence[Document]) -> None:

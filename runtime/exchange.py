@@ -130,6 +130,8 @@ def route_columns(
     ]
     if unit_tokens > 1:
         columns.append(Column(f"{form}.hidden", hidden, lists.pairs, lists.items))
+    if lists.offsets is not None:
+        columns.append(Column(f"{form}.offsets", lists.offsets, lists.listed))
     return columns
 
 

@@ -116,6 +116,8 @@ def publish(
     document = world.directory.documents[name]
     if request is not None:
         _copy_tail(world, request, document)
+    for layer in range(len(world.config.model.layers)):
+        settle(world, world.header("publish", layer=layer))  # copies elsewhere have it now
     return document
 
 

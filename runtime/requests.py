@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..partition.directory import Document
 
+MAX_OFFSETS = 64  # different ones of a request; a query is rotated once for each
 _NO_RUN = 2**31 - 1
 
 
@@ -157,12 +158,22 @@ def units_visible(ids: Tensor, runs: Tensor, unit_tokens: int) -> Tensor:
     return (ids >= 0) & known & (ends > ids.long() * unit_tokens)
 
 
-def unit_offsets(ids: Tensor, scope: Scope, unit_tokens: int) -> Tensor:
-    """The offset (Q, K) int32 of each unit, which lies in one block; 0 for padding."""
-    if scope.offsets is None or scope.runs.shape[1] == 0:
+def unit_offsets(ids: Tensor, runs: Tensor, offsets: Tensor, unit_tokens: int) -> Tensor:
+    """The offset (Q, K) int32 of each unit, which lies in one block; 0 for padding.
+
+    Args: runs (Q, R, 2) and their offsets (Q, R).
+    """
+    if runs.shape[1] == 0:
         return torch.zeros_like(ids)
-    at, known = _run_of(ids, scope.runs, unit_tokens)
-    return torch.where((ids >= 0) & known, scope.offsets.gather(1, at), 0)
+    at, known = _run_of(ids, runs, unit_tokens)
+    return torch.where((ids >= 0) & known, offsets.gather(1, at), 0)
+
+
+def runs_at(runs: Tensor, offsets: Tensor, offset: int) -> Tensor:
+    """The runs (Q, R, 2) that are attached at one offset; the others become empty."""
+    return torch.where((offsets == offset)[..., None], runs, torch.tensor([_NO_RUN, 0])).to(
+        torch.int32
+    )
 
 
 def _run_of(ids: Tensor, runs: Tensor, unit_tokens: int) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,10 @@ from . import life
 from .config import RuntimeConfig
 from .cost.predicate import MODES, Mode
 from .door import (
+    check_attachment,
     check_disjoint,
     check_name,
+    check_offsets,
     check_scope,
     check_selection,
     check_sources,
@@ -30,6 +32,7 @@ from .errors import CoverageError, PeerError
 from .exchange import agree
 from .explain import DecisionLine, explain_last, predicted_last
 from .holder import MAX_TOP_K
+from .lease import lease
 from .requests import Attached, Request, Scope, scope_of, stacked
 from .step import Selection, attend_step, select_step
 from .transport import Transport
@@ -276,15 +279,18 @@ class Runtime:
 
     def request(
         self,
-        documents: Sequence[str] = (),
+        documents: Sequence[str | tuple[str, int]] = (),
         *,
         into: str | None = None,
         start: int | None = None,
     ) -> Request:
         """A reader of documents, whose own tokens stay at home, or prefill `into` a document.
 
-        Args: start: with `into`, how many tokens of the document come from other requests; by
-            default those that it shares with other documents.
+        Args:
+            documents: names, or (name, position) to attach a document with its first token at that
+                position instead of its own. Nothing is written: queries are rotated instead.
+            start: with `into`, how many tokens of the document come from other requests; by default
+                those that it shares with other documents.
         """
         self._check_open()
         world, config = self._world, self._world.config
@@ -366,6 +372,35 @@ class Runtime:
             number = (request.tail[0] - config.max_blocks) // config.request_blocks
             self._free_requests.append(number)
 
+    def lease(self, request: Request | None, name: str | None) -> Tensor | None:
+        """Fetch a whole document into the request's own tokens, moved to the request's position.
+
+        For long reuse: entries and index keys of all layers come in one exchange, their rotary
+        columns are rotated once, all layers together, and from then on they are the request's own,
+        until it is released. Every rank calls this, those that want nothing with (None, None).
+
+        Returns: the entry ids (tokens,) int32, as from `append`; None if nothing was wanted.
+        Raises: ValueError if there is no room; CoverageError if a token of the document is unwritten,
+            or was written at a layer that has had no step since.
+        """
+        self._check_open()
+        if request is None and name is None:
+            with self._in_step():
+                lease(self._world, None, torch.empty(0, dtype=torch.int32), 0)
+            return None
+        if request is None or name is None:
+            raise ValueError("give a request and a document's name, or neither")
+        self._check_request(request)
+        if request.into is not None:
+            raise ValueError("a document is leased by requests with private tokens only")
+        document = self._world.directory.document(name)
+        offset = request.position - document.position
+        check_offsets(self.config.model, {offset})
+        ids = self.append(request, document.tokens)
+        with self._in_step():
+            lease(self._world, document, ids, offset)
+        return ids
+
     def write(
         self, layer: int, ids: Tensor, entries: Tensor, index_keys: Tensor | None = None
     ) -> None:
@@ -411,12 +446,12 @@ class Runtime:
     def scope(
         self,
         *,
-        documents: Sequence[str] | None = None,
+        documents: Sequence[str | tuple[str, int]] | None = None,
         requests: Sequence[tuple[Request, Tensor]] | None = None,
         queries: int = 0,
     ) -> Scope:
-        """What queries may see: `queries` of them see `documents`; or each request's own tokens
-        `(request, ids)` see its documents and its tail up to themselves.
+        """What queries may see: `queries` of them see `documents`, given as for `request`; or each
+        request's own tokens `(request, ids)` see its documents and its tail up to themselves.
         """
         block_tokens = self._world.config.block_tokens
         if (documents is None) == (requests is None):
@@ -443,7 +478,7 @@ class Runtime:
         query: Tensor,
         weights: Tensor,
         *,
-        documents: Sequence[str] | None = None,
+        documents: Sequence[str | tuple[str, int]] | None = None,
         scope: Scope | None = None,
         top_k: int | None = None,
         unit_tokens: int = 1,
@@ -645,14 +680,21 @@ class Runtime:
             assert layout.index is not None
             check_tensor(index_keys, "index keys", (count, layout.index.head_dim), None)
 
-    def _attached(self, names: Sequence[str]) -> tuple[Attached, ...]:
-        if isinstance(names, str):
-            raise ValueError(f"documents must be a list of names, got the string {names!r}")
-        if len(set(names)) != len(names):
-            raise ValueError(f"a document is attached twice: {list(names)}")
-        attached = tuple(Attached(self._world.directory.document(name), 0) for name in names)
-        check_disjoint([document for document, _ in attached])
-        return attached
+    def _attached(self, wanted: Sequence[str | tuple[str, int]]) -> tuple[Attached, ...]:
+        if isinstance(wanted, str):
+            raise ValueError(f"documents must be a list of names, got the string {wanted!r}")
+        attached = []
+        for item in wanted:
+            name, position = check_attachment(item)
+            document = self._world.directory.document(name)
+            offset = 0 if position is None else position - document.position
+            attached.append(Attached(document, offset))
+        documents = [document for document, _ in attached]
+        if len({document.name for document in documents}) != len(documents):
+            raise ValueError(f"a document is attached twice: {list(wanted)}")
+        check_disjoint(documents)
+        check_offsets(self.config.model, {offset for _, offset in attached})
+        return tuple(attached)
 
     def _layer(self, layer: int) -> Layout:
         layers = self.config.model.layers

@@ -71,6 +71,7 @@ class LastStep(NamedTuple):
     unit_tokens: int
     demand: Demand
     decision: Decision
+    shifted: bool
 
 
 @dataclass(slots=True)
@@ -208,7 +209,8 @@ class World:
             if self.config.index_placement == "with-blocks":
                 blocks = blocks[owners[::branches, 0] == self.rank]
             free = (self.index.key_of[: self.index_slots] < 0).nonzero()[:, 0]
-            self.index.assign(blocks, free[: len(blocks)])
+            generations = directory.generations[blocks * branches]
+            self.index.assign(blocks, free[: len(blocks)], generations)
         self.directory = directory
         self.usage.keep({document.serial for document in directory.documents.values()})
 
