@@ -169,11 +169,10 @@ def unit_offsets(ids: Tensor, runs: Tensor, offsets: Tensor, unit_tokens: int) -
     return torch.where((ids >= 0) & known, offsets.gather(1, at), 0)
 
 
-def runs_at(runs: Tensor, offsets: Tensor, offset: int) -> Tensor:
-    """The runs (Q, R, 2) that are attached at one offset; the others become empty."""
-    return torch.where((offsets == offset)[..., None], runs, torch.tensor([_NO_RUN, 0])).to(
-        torch.int32
-    )
+def only_runs(runs: Tensor, kept: Tensor) -> Tensor:
+    """The runs (Q, R, 2) that are `kept` (Q, R); the others become empty."""
+    nothing = torch.tensor([_NO_RUN, 0], dtype=torch.int32)
+    return torch.where(kept[..., None], runs, nothing)
 
 
 def _run_of(ids: Tensor, runs: Tensor, unit_tokens: int) -> tuple[Tensor, Tensor]:

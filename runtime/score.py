@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..indexer import local_topk, merge_topk, scores, unit_scores, visible
 from ..indexer.dsa import rotate_index
-from .requests import runs_at
+from .requests import only_runs
 from .world import World
 
 SCORE_TILE_BYTES = 1 << 20  # per-head products that stay in a core's cache
@@ -52,12 +52,14 @@ def best_units(
     score = query.new_full((len(query), 1), -torch.inf)
     units = torch.full((len(query), 1), -1, dtype=torch.int32)
     seen = torch.zeros(len(query), dtype=torch.int32)
-    used = runs[..., 1] > 0
-    for offset in offsets[used].unique().tolist():
-        at = ((offsets == offset) & used).any(1).nonzero()[:, 0]
-        by = torch.full((len(at),), -offset)
-        turned = rotate_index(query[at], by, layout.index, layout.index_rope)
-        some = runs_at(runs[at], offsets[at], offset)
+    left = runs[..., 1] > 0
+    while bool(left.any()):  # each query with the offset of its first run that is left
+        offset = offsets.gather(1, left.to(torch.uint8).argmax(1, keepdim=True))
+        now = left & (offsets == offset)
+        left &= ~now
+        at = now.any(1).nonzero()[:, 0]
+        turned = rotate_index(query[at], -offset[at, 0].long(), layout.index, layout.index_rope)
+        some = only_runs(runs, now)[at]
         part = _best_units(world, layer, turned, weights[at], some, **sizes)
         width = part.score.shape[1]
         found = score.new_full((len(query), width), -torch.inf).index_copy(0, at, part.score)
