@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +21,7 @@ from .exchange import agree
 from .explain import DecisionLine, explain_last, predicted_last
 from .holder import MAX_TOP_K
 from .requests import Request, Scope, scope_of, stacked
+from .service import Service, start_service
 from .step import Selection, attend_step, select_step
 from .transport import Transport
 from .world import LayerWeights, World, connect
@@ -30,7 +31,8 @@ class Runtime:
     """One rank of a world that attends over a corpus partitioned among its ranks.
 
     `add_document`, `select`, `attend` and `close` are steps of the whole world: every rank calls
-    the same ones in the same order, with its own queries or with none. All else is local.
+    the same ones in the same order, with its own queries or with none. All else is local. From
+    `serve` until its service is closed, `select` and `attend` need no other rank to step.
     """
 
     def __init__(self, world: World, *, owns_transport: bool) -> None:
@@ -69,6 +71,9 @@ class Runtime:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None and self._world.service is not None:
+            with suppress(PeerError):  # the error that ended this is the one to be heard of
+                self._world.service.close()
         if error is not None and not isinstance(error, PeerError):
             self._world.transport.abort((self.rank,), f"raised {type(error).__name__}: {error}")
         self.close()
@@ -79,8 +84,12 @@ class Runtime:
         """
         if not self._closed:
             self._closed = True
-            if self._owns_transport:
-                self._world.transport.close()
+            try:
+                if self._world.service is not None:
+                    self._world.service.close()
+            finally:
+                if self._owns_transport:
+                    self._world.transport.close()
 
     @property
     def rank(self) -> int:
@@ -411,6 +420,43 @@ class Runtime:
         nothing = torch.empty(0, 0, dtype=torch.int32)
         self.attend(layer, query, Selection(nothing, 1, self.scope(documents=())))
 
+    # Service -------------------------------------------------------------------------------------
+
+    def serve(self, *, max_requests: int = 64, max_bytes: int = 1 << 28) -> Service:
+        """Answer the others from a thread until the service is closed, whatever this engine does.
+
+        A step of the whole world like `attend`; from then on every rank selects and attends when it
+        wants to, or never, and asks only the holders of what it needs. Documents and weights are
+        added between services.
+
+        Args:
+            max_requests, max_bytes: requests of others taken in and not answered yet; beyond that
+                (a single larger request aside) whoever asks is held back.
+        Raises: ValueError; RuntimeError if this rank serves already; PeerError.
+        """
+        self._check_open()
+        for name, bound in (("max_requests", max_requests), ("max_bytes", max_bytes)):
+            if not isinstance(bound, int) or bound < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {bound!r}")
+        if self._world.service is not None:
+            raise RuntimeError("this rank serves already")
+        with self._in_step():
+            return start_service(self._world, max_requests=max_requests, max_bytes=max_bytes)
+
+    def avoid(self, ranks: Collection[int]) -> None:
+        """Ask replicas instead of these ranks from the next `attend` on, where there are any.
+
+        Raises: ValueError for a rank outside the world or this one; nothing changes then.
+        """
+        wrong = [rank for rank in ranks if not 0 <= rank < self.world_size or rank == self.rank]
+        if wrong:
+            raise ValueError(
+                f"rank {self.rank} cannot avoid {wrong} in a world of {self.world_size}"
+            )
+        reachable = torch.ones(self.world_size, dtype=torch.bool)
+        reachable[list(ranks)] = False
+        self._world.reachable = reachable
+
     # Insight -------------------------------------------------------------------------------------
 
     def explain(self) -> list[DecisionLine]:
@@ -434,7 +480,13 @@ class Runtime:
 
     @contextmanager
     def _in_step(self) -> Iterator[None]:
-        """Whatever ends a step early is told to every other rank, so that none waits in vain."""
+        """Whatever ends a step early is told to every other rank, so that none waits in vain.
+
+        In service nobody waits for this rank's engine, so there is nobody to tell.
+        """
+        if self._world.service is not None:
+            yield
+            return
         try:
             yield
         except PeerError:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,9 @@ from .cost.predicate import Decision, Demand, Way
 from .messages import Header
 from .transport import Column, LoopbackTransport, Transport
 from .transport_torch import TorchTransport
+
+if TYPE_CHECKING:
+    from .service import Service
 
 
 def connect(deadline_s: float) -> Transport:
@@ -68,6 +71,17 @@ class LastStep(NamedTuple):
 
 
 @dataclass(slots=True)
+class Served:
+    """What the server did for each source, over all services of a runtime; written by it alone."""
+
+    answered: Counter[int] = field(default_factory=Counter)
+    refused: Counter[int] = field(default_factory=Counter)
+    busy_s: float = 0.0
+    most_requests: int = 0
+    most_bytes: int = 0
+
+
+@dataclass(slots=True)
 class Stats:
     """Counters since the runtime was opened. `ways[h, w]` counts (item, holder) decisions."""
 
@@ -99,7 +113,11 @@ class World:
         self.config = config
         self.transport = transport
         self.rank, self.world_size = transport.rank, transport.world_size
-        self._sent_before = Counter(transport.bytes_sent), Counter(transport.messages_sent)
+        self._sent_before = transport.counted()
+        self.service: Service | None = None
+        self.served = Served()
+        # (W,) bool: whom a plan may ask. Of a unit without such a holder the preferred one is asked.
+        self.reachable = torch.ones(self.world_size, dtype=torch.bool)
         if config.placement.copies > self.world_size:
             raise ValueError(
                 f"{config.placement.copies} copies need as many ranks, the world has {self.world_size}"
@@ -177,6 +195,7 @@ class World:
 
     def take_weights(self, layer: int, weights: LayerWeights) -> None:
         """Keep a layer's weights. Their mark joins the table version: ranks that differ are named."""
+        self._check_tables_free()
         self.weights[layer] = weights
         for weight in weights:
             raw = weight.cpu().view(torch.uint8).numpy().tobytes()
@@ -186,6 +205,7 @@ class World:
 
     def adopt(self, directory: Directory) -> None:
         """Take over a directory that has new blocks, and give their copies here their slots."""
+        self._check_tables_free()
         branches = self.config.num_branches
         first, end = self.directory.num_blocks, directory.num_blocks
         blocks, keys = torch.arange(first, end), torch.arange(first * branches, end * branches)
@@ -200,6 +220,12 @@ class World:
             )
             self._index_used += len(blocks)
         self.directory = directory
+
+    def _check_tables_free(self) -> None:
+        if self.service is not None:
+            raise RuntimeError(
+                "documents and weights are added between services: close the service on every rank"
+            )
 
     def assign_private(self, block: int, seat: int) -> None:
         """Give a running request's block the private seat `seat` of this rank's pool."""
@@ -282,7 +308,9 @@ class World:
 
     def snapshot(self) -> dict[str, Any]:
         """The counters as plain values."""
-        stats, transport = self.stats, self.transport
+        stats, served = self.stats, self.served
+        sent = zip(self.transport.counted(), self._sent_before, strict=True)
+        num_bytes, messages = (dict(now - before) for now, before in sent)
         return {
             "rank": self.rank,
             "steps": stats.steps,
@@ -291,8 +319,15 @@ class World:
                 rank: {way.name.lower(): int(ways[way]) for way in Way if way != Way.NONE}
                 for rank, ways in enumerate(stats.ways)
             },
-            "bytes_sent": dict(transport.bytes_sent - self._sent_before[0]),
-            "messages_sent": dict(transport.messages_sent - self._sent_before[1]),
+            "bytes_sent": num_bytes,
+            "messages_sent": messages,
+            "served": {
+                "answered": dict(served.answered),
+                "refused": dict(served.refused),
+                "busy_s": served.busy_s,
+                "most_requests": served.most_requests,
+                "most_bytes": served.most_bytes,
+            },
             "leases": dict(stats.leases),
             "phase_s": dict(stats.phase_s),
             "pool_bytes": self.entries.num_bytes + self.index.num_bytes,
