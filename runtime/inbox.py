@@ -54,16 +54,20 @@ class Inbox:
     # Carriers ------------------------------------------------------------------------------------
 
     def make_room(self, peer: int, num_bytes: int, timeout_s: float | None) -> bool:
-        """Wait for room for a request; False when this took longer, or there is no service any more."""
+        """Wait for room for a request; False if that takes longer, or nobody will answer it anyway."""
         with self._lock:
             self._line.append(peer)
-            ready = self._room.wait_for(
-                lambda: self._stopped or (self._line[0] == peer and self._has_room(num_bytes)),
-                timeout_s,
-            )
+
+            def has_turn() -> bool:
+                return self._line[0] == peer and self._has_room(num_bytes)
+
+            def is_pointless() -> bool:
+                return self._stopped or peer in self._lost
+
+            ready = self._room.wait_for(lambda: is_pointless() or has_turn(), timeout_s)
             self._line.remove(peer)
             self._room.notify_all()
-            if not ready or self._stopped:
+            if not ready or is_pointless():
                 return False
             self._take_in(peer, num_bytes)
             return True

@@ -112,6 +112,7 @@ class Small(NamedTuple):
     query: Tensor
     selection: Selection
     expected: list[Tensor]
+    entries: Tensor  # of layer 0
 
     @property
     def rank(self) -> int:
@@ -140,14 +141,15 @@ def small(runtime: Runtime) -> Small:
     runtime.add_document("doc", tokens=TOKENS)
     query = torch.randn(2, layout.heads, layout.key_dim, generator=g, dtype=torch.float64)
     everything = torch.ones(2, 1, TOKENS, dtype=torch.bool)
-    expected = []
-    for layer in range(len(runtime.config.model.layers)):
-        entries = torch.randn(TOKENS, 1, layout.entry_dim, generator=g, dtype=torch.float64)
-        runtime.load_document("doc", layer, entries)
-        expected.append(dense.attend(layout, query, entries, everything))
+    layers = len(runtime.config.model.layers)
+    shape = (layers, TOKENS, 1, layout.entry_dim)
+    entries = torch.randn(shape, generator=g, dtype=torch.float64)
+    for layer in range(layers):
+        runtime.load_document("doc", layer, entries[layer])
+    expected = [dense.attend(layout, query, of_layer, everything) for of_layer in entries]
     ids = torch.arange(TOKENS, dtype=torch.int32).repeat(2, 1)
     scope = runtime.scope(documents=["doc"], queries=2)
-    return Small(runtime, query, runtime.selection(ids, scope), expected)
+    return Small(runtime, query, runtime.selection(ids, scope), expected, entries[0])
 
 
 def serving(
