@@ -121,6 +121,7 @@ def want(
     world_size: int,
     block_tokens: int,
     offsets: Tensor | None = None,
+    reachable: Tensor | None = None,
 ) -> Wanted:
     """Choose a holder for every unit and count what each holder is asked for.
 
@@ -128,10 +129,12 @@ def want(
         local: (N, K) bool, units owned, replicated or leased here. Among the copies of other units
         a rank always asks copy `rank % R`, so that its requests meet few holders and different
         ranks different ones.
+        reachable: (W,) bool; a rank that is not asks the next copy instead. Of a unit without a
+        reachable copy the preferred one is asked. None: all are.
     """
     num_items, num_listed = units.shape
     keys = (units.long() // block_tokens).clamp(0, len(owners) - 1)
-    holder = torch.where(local, rank, owners[keys, rank % owners.shape[1]].long())
+    holder = torch.where(local, rank, _chosen(owners[keys], rank, reachable))
     holder = torch.where((units >= 0) & (holder >= 0), holder, world_size)
     counts = torch.zeros(num_items, world_size + 1, dtype=torch.int64)
     counts = counts.scatter_add(1, holder, torch.ones_like(holder))[:, :world_size]
@@ -160,6 +163,16 @@ def want(
     return Wanted(
         units, entries, visible, exists, holder, demand, run, run_unit, run_holder, offsets
     )
+
+
+def _chosen(copies: Tensor, rank: int, reachable: Tensor | None) -> Tensor:
+    """Of copies (N, K, R) the one to ask, (N, K) int64."""
+    preferred = rank % copies.shape[2]
+    if reachable is None or copies.shape[2] == 1:
+        return copies[..., preferred].long()
+    copies = copies.long().roll(-preferred, 2)
+    usable = (copies >= 0) & reachable[copies.clamp(min=0)]
+    return copies.gather(2, usable.to(torch.uint8).argmax(2, keepdim=True))[..., 0]
 
 
 def existing(

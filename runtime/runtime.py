@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -34,6 +34,7 @@ from .explain import DecisionLine, explain_last, predicted_last
 from .holder import MAX_TOP_K
 from .lease import lease
 from .requests import Attached, Request, Scope, scope_of, stacked
+from .service import Service, start_service
 from .step import Selection, attend_step, select_step
 from .transport import Transport
 from .world import LayerWeights, World, connect
@@ -44,6 +45,7 @@ class Runtime:
 
     Whatever changes the documents, `select`, `attend` and `close` are steps of the whole world: every
     rank calls the same ones in the same order, with its own queries or with none. All else is local.
+    From `serve` until its service is closed, `select` and `attend` need no other rank to step.
     """
 
     def __init__(self, world: World, *, owns_transport: bool) -> None:
@@ -82,6 +84,9 @@ class Runtime:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None and self._world.service is not None:
+            with suppress(PeerError):  # the error that ended this is the one to be heard of
+                self._world.service.close()
         if error is not None and not isinstance(error, PeerError):
             self._world.transport.abort((self.rank,), f"raised {type(error).__name__}: {error}")
         self.close()
@@ -92,8 +97,12 @@ class Runtime:
         """
         if not self._closed:
             self._closed = True
-            if self._owns_transport:
-                self._world.transport.close()
+            try:
+                if self._world.service is not None:
+                    self._world.service.close()
+            finally:
+                if self._owns_transport:
+                    self._world.transport.close()
 
     @property
     def rank(self) -> int:
@@ -133,7 +142,7 @@ class Runtime:
             group: whose quota its blocks count for.
         Raises: ValueError if the name is taken or a capacity is exhausted; nothing changes then.
         """
-        self._check_open()
+        self._check_tables_free()
         world = self._world
         tokens, hashes = self._content(name, tokens, token_ids, salt, position, group)
         directory = life.added(
@@ -159,17 +168,17 @@ class Runtime:
 
         Raises: ValueError if it is unknown or pinned.
         """
-        self._check_open()
+        self._check_tables_free()
         self._world.adopt(without_document(self._world.directory, name))
 
     def pin(self, name: str) -> None:
         """Keep a document from being removed or evicted."""
-        self._check_open()
+        self._check_tables_free()
         self._world.adopt(with_pin(self._world.directory, name, True))
 
     def unpin(self, name: str) -> None:
         """Undo `pin`."""
-        self._check_open()
+        self._check_tables_free()
         self._world.adopt(with_pin(self._world.directory, name, False))
 
     def pinned(self) -> frozenset[str]:
@@ -178,7 +187,7 @@ class Runtime:
 
     def set_quota(self, group: str, blocks: int | None) -> None:
         """Bound the blocks of a group's documents, shared ones counted for each; None lifts it."""
-        self._check_open()
+        self._check_tables_free()
         self._world.adopt(with_quota(self._world.directory, check_name(group, "group"), blocks))
 
     def make_room(
@@ -200,7 +209,7 @@ class Runtime:
 
         Raises: ValueError on every rank, and nothing changes, if that cannot make enough room.
         """
-        self._check_open()
+        self._check_tables_free()
         tokens, hashes = self._content(name, tokens, token_ids, salt, position, group)
         if name in self._world.directory.documents:
             raise ValueError(f"document {name!r} exists already")
@@ -240,7 +249,7 @@ class Runtime:
         Args: token_ids, salt, group: as for `add_document`; the first two where the request is.
         Raises: ValueError if a token is not written yet, or as for `add_document`, on every rank.
         """
-        self._check_open()
+        self._check_tables_free()
         check_name(name, "document")
         check_name(group, "group")
         hashes: Sequence[bytes] = ()
@@ -383,7 +392,7 @@ class Runtime:
         Raises: ValueError if there is no room; CoverageError if a token of the document is unwritten,
             or was written at a layer that has had no step since.
         """
-        self._check_open()
+        self._check_tables_free()
         if request is None and name is None:
             with self._in_step():
                 lease(self._world, None, torch.empty(0, dtype=torch.int32), 0)
@@ -586,6 +595,43 @@ class Runtime:
         nothing = torch.empty(0, 0, dtype=torch.int32)
         self.attend(layer, query, Selection(nothing, 1, self.scope(documents=())))
 
+    # Service -------------------------------------------------------------------------------------
+
+    def serve(self, *, max_requests: int = 64, max_bytes: int = 1 << 28) -> Service:
+        """Answer the others from a thread until the service is closed, whatever this engine does.
+
+        A step of the whole world like `attend`; from then on every rank selects and attends when it
+        wants to, or never, and asks only the holders of what it needs. Between services documents
+        are added, removed, published, pinned and leased, and weights loaded; not meanwhile.
+
+        Args:
+            max_requests, max_bytes: requests of others taken in and not answered yet; beyond that
+                (a single larger request aside) whoever asks is held back.
+        Raises: ValueError; RuntimeError if this rank serves already; PeerError.
+        """
+        self._check_open()
+        for name, bound in (("max_requests", max_requests), ("max_bytes", max_bytes)):
+            if not isinstance(bound, int) or bound < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {bound!r}")
+        if self._world.service is not None:
+            raise RuntimeError("this rank serves already")
+        with self._in_step():
+            return start_service(self._world, max_requests=max_requests, max_bytes=max_bytes)
+
+    def avoid(self, ranks: Collection[int]) -> None:
+        """Ask replicas instead of these ranks from the next `attend` on, where there are any.
+
+        Raises: ValueError for a rank outside the world or this one; nothing changes then.
+        """
+        wrong = [rank for rank in ranks if not 0 <= rank < self.world_size or rank == self.rank]
+        if wrong:
+            raise ValueError(
+                f"rank {self.rank} cannot avoid {wrong} in a world of {self.world_size}"
+            )
+        reachable = torch.ones(self.world_size, dtype=torch.bool)
+        reachable[list(ranks)] = False
+        self._world.reachable = reachable
+
     # Insight -------------------------------------------------------------------------------------
 
     def explain(self) -> list[DecisionLine]:
@@ -609,7 +655,13 @@ class Runtime:
 
     @contextmanager
     def _in_step(self) -> Iterator[None]:
-        """Whatever ends a step early is told to every other rank, so that none waits in vain."""
+        """Whatever ends a step early is told to every other rank, so that none waits in vain.
+
+        In service nobody waits for this rank's engine, so there is nobody to tell.
+        """
+        if self._world.service is not None:
+            yield
+            return
         try:
             yield
         except PeerError:
@@ -705,6 +757,10 @@ class Runtime:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the runtime is closed")
+
+    def _check_tables_free(self) -> None:
+        self._check_open()
+        self._world.check_tables_free()
 
     def _check_request(self, request: Request) -> None:
         self._check_open()

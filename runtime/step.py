@@ -30,6 +30,7 @@ from .exchange import (
     coverage_error,
     exchange,
     fetched_answers,
+    index_holders,
     local_complaints,
     route_columns,
     routed_answers,
@@ -80,13 +81,14 @@ def select_step(
         scores, ids = candidates(world, layer, own_units(), [], scope, unit_tokens)
         return Selection(merge_topk(scores, ids, top_k)[1], unit_tokens, scope)
 
+    to = index_holders(world, scope)
     columns = [
-        broadcast("index.query", query, world),
-        broadcast("index.weights", weights, world),
-        broadcast("index.runs", scope.runs, world),
+        broadcast("index.query", query, world, to),
+        broadcast("index.weights", weights, world, to),
+        broadcast("index.runs", scope.runs, world, to),
     ]
     if scope.offsets is not None:
-        columns.append(broadcast("index.offsets", scope.offsets, world))
+        columns.append(broadcast("index.offsets", scope.offsets, world, to))
     own, answers = exchange(world, header, columns, answer_select, own_units)
     scores, ids = candidates(world, layer, own, answers, scope, unit_tokens)
     return Selection(merge_topk(scores, ids, top_k)[1], unit_tokens, scope)
@@ -208,4 +210,5 @@ def _wanted(world: World, layer: int, selection: Selection) -> plan.Wanted:
         world_size=world.world_size,
         block_tokens=config.block_tokens,
         offsets=offsets,
+        reachable=world.reachable,
     )

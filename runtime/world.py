@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,9 @@ from .messages import Header
 from .transport import Column, LoopbackTransport, Transport
 from .transport_torch import TorchTransport
 from .usage import Usage
+
+if TYPE_CHECKING:
+    from .service import Service
 
 
 def connect(deadline_s: float) -> Transport:
@@ -75,6 +78,17 @@ class LastStep(NamedTuple):
 
 
 @dataclass(slots=True)
+class Served:
+    """What the server did for each source, over all services of a runtime; written by it alone."""
+
+    answered: Counter[int] = field(default_factory=Counter)
+    refused: Counter[int] = field(default_factory=Counter)
+    busy_s: float = 0.0
+    most_requests: int = 0
+    most_bytes: int = 0
+
+
+@dataclass(slots=True)
 class Stats:
     """Counters since the runtime was opened. `ways[h, w]` counts (item, holder) decisions."""
 
@@ -106,7 +120,11 @@ class World:
         self.config = config
         self.transport = transport
         self.rank, self.world_size = transport.rank, transport.world_size
-        self._sent_before = Counter(transport.bytes_sent), Counter(transport.messages_sent)
+        self._sent_before = transport.counted()
+        self.service: Service | None = None
+        self.served = Served()
+        # (W,) bool: whom a plan may ask. Of a unit without such a holder the preferred one is asked.
+        self.reachable = torch.ones(self.world_size, dtype=torch.bool)
         if config.placement.copies > self.world_size:
             raise ValueError(
                 f"{config.placement.copies} copies need as many ranks, the world has {self.world_size}"
@@ -184,6 +202,7 @@ class World:
 
     def take_weights(self, layer: int, weights: LayerWeights) -> None:
         """Keep a layer's weights. Their mark joins the table version: ranks that differ are named."""
+        self.check_tables_free()
         self.weights[layer] = weights
         for weight in weights:
             raw = weight.cpu().view(torch.uint8).numpy().tobytes()
@@ -195,6 +214,7 @@ class World:
         """Take over another directory: give up the blocks that are gone, with their leases and what
         was written for them and not sent, and give the copies of new ones here their slots.
         """
+        self.check_tables_free()
         branches, before = self.config.num_branches, self.directory
         changed = (before.generations != directory.generations).view(-1, branches)[:, 0]
         unused, wanted = before.references == 0, directory.references > 0
@@ -230,6 +250,14 @@ class World:
             for staged in pushes:
                 left = [push.without(gone, block_tokens) for push in staged]
                 staged[:] = [push for push in left if len(push.ids)]
+
+    def check_tables_free(self) -> None:
+        """Raises: RuntimeError during a service, which answers by the tables as they are."""
+        if self.service is not None:
+            raise RuntimeError(
+                "documents are changed and leased, and weights loaded, between services: "
+                "close the service on every rank"
+            )
 
     def assign_private(self, block: int, seat: int) -> None:
         """Give a running request's block the private seat `seat` of this rank's pool."""
@@ -328,7 +356,9 @@ class World:
 
     def snapshot(self) -> dict[str, Any]:
         """The counters as plain values."""
-        stats, transport = self.stats, self.transport
+        stats, served = self.stats, self.served
+        sent = zip(self.transport.counted(), self._sent_before, strict=True)
+        num_bytes, messages = (dict(now - before) for now, before in sent)
         return {
             "rank": self.rank,
             "steps": stats.steps,
@@ -337,8 +367,15 @@ class World:
                 rank: {way.name.lower(): int(ways[way]) for way in Way if way != Way.NONE}
                 for rank, ways in enumerate(stats.ways)
             },
-            "bytes_sent": dict(transport.bytes_sent - self._sent_before[0]),
-            "messages_sent": dict(transport.messages_sent - self._sent_before[1]),
+            "bytes_sent": num_bytes,
+            "messages_sent": messages,
+            "served": {
+                "answered": dict(served.answered),
+                "refused": dict(served.refused),
+                "busy_s": served.busy_s,
+                "most_requests": served.most_requests,
+                "most_bytes": served.most_bytes,
+            },
             "leases": dict(stats.leases),
             "phase_s": dict(stats.phase_s),
             "pool_bytes": self.entries.num_bytes + self.index.num_bytes,
