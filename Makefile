@@ -16,6 +16,7 @@ demo: install
 
 bench: install
 	$(BIN)/python benchmarks/step_cpu.py
+	$(BIN)/python benchmarks/service.py
 
 lint: install
 	$(BIN)/ruff format --check .

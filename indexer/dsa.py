@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..partition.codec import act_quant
-from ..partition.layout import IndexLayout
-from .rope import apply_rope
+from ..partition.layout import IndexLayout, Rope
+from .rope import apply_rope, rotate
 
 # Queries are also tiled rather than let a tile get narrower than this many entries.
 _MIN_TILE_ENTRIES = 512
@@ -68,6 +68,17 @@ def head_weights(x: Tensor, w_proj: Tensor, layout: IndexLayout) -> Tensor:
     _check_weight("w_proj", w_proj, layout.heads, x.shape[-1])
     weights = _at_least_fp32(F.linear(x.to(w_proj.dtype), w_proj))
     return weights.mul((layout.heads * layout.head_dim) ** -0.5)
+
+
+def rotate_index(x: Tensor, by: Tensor, layout: IndexLayout, rope: Rope) -> Tensor:
+    """Index queries or keys (T, ..., D) as they would be `by` (T,) positions further on.
+
+    `rope` is the layer's `index_rope`. What e4m3 has rounded is not rounded again.
+    """
+    plain = hadamard(x) if layout.quantized else x
+    rotary, rest = plain.tensor_split((layout.rope_dim,), dim=-1)
+    plain = torch.cat((rotate(rotary, by, rope), rest), dim=-1)
+    return hadamard(plain) if layout.quantized else plain
 
 
 def hadamard(x: Tensor) -> Tensor:

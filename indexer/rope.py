@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from ..partition.layout import Pairing
+from ..partition.layout import Pairing, Rope
 
 
 def rope_tables(
@@ -42,7 +44,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, pairing: Pairing) -> Tens
             f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
     middle = [1] * (x.dim() - 2)
-    cos, sin = (table.view(len(x), *middle, -1) for table in (cos, sin))
+    cos, sin = (table.view(len(x), *middle, x.shape[-1] // 2) for table in (cos, sin))
     match pairing:
         case "half":
             first, second = x.chunk(2, dim=-1)
@@ -53,6 +55,34 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, pairing: Pairing) -> Tens
             return pairs.flatten(-2)
         case _:
             raise ValueError(f"rope pairing must be interleaved or half, got {pairing!r}")
+
+
+def inverse_frequencies(rope: Rope) -> Tensor:
+    """Radians per position of each pair, (D / 2,) fp64; YaRN's if the rope is scaled by it."""
+    exponents = torch.arange(0, rope.dim, 2, dtype=torch.float64) / rope.dim
+    plain = 1.0 / rope.theta**exponents
+    if rope.yarn is None:
+        return plain
+    low, high = (
+        rope.dim
+        * math.log(rope.yarn.original_positions / (2 * math.pi * turns))
+        / (2 * math.log(rope.theta))
+        for turns in (rope.yarn.beta_fast, rope.yarn.beta_slow)
+    )
+    first, last = max(math.floor(low), 0), min(math.ceil(high), rope.dim - 1)
+    ramp = (torch.arange(rope.dim // 2, dtype=torch.float64) - first) / (last - first or 1e-3)
+    slowed = ramp.clamp(0, 1)
+    return plain / rope.yarn.factor * slowed + plain * (1 - slowed)
+
+
+def rotate(x: Tensor, by: Tensor, rope: Rope) -> Tensor:
+    """Rotate `x` (T, ..., D), all columns rotary, by (T,) positions, forwards or back.
+
+    At unit magnitude: what YaRN multiplied into x stays in it, once. Angles are fp64 whatever the
+    dtype, so that a shift adds no error that grows with it.
+    """
+    angles = by.double()[:, None] * inverse_frequencies(rope)
+    return apply_rope(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype), pairing=rope.pairing)
 
 
 def deinterleave(x: Tensor) -> Tensor:

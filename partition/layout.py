@@ -80,12 +80,32 @@ class Branch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Yarn:
+    """YaRN's frequencies: slow pairs are slowed `factor` times, fast ones kept, a ramp between.
+
+    What YaRN multiplies cos and sin with is no part of it: stored keys have that in them.
+    """
+
+    factor: float
+    original_positions: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.factor) and self.factor >= 1) or self.original_positions < 1:
+            raise ValueError(f"YaRN needs a factor >= 1 and original positions, got {self}")
+        if not self.beta_fast > self.beta_slow > 0:
+            raise ValueError(f"YaRN needs beta_fast > beta_slow > 0, got {self}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rope:
     """Rotary embedding of the last `dim` key columns; `pairing`: which columns rotate together."""
 
     dim: int
     pairing: Pairing
     theta: float = 10000.0
+    yarn: Yarn | None = None
 
     def __post_init__(self) -> None:
         if self.dim <= 0 or self.dim % 2:
@@ -215,6 +235,13 @@ class Layout:
         return self.rope.dim if self.rope else 0
 
     @property
+    def index_rope(self) -> Rope | None:
+        """The rotary part of the index key, its first columns: of the frequencies of the key's."""
+        if self.rope is None or self.index is None:
+            return None
+        return replace(self.rope, dim=self.index.rope_dim, pairing=self.index.pairing)
+
+    @property
     def absorbed_dim(self) -> int:
         """Key columns that an absorbed query meets with W_UK applied."""
         return self.key_dim - self.rope_dim
@@ -289,6 +316,9 @@ def mla(
     codec: str,
     index: IndexLayout | None,
     index_codec: str,
+    pairing: Pairing = "interleaved",
+    theta: float = 10000.0,
+    yarn: Yarn | None = None,
 ) -> Layout:
     """Multi-head latent attention in the absorbed form: one branch, value tied to the latent."""
     streams = (
@@ -301,7 +331,7 @@ def mla(
         branches=(Branch(name="mla", streams=streams, head_start=0, heads=heads),),
         softmax_scale=softmax_scale,
         codec=codec,
-        rope=Rope(dim=rope, pairing="interleaved"),
+        rope=Rope(dim=rope, pairing=pairing, theta=theta, yarn=yarn),
         projection=Projection(nope_dim=nope, out_dim=value),
         index=index,
         index_codec=index_codec,
@@ -364,6 +394,7 @@ def named_layout(name: str) -> Layout:
                     heads=64, head_dim=128, rope_dim=64, pairing="half", top_k=2048, quantized=True
                 ),
                 index_codec="fp8_index",
+                yarn=Yarn(factor=40.0, original_positions=4096),
             )
         case "glm-5":
             return mla(

@@ -40,9 +40,8 @@ class Placement:
 
 def place(
     placement: Placement,
-    num_blocks: int,
+    blocks: Tensor,
     *,
-    first_block: int,
     num_branches: int,
     world_size: int,
     used: Tensor,
@@ -51,7 +50,7 @@ def place(
     """Ranks of the copies of a document's blocks.
 
     Args:
-        num_blocks: N, blocks of the document; `first_block` is the global id of the first.
+        blocks: (N,) int64, global ids of the document's blocks.
         used: (W,) int64, slots taken at each rank so far (document-affine and balanced read it).
         load: (N,) float, expected load of each block, for `balanced`; None means equal loads.
     Returns:
@@ -63,6 +62,7 @@ def place(
         raise ValueError(
             f"{placement.copies} copies need as many ranks, the world has {world_size}"
         )
+    num_blocks = len(blocks)
     if load is not None and load.shape != (num_blocks,):
         raise ValueError(f"load must have shape ({num_blocks},), got {tuple(load.shape)}")
     if load is not None and not bool((load.isfinite() & (load >= 0)).all()):
@@ -73,7 +73,7 @@ def place(
         case "contiguous":
             owner = (block * world_size // max(num_blocks, 1))[:, None].expand(-1, num_branches)
         case "block-cyclic":
-            owner = ((first_block + block) // placement.run % world_size)[:, None]
+            owner = (blocks // placement.run % world_size)[:, None]
             owner = owner.expand(-1, num_branches)
         case "balanced":
             loads = torch.ones(num_blocks) if load is None else load
@@ -82,9 +82,22 @@ def place(
             owner = used.argmin().expand(num_blocks, num_branches)
         case "branch-split":
             shards = max(world_size // num_branches, 1)
-            owner = ((first_block + block) % shards)[:, None] * num_branches + branch[None, :]
+            owner = (blocks % shards)[:, None] * num_branches + branch[None, :]
             owner = owner % world_size
-    offsets = torch.arange(placement.copies) * max(world_size // placement.copies, 1)
+    return _with_replicas(owner, placement.copies, world_size)
+
+
+def place_at(
+    rank: int, num_blocks: int, *, num_branches: int, copies: int, world_size: int
+) -> Tensor:
+    """As `place`, with one rank as the owner of all blocks."""
+    owner = torch.full((num_blocks, num_branches), rank)
+    return _with_replicas(owner, copies, world_size)
+
+
+def _with_replicas(owner: Tensor, copies: int, world_size: int) -> Tensor:
+    """(N, G, R) int32: the owners (N, G), and replicas at even distances from them."""
+    offsets = torch.arange(copies) * max(world_size // copies, 1)
     return ((owner[..., None] + offsets) % world_size).to(torch.int32)
 
 

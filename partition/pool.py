@@ -3,16 +3,37 @@
 Letters: L layers, S slots, B tokens of a block, K keys. A `BlockStore` maps keys to slots, and a
 (layer, stored id) to an entry index `slot * B + offset` into that layer's tensor. Entries are
 written once, in order, so an entry that exists never changes.
+
+Any thread may read a store at any time, without waiting: an entry is there before `fill` says so.
+Changes exclude each other, because an engine and the server beside it append to the same blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Concatenate, ParamSpec
 
 import torch
 from torch import Tensor
 
 from .codec import Codec, gather_rows, scatter_rows
+
+P = ParamSpec("P")
+
+
+def _alone(
+    change: Callable[Concatenate[BlockStore, P], None],
+) -> Callable[Concatenate[BlockStore, P], None]:
+    """One change of a store at a time."""
+
+    @wraps(change)
+    def guarded(store: BlockStore, /, *args: P.args, **named: P.kwargs) -> None:
+        with store._changing:
+            change(store, *args, **named)
+
+    return guarded
 
 
 class BlockStore:
@@ -38,6 +59,7 @@ class BlockStore:
                 f"{num_slots} slots, {num_keys} keys of {block_tokens} tokens: "
                 "slots must be >= 1 and stored ids below 2**31"
             )
+        self._changing = threading.RLock()
         self.codecs = tuple(codecs)
         self.block_tokens = block_tokens
         self.num_slots = num_slots
@@ -74,13 +96,17 @@ class BlockStore:
         block_bytes = sum(codec.entry_bytes for codec in self.codecs if codec) * self.block_tokens
         return int((self.key_of >= 0).sum()) * block_bytes
 
-    def assign(self, keys: Tensor, slots: Tensor) -> None:
-        """Give free `slots` (n,) to `keys` (n,)."""
+    @_alone
+    def assign(self, keys: Tensor, slots: Tensor, generations: Tensor | None = None) -> None:
+        """Give free `slots` (n,) to `keys` (n,), of these `generations` or of the slots' next."""
         assert bool((self.key_of[slots.long()] == -1).all()), "slot in use"
-        self.slot_of[keys.long()] = slots.to(torch.int32)
-        self.key_of[slots.long()] = keys.to(torch.int32)
         self.fill[:, slots.long()] = 0
+        if generations is not None:
+            self.generation[slots.long()] = generations.to(torch.int32)
+        self.key_of[slots.long()] = keys.to(torch.int32)
+        self.slot_of[keys.long()] = slots.to(torch.int32)
 
+    @_alone
     def release(self, keys: Tensor) -> None:
         """Free the slots of `keys`; the next block in them gets another generation."""
         slots = self.slot_of[keys.long()].long()
@@ -114,6 +140,7 @@ class BlockStore:
         ids = self.key_of[slots].long() * self.block_tokens + entry_index % self.block_tokens
         return ids, self.generation[slots]
 
+    @_alone
     def write(self, layer: int, stored_ids: Tensor, rows: Tensor) -> None:
         """Append encoded rows (n, entry_bytes) at stored ids (n,) of blocks that are here.
 
@@ -207,6 +234,12 @@ class Leases:
         """Mark the leases at these entry indices (n,) as used now."""
         self._tick += 1
         self._used_at[entry_index - self._first] = self._tick
+
+    def forget(self, gone: Tensor) -> None:
+        """Give up the leases of these entries (n,) by stored id."""
+        old = torch.isin(self._id_at, gone.long())
+        self._id_at[old], self._used_at[old] = -1, -1
+        self._sorted_ids, self._order = self._id_at.sort(stable=True)
 
     def admit(self, stored_ids: Tensor, generations: Tensor, rows: Tensor) -> int:
         """Keep rows (n, entry_bytes) of distinct ids (n,) that are not leased, evicting the stalest.

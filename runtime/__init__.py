@@ -5,6 +5,7 @@ from .cost.profile import FabricProfile, load_profile
 from .errors import CoverageError, PeerError
 from .requests import Request, Scope
 from .runtime import Runtime
+from .service import Service
 from .step import Selection
 from .transport import LoopbackTransport
 
@@ -18,5 +19,6 @@ __all__ = [
     "RuntimeConfig",
     "Scope",
     "Selection",
+    "Service",
     "load_profile",
 ]

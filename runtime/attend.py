@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..indexer.rope import rotate
 from ..kernels import reference
 from ..partition.layout import Layout
 from .plan import FetchList, Wanted
@@ -41,7 +42,10 @@ def attend_local(world: World, layer: int, rows: Tensor, wanted: Wanted) -> tupl
         index, valid = torch.where(leased, lease, index), valid | leased
         world.leases[layer].touch(lease[leased])
         world.stats.leases["hit"] += int(leased.sum())
-    out, lse = attend_entries(world, layer, rows, index, valid, pool_reader(world, layer))
+    offsets = entry_offsets(wanted.offsets, wanted.entries.shape[2])
+    out, lse = attend_at(
+        world, layer, rows, index, valid, pool_reader(world, layer), offsets=offsets
+    )
     # Of the corpus the plan knows which entries exist; a request has all its tokens up to itself.
     private = wanted.entries // world.config.block_tokens >= len(world.directory.owners)
     lacking = ((wanted.exists | private) & here).flatten(1) & ~valid
@@ -63,7 +67,8 @@ def attend_fetched(
         return entries.view(*at.shape, codec.dim)
 
     index = torch.where(valid, index, 0).flatten(1)
-    out, lse = attend_entries(world, layer, rows, index, valid.flatten(1), read)
+    offsets = entry_offsets(wanted.offsets, unit_tokens)
+    out, lse = attend_at(world, layer, rows, index, valid.flatten(1), read, offsets=offsets)
     return Partial(out, lse, torch.arange(len(rows)))
 
 
@@ -130,6 +135,58 @@ def combine(layout: Layout, out: Tensor, lse: Tensor, sink: Tensor | None) -> Te
 def _merge(parts: Sequence[Partial], num_items: int) -> tuple[Tensor, Tensor]:
     outs, lses, items = (torch.cat(column) for column in zip(*parts, strict=True))
     return reference.merge(outs, lses, items, num_items)
+
+
+def entry_offsets(offsets: Tensor | None, unit_tokens: int) -> Tensor | None:
+    """Offsets (N, K) of units as those of their entries (N, K * U)."""
+    return None if offsets is None else offsets.repeat_interleave(unit_tokens, dim=1)
+
+
+def attend_at(
+    world: World,
+    layer: int,
+    rows: Tensor,
+    index: Tensor,
+    valid: Tensor,
+    read: Callable[[Tensor], Tensor],
+    *,
+    offsets: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As `attend_entries`, with each entry attached `offsets` (M, E) positions from its own.
+
+    A score depends on the distance alone, so the query is rotated back rather than the entry on:
+    once for every offset that a row meets, whose partials are merged here.
+    """
+    rope = world.config.model.layers[layer].rope
+    if offsets is None or rope is None:
+        return attend_entries(world, layer, rows, index, valid, read)
+    row, offset = valid.nonzero()[:, 0], offsets[valid].long()
+    distinct, which = (row * 2**32 + offset + 2**31).unique(return_inverse=True)
+    of, offset = distinct // 2**32, distinct % 2**32 - 2**31
+    row_bytes = rows.shape[1] * rows.shape[2] * rows.element_size()
+    if len(distinct) * row_bytes > world.config.workspace_bytes and len(rows) > 1:
+        halves = (slice(0, len(rows) // 2), slice(len(rows) // 2, len(rows)))
+        parts = [
+            attend_at(world, layer, rows[h], index[h], valid[h], read, offsets=offsets[h])
+            for h in halves
+        ]
+        out, lse = (torch.cat(part) for part in zip(*parts, strict=True))
+        return out, lse
+    rest, rotary = rows[of].tensor_split((-rope.dim,), dim=-1)
+    turned = torch.cat((rest, rotate(rotary, -offset, rope)), dim=-1)
+    listed = index[valid][which.argsort(stable=True)]
+    listed = padded_lists(listed, torch.bincount(which, minlength=len(distinct)))
+    out, lse = attend_entries(world, layer, turned, listed.clamp(min=0), listed >= 0, read)
+    return reference.merge(out, lse, of, len(rows))
+
+
+def padded_lists(values: Tensor, counts: Tensor) -> Tensor:
+    """Consecutive lists of `counts` values each, as rows padded with -1."""
+    counts = counts.long()
+    at = torch.arange(int(counts.max()) if len(counts) else 0)
+    index = (counts.cumsum(0) - counts)[:, None] + at
+    listed = at < counts[:, None]
+    return torch.where(listed, values[torch.where(listed, index, 0)], -1)
 
 
 def attend_entries(

@@ -31,6 +31,7 @@ class RuntimeConfig:
         request_blocks: blocks one request may grow to.
         placement, index_placement: where blocks and index keys live.
         lease_entries: fetched entries kept for reuse per layer; 0 keeps none.
+        half_life: exchanges after which a use of a document counts half, in reuse-aware eviction.
         mode: who decides; `random` draws from `seed`.
         reuse: R, expected uses of a fetched unit, in the cost model.
         fabric: the cost model's constants.
@@ -49,6 +50,7 @@ class RuntimeConfig:
     placement: Placement = field(default_factory=Placement)
     index_placement: IndexPlacement = "with-blocks"
     lease_entries: int = 0
+    half_life: int = 10_000
     mode: Mode = "auto"
     seed: int = 0
     reuse: float = 1.0
@@ -61,7 +63,7 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.model, ModelLayout):
             raise ValueError(f"model must be a ModelLayout, got {type(self.model).__name__}")
-        sizes = ("max_blocks", "block_tokens", "request_blocks", "workspace_bytes")
+        sizes = ("max_blocks", "block_tokens", "request_blocks", "workspace_bytes", "half_life")
         for name in (*sizes, "private_blocks", "lease_entries", "seed"):
             if not isinstance(getattr(self, name), int):
                 raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ..partition.layout import Layout
-from .requests import Scope, units_visible
+from ..partition.directory import Document
+from ..partition.layout import Layout, ModelLayout
+from .requests import MAX_OFFSETS, Request, Scope, units_visible
 from .step import Selection
 from .world import World
 
@@ -25,21 +28,80 @@ def check_tensor(
         raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
 
 
-def check_writable(world: World, ids: Tensor) -> None:
-    """Entry ids that can be written: distinct, of a document or of a request's own blocks."""
+def check_name(name: object, what: str) -> str:
+    """A text of at most 256 characters."""
+    if not isinstance(name, str) or len(name) > 256:
+        raise ValueError(f"a {what}'s name must be a string of up to 256 characters, got {name!r}")
+    return name
+
+
+def check_attachment(item: object) -> tuple[str, int | None]:
+    """A document's name, or (name, position)."""
+    match item:
+        case str():
+            return item, None
+        case (str(name), int(position)) if 0 <= position < 2**31:
+            return name, position
+    raise ValueError(f"a document is attached by name or (name, position >= 0), got {item!r}")
+
+
+def check_offsets(model: ModelLayout, offsets: set[int]) -> None:
+    """Offsets that every layer of the model can be attached at."""
+    if len(offsets) > MAX_OFFSETS:
+        raise ValueError(f"documents can be at {MAX_OFFSETS} offsets at once, got {len(offsets)}")
+    if offsets <= {0}:
+        return
+    for layer, layout in enumerate(model.layers):
+        if layout.index is not None and layout.index_rope is None:
+            raise ValueError(
+                f"layer {layer} ({layout.name!r}) has an indexer and no rope to rotate it by: "
+                "documents can only be attached at their own positions"
+            )
+
+
+def check_disjoint(documents: Sequence[Document]) -> None:
+    """Documents that share no blocks: an entry is in a query's sight once."""
+    for number, document in enumerate(documents):
+        if not document.shared:
+            continue
+        for other in (*documents[:number], *documents[number + 1 :]):
+            if not set(document.blocks).isdisjoint(other.blocks):
+                raise ValueError(
+                    f"documents {document.name!r} and {other.name!r} share blocks: "
+                    "a request can attach one of them"
+                )
+
+
+def check_writable(world: World, ids: Tensor, requests: Sequence[Request]) -> None:
+    """Entry ids that can be written: distinct, appended to an open request, of a document or private."""
     config = world.config
-    block, offset = ids // config.block_tokens, ids % config.block_tokens
-    corpus = (ids >= 0) & (block < config.max_blocks)
-    tokens = world.directory.tokens[torch.where(corpus, block, 0).long()]
-    private = world.entries.holds(block.long() * config.num_branches * config.block_tokens)
-    if not bool(torch.where(corpus, offset < tokens, private).all()):
-        raise ValueError("ids must be of a document or of a request's own tokens")
+    block = ids.long() // config.block_tokens
+    private = world.entries.holds(block * config.num_branches * config.block_tokens)
+    ours = (block >= config.max_blocks) & private
+    for request in requests:
+        if request.into is not None and not bool(ours.all()):
+            check_sources(world, request.sources)
+            ours |= request.indices(ids) >= 0
+    if not bool(ours.all()):
+        raise ValueError("ids must be of tokens that were appended to an open request")
     if len(ids.unique()) != len(ids):
         raise ValueError("ids repeat")
 
 
-def check_scope(scope: Scope, queries: int) -> None:
-    """A scope made for that many queries."""
+def check_sources(world: World, sources: Sequence[Document | Request]) -> None:
+    """Documents that were not removed since, and requests that are open."""
+    for source in sources:
+        if isinstance(source, Request):
+            if not source.is_open:
+                raise ValueError("a request whose tokens are seen was released")
+            continue
+        now = world.directory.documents.get(source.name)
+        if now is None or now.serial != source.serial:
+            raise ValueError(f"document {source.name!r} was removed since it was attached")
+
+
+def check_scope(world: World, scope: Scope, queries: int) -> None:
+    """A scope made for that many queries, of documents and requests that are still there."""
     if (
         len(scope.runs) != queries
         or scope.runs.dim() != 3
@@ -48,6 +110,12 @@ def check_scope(scope: Scope, queries: int) -> None:
         or not scope.runs.dtype == scope.hidden.dtype == torch.int32
     ):
         raise ValueError(f"the scope is for {len(scope.runs)} queries, got {queries}")
+    offsets = scope.offsets
+    if offsets is not None and (
+        offsets.shape != scope.runs.shape[:2] or offsets.dtype != torch.int32
+    ):
+        raise ValueError(f"the scope's offsets must be int32, one a run, got {offsets.shape}")
+    check_sources(world, scope.sources)
 
 
 def check_selection(world: World, layout: Layout, selection: Selection, queries: int) -> None:
@@ -62,7 +130,7 @@ def check_selection(world: World, layout: Layout, selection: Selection, queries:
         raise ValueError(f"selection has {ids.shape[1]} branches, the layer {layout.num_branches}")
     if not 1 <= unit <= block * world.config.max_blocks or (block % unit and unit % block):
         raise ValueError(f"units of {unit} tokens and blocks of {block} do not nest")
-    check_scope(selection.scope, queries)
+    check_scope(world, selection.scope, queries)
     if not world.config.checked or ids.numel() == 0:
         return
     flat = ids.reshape(queries, -1, ids.shape[-1])

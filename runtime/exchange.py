@@ -54,8 +54,11 @@ def exchange(
     """Ask everyone, answer everyone, do own work; returns the work's result and everyone's answers.
 
     The own work comes last, so that it overlaps with the others' answers and reads what peers wrote
-    for this rank; all writes are taken before anyone is answered.
+    for this rank; all writes are taken before anyone is answered. In service only those are asked of
+    whom something is wanted, and the server answers.
     """
+    if world.service is not None:
+        return world.service.exchange(header, columns, own_work)
     transport, stats = world.transport, world.stats
     visitors = settle(world, header, columns)
     with stats.phase("answer"):
@@ -73,6 +76,11 @@ def exchange(
 
 def settle(world: World, header: Header, columns: Sequence[Column] = ()) -> list[Message | None]:
     """Ask everyone, and take the writes of all peers; returns what they ask."""
+    if (
+        world.service is not None
+    ):  # whoever is written to confirms it; what they write comes any time
+        world.service.exchange(header, columns, lambda: None)
+        return [None] * world.world_size
     world.epoch += 1
     with world.stats.phase("send"):
         world.transport.post(header, [*columns, *world.take_pushes(header.layer)])
@@ -112,10 +120,29 @@ def _config(world: World, message: Message) -> str:
     return "" if text is None else text.view(torch.uint8).numpy().tobytes().decode(errors="replace")
 
 
-def broadcast(name: str, rows: Tensor, world: World) -> Column:
-    """The same rows for every other rank."""
+def broadcast(name: str, rows: Tensor, world: World, to: Tensor | None = None) -> Column:
+    """The same rows for every other rank, or for the ranks `to` (W,) bool."""
     counts = torch.full((world.world_size,), len(rows))
+    if to is not None:
+        counts = counts * to
     return Column(name, rows, counts, torch.arange(len(rows)).repeat(world.world_size))
+
+
+def index_holders(world: World, scope: Scope) -> Tensor | None:
+    """(W,) bool: in service, the ranks with index keys that a query of this scope sees. In a step
+    everyone is asked."""
+    if world.service is None:
+        return None
+    starts, counts = scope.runs.long().flatten(0, 1).unbind(1)
+    block_tokens, blocks = world.config.block_tokens, world.config.max_blocks
+    first = (starts // block_tokens).clamp(max=blocks)
+    end = torch.where(counts > 0, (starts + counts - 1) // block_tokens + 1, 0)
+    ones = torch.ones_like(first)
+    edges = torch.zeros(blocks + 1, dtype=torch.int64).index_add(0, first, ones)
+    edges = edges.index_add(0, end.clamp(min=0).clamp(max=blocks).maximum(first), -ones)
+    seen = edges.cumsum(0)[:-1] > 0
+    owners = world.directory.owners.view(blocks, world.config.num_branches, -1)[seen, 0, 0]
+    return torch.bincount(owners.clamp(min=0), minlength=world.world_size) > 0
 
 
 def route_columns(
@@ -130,6 +157,8 @@ def route_columns(
     ]
     if unit_tokens > 1:
         columns.append(Column(f"{form}.hidden", hidden, lists.pairs, lists.items))
+    if lists.offsets is not None:
+        columns.append(Column(f"{form}.offsets", lists.offsets, lists.listed))
     return columns
 
 

@@ -30,7 +30,7 @@ def explain_last(world: World) -> list[DecisionLine]:
     """The decisions of the last `attend` of this rank; empty before the first."""
     if world.last is None:
         return []
-    layer, _, demand, decision = world.last
+    layer, _, demand, decision, _ = world.last
     branches = world.config.num_branches
     return [
         DecisionLine(
@@ -53,7 +53,7 @@ def predicted_last(world: World) -> float:
     """Seconds predicted for the last `attend` of this rank, own work and merge included."""
     if world.last is None:
         return 0.0
-    layer, unit_tokens, demand, decision = world.last
+    layer, unit_tokens, demand, decision, shifted = world.last
     parts = predict_step(
         decision.way,
         demand,
@@ -62,5 +62,6 @@ def predicted_last(world: World) -> float:
         rank=world.rank,
         unit_tokens=unit_tokens,
         reuse=world.config.reuse,
+        shifted=shifted,
     )
     return float(parts.total)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..kernels import reference
 from ..partition.layout import Form
-from .attend import attend_entries, by_branch, pool_reader
+from .attend import attend_at, by_branch, entry_offsets, padded_lists, pool_reader
 from .messages import Message
 from .plan import unit_entries
+from .requests import MAX_OFFSETS
 from .score import best_units
 from .world import World
 
@@ -70,6 +71,10 @@ def _routed(world: World, layer: int, form: Form, message: Message) -> dict[str,
     unit_tokens = _unit_tokens(world, message)
     if unit_tokens > 1:
         hidden = _column(columns, f"{form}.hidden", torch.int32, 2)
+    offsets = None
+    if f"{form}.offsets" in columns:
+        offsets = _column(columns, f"{form}.offsets", torch.int32, 1)
+        _check_offsets(offsets, count)
 
     capacity = _corpus_ids(world, of_index=False) // unit_tokens
     longest = int(count.max()) if pairs else 0
@@ -89,7 +94,10 @@ def _routed(world: World, layer: int, form: Form, message: Message) -> dict[str,
         tile = slice(first, first + step)
         begin = int(starts[first]) if pairs else 0
         listed = padded_lists(units[begin:], count[tile])
-        done.append(_attended(world, layer, rows[tile], listed, hidden[tile], unit_tokens))
+        at = None if offsets is None else padded_lists(offsets[begin:], count[tile])
+        done.append(
+            _attended(world, layer, rows[tile], listed, hidden[tile], unit_tokens, offsets=at)
+        )
     out, lse, covered = (torch.cat(parts) for parts in zip(*done, strict=True))
     if form == "B":
         assert weights is not None
@@ -102,9 +110,17 @@ def _routed(world: World, layer: int, form: Form, message: Message) -> dict[str,
 
 
 def _attended(
-    world: World, layer: int, rows: Tensor, listed: Tensor, hidden: Tensor, unit_tokens: int
+    world: World,
+    layer: int,
+    rows: Tensor,
+    listed: Tensor,
+    hidden: Tensor,
+    unit_tokens: int,
+    *,
+    offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Partials and coverage of absorbed rows (P, h, K) over their listed units (P, U)."""
+    """Partials and coverage of absorbed rows (P, h, K) over their listed units (P, U), attached at
+    offsets (P, U)."""
     ids, seen = unit_entries(
         listed,
         hidden,
@@ -116,8 +132,20 @@ def _attended(
     index, here = world.entries.resolve(layer, ids)
     valid = here & seen & (ids < _corpus_ids(world, of_index=False))
     covered = reference.coverage(*world.entries.identify(index), valid)
-    out, lse = attend_entries(world, layer, rows, index, valid, pool_reader(world, layer))
+    at = entry_offsets(offsets, unit_tokens)
+    read = pool_reader(world, layer)
+    out, lse = attend_at(world, layer, rows, index, valid, read, offsets=at)
     return out, lse, covered
+
+
+def _check_offsets(offsets: Tensor, count: Tensor) -> None:
+    """As many offsets as listed units, and of each pair no more different ones than a request has."""
+    if len(offsets) != int(count.sum()):
+        raise ValueError(f"{len(offsets)} offsets came with {int(count.sum())} units")
+    pair = torch.arange(len(count)).repeat_interleave(count.long())
+    distinct = (pair * 2**32 + offsets + 2**31).unique() // 2**32
+    if len(distinct) and int(distinct.bincount().max()) > MAX_OFFSETS:
+        raise ValueError(f"a pair lists units at more than {MAX_OFFSETS} offsets")
 
 
 def _fetched(world: World, layer: int, message: Message) -> dict[str, Tensor]:
@@ -154,19 +182,20 @@ def answer_select(world: World, message: Message) -> dict[str, Tensor]:
     top_k, unit_tokens = message.header.top_k, _unit_tokens(world, message)
     if not 0 < top_k <= MAX_TOP_K:
         raise ValueError(f"top_k {top_k} is out of range")
+    offsets = None
+    if "index.offsets" in columns:
+        offsets = _column(columns, "index.offsets", torch.int32, 2)
+        if offsets.shape != runs.shape[:2]:
+            raise ValueError("index offsets do not fit the scope")
+        _check_offsets(offsets.flatten(), torch.full((len(runs),), runs.shape[1]))
+        if world.config.model.layers[layer].index_rope is None:
+            raise ValueError(f"layer {layer} has no rope to rotate index queries by")
     room = (_corpus_ids(world, of_index=True) - runs[..., 0].long()).clamp(min=0)
     runs = torch.stack((runs[..., 0], runs[..., 1].minimum(room).to(torch.int32)), dim=-1)
-    best = best_units(world, layer, query, weights, runs, top_k=top_k, unit_tokens=unit_tokens)
+    best = best_units(
+        world, layer, query, weights, runs, top_k=top_k, unit_tokens=unit_tokens, offsets=offsets
+    )
     return {"score": best.score.flatten(), "id": best.id.flatten(), "seen": best.seen}
-
-
-def padded_lists(values: Tensor, counts: Tensor) -> Tensor:
-    """Consecutive lists of `counts` values each, as rows padded with -1."""
-    counts = counts.long()
-    at = torch.arange(int(counts.max()) if len(counts) else 0)
-    index = (counts.cumsum(0) - counts)[:, None] + at
-    listed = at < counts[:, None]
-    return torch.where(listed, values[torch.where(listed, index, 0)], -1)
 
 
 def tagged(covered: Tensor, item: Tensor) -> Tensor:

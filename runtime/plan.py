@@ -26,7 +26,8 @@ class Wanted(NamedTuple):
     visible: (N, K, U) bool, listed and not ahead of the query. exists: (N, K, U) bool, visible and
     in a document of the corpus. holder: (N, K) int64, who is asked; `rank` for local units, W for
     padding. demand: what the predicate reads. run: (N * K,) int64, which distinct (holder, unit)
-    each listed unit is; run_unit, run_holder: (N * K,) its value.
+    each listed unit is; run_unit, run_holder: (N * K,) its value. offsets: (N, K) int32, how far
+    each unit is attached from its own positions, None if none is.
     """
 
     units: Tensor
@@ -38,14 +39,15 @@ class Wanted(NamedTuple):
     run: Tensor
     run_unit: Tensor
     run_holder: Tensor
+    offsets: Tensor | None = None
 
 
 class RouteLists(NamedTuple):
     """Routed (item, holder) pairs of one payload form, grouped by holder, items ascending.
 
     items, units_of: (W * N,) item and number of units of each pair. expected: (W * N, 2) int64
-    coverage each answer must show. units: (N * K,) int32 the units of pair after pair. pairs,
-    listed: (W,) pairs and units per holder.
+    coverage each answer must show. units: (N * K,) int32 the units of pair after pair, and their
+    offsets if any differs from 0. pairs, listed: (W,) pairs and units per holder.
     """
 
     items: Tensor
@@ -54,6 +56,7 @@ class RouteLists(NamedTuple):
     units: Tensor
     pairs: Tensor
     listed: Tensor
+    offsets: Tensor | None
 
 
 class FetchList(NamedTuple):
@@ -117,6 +120,8 @@ def want(
     rank: int,
     world_size: int,
     block_tokens: int,
+    offsets: Tensor | None = None,
+    reachable: Tensor | None = None,
 ) -> Wanted:
     """Choose a holder for every unit and count what each holder is asked for.
 
@@ -124,10 +129,12 @@ def want(
         local: (N, K) bool, units owned, replicated or leased here. Among the copies of other units
         a rank always asks copy `rank % R`, so that its requests meet few holders and different
         ranks different ones.
+        reachable: (W,) bool; a rank that is not asks the next copy instead. Of a unit without a
+        reachable copy the preferred one is asked. None: all are.
     """
     num_items, num_listed = units.shape
     keys = (units.long() // block_tokens).clamp(0, len(owners) - 1)
-    holder = torch.where(local, rank, owners[keys, rank % owners.shape[1]].long())
+    holder = torch.where(local, rank, _chosen(owners[keys], rank, reachable))
     holder = torch.where((units >= 0) & (holder >= 0), holder, world_size)
     counts = torch.zeros(num_items, world_size + 1, dtype=torch.int64)
     counts = counts.scatter_add(1, holder, torch.ones_like(holder))[:, :world_size]
@@ -153,7 +160,19 @@ def want(
     unique = torch.zeros(world_size + 1, dtype=torch.int64)
     unique = unique.scatter_add(0, run_holder, run_used.long())[:world_size]
     demand = Demand(pairs_units=counts, unique_units=unique, fair_units=fair_units)
-    return Wanted(units, entries, visible, exists, holder, demand, run, run_unit, run_holder)
+    return Wanted(
+        units, entries, visible, exists, holder, demand, run, run_unit, run_holder, offsets
+    )
+
+
+def _chosen(copies: Tensor, rank: int, reachable: Tensor | None) -> Tensor:
+    """Of copies (N, K, R) the one to ask, (N, K) int64."""
+    preferred = rank % copies.shape[2]
+    if reachable is None or copies.shape[2] == 1:
+        return copies[..., preferred].long()
+    copies = copies.long().roll(-preferred, 2)
+    usable = (copies >= 0) & reachable[copies.clamp(min=0)]
+    return copies.gather(2, usable.to(torch.uint8).argmax(2, keepdim=True))[..., 0]
 
 
 def existing(
@@ -175,7 +194,8 @@ def route(
     holder = wanted.holder.clamp(max=world_size - 1)
     chosen = (wanted.holder < world_size) & (way[item, holder] == form)
     pair = torch.where(chosen, holder * num_items + item, pairs).reshape(-1)
-    units = wanted.units.reshape(-1)[pair.argsort(stable=True)]
+    order = pair.argsort(stable=True)
+    offsets = None if wanted.offsets is None else wanted.offsets.reshape(-1)[order]
 
     ones = torch.ones_like(pair)
     units_of = torch.zeros(pairs + 1, dtype=torch.int64).scatter_add(0, pair, ones)[:pairs]
@@ -190,9 +210,10 @@ def route(
         items=_seated(items, seat),
         units_of=_seated(units_of, seat),
         expected=_seated(torch.stack((expected[:, 0], expected[:, 1] & 0xFFFFFFFF), dim=1), seat),
-        units=units,
+        units=wanted.units.reshape(-1)[order],
         pairs=asked.reshape(world_size, num_items).sum(1),
         listed=units_of.reshape(world_size, num_items).sum(1),
+        offsets=offsets,
     )
 
 

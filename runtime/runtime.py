@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..partition.directory import Document, with_document
+from ..partition.directory import Document, with_pin, with_quota, without_document
+from ..partition.eviction import POLICIES, Policy
+from ..partition.hashes import block_hashes
 from ..partition.layout import Layout
-from ..partition.placement import place
+from . import life
 from .config import RuntimeConfig
 from .cost.predicate import MODES, Mode
-from .door import check_scope, check_selection, check_tensor, check_writable
+from .door import (
+    check_attachment,
+    check_disjoint,
+    check_name,
+    check_offsets,
+    check_scope,
+    check_selection,
+    check_sources,
+    check_tensor,
+    check_writable,
+)
 from .errors import CoverageError, PeerError
 from .exchange import agree
 from .explain import DecisionLine, explain_last, predicted_last
 from .holder import MAX_TOP_K
-from .requests import Request, Scope, scope_of, stacked
+from .lease import lease
+from .requests import Attached, Request, Scope, scope_of, stacked
+from .service import Service, start_service
 from .step import Selection, attend_step, select_step
 from .transport import Transport
 from .world import LayerWeights, World, connect
@@ -29,8 +43,9 @@ from .world import LayerWeights, World, connect
 class Runtime:
     """One rank of a world that attends over a corpus partitioned among its ranks.
 
-    `add_document`, `select`, `attend` and `close` are steps of the whole world: every rank calls
-    the same ones in the same order, with its own queries or with none. All else is local.
+    Whatever changes the documents, `select`, `attend` and `close` are steps of the whole world: every
+    rank calls the same ones in the same order, with its own queries or with none. All else is local.
+    From `serve` until its service is closed, `select` and `attend` need no other rank to step.
     """
 
     def __init__(self, world: World, *, owns_transport: bool) -> None:
@@ -69,6 +84,9 @@ class Runtime:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None and self._world.service is not None:
+            with suppress(PeerError):  # the error that ended this is the one to be heard of
+                self._world.service.close()
         if error is not None and not isinstance(error, PeerError):
             self._world.transport.abort((self.rank,), f"raised {type(error).__name__}: {error}")
         self.close()
@@ -79,8 +97,12 @@ class Runtime:
         """
         if not self._closed:
             self._closed = True
-            if self._owns_transport:
-                self._world.transport.close()
+            try:
+                if self._world.service is not None:
+                    self._world.service.close()
+            finally:
+                if self._owns_transport:
+                    self._world.transport.close()
 
     @property
     def rank(self) -> int:
@@ -97,51 +119,153 @@ class Runtime:
     # Documents and requests ----------------------------------------------------------------------
 
     def add_document(
-        self, name: str, *, tokens: int, position: int = 0, load: Tensor | None = None
+        self,
+        name: str,
+        *,
+        tokens: int | None = None,
+        token_ids: Sequence[int] | None = None,
+        salt: str | None = None,
+        position: int = 0,
+        load: Tensor | None = None,
+        group: str = "",
     ) -> Document:
         """Declare a document and place its blocks; its entries come by `load_document` or `write`.
 
         Args:
+            tokens: how many, if `token_ids` are not given.
+            token_ids: what the document says. Its leading blocks are then shared with a document
+                that says the same up to there, at the same position with the same salt; `shared` of
+                the result counts them, and whoever stored them first writes them.
+            salt: all else that entries depend on, such as what the prefill attends to.
             position: canonical position of its first token.
             load: expected load of each block, for the `balanced` placement.
+            group: whose quota its blocks count for.
         Raises: ValueError if the name is taken or a capacity is exhausted; nothing changes then.
         """
-        self._check_open()
-        world, config = self._world, self._world.config
-        if (
-            not (isinstance(tokens, int) and isinstance(position, int))
-            or tokens < 1
-            or position < 0
-        ):
-            raise ValueError(
-                f"document {name!r}: needs whole tokens > 0 and position >= 0, got {tokens}, {position}"
-            )
-        directory, num_blocks = world.directory, -(-tokens // config.block_tokens)
-        if num_blocks > config.max_blocks - directory.num_blocks:
-            raise ValueError(
-                f"document {name!r} needs {num_blocks} blocks, "
-                f"{config.max_blocks - directory.num_blocks} of {config.max_blocks} are free"
-            )
-        ranks = place(
-            config.placement,
-            num_blocks,
-            first_block=directory.num_blocks,
-            num_branches=config.num_branches,
-            world_size=world.world_size,
-            used=directory.used,
+        self._check_tables_free()
+        world = self._world
+        tokens, hashes = self._content(name, tokens, token_ids, salt, position, group)
+        directory = life.added(
+            world,
+            world.directory,
+            name,
+            tokens=tokens,
+            position=position,
             load=load,
+            hashes=hashes,
+            group=group,
         )
-        world.adopt(
-            with_document(
-                directory,
+        world.adopt(directory)
+        return directory.documents[name]
+
+    def documents(self) -> list[Document]:
+        """All documents, in the order they were added."""
+        return list(self._world.directory.documents.values())
+
+    def remove_document(self, name: str) -> None:
+        """Forget a document. Blocks that no other one shares are free, here and everywhere, and what
+        still refers to it (scopes, selections, requests, leases) is refused or finds nothing.
+
+        Raises: ValueError if it is unknown or pinned.
+        """
+        self._check_tables_free()
+        self._world.adopt(without_document(self._world.directory, name))
+
+    def pin(self, name: str) -> None:
+        """Keep a document from being removed or evicted."""
+        self._check_tables_free()
+        self._world.adopt(with_pin(self._world.directory, name, True))
+
+    def unpin(self, name: str) -> None:
+        """Undo `pin`."""
+        self._check_tables_free()
+        self._world.adopt(with_pin(self._world.directory, name, False))
+
+    def pinned(self) -> frozenset[str]:
+        """Names of the pinned documents."""
+        return self._world.directory.pinned
+
+    def set_quota(self, group: str, blocks: int | None) -> None:
+        """Bound the blocks of a group's documents, shared ones counted for each; None lifts it."""
+        self._check_tables_free()
+        self._world.adopt(with_quota(self._world.directory, check_name(group, "group"), blocks))
+
+    def make_room(
+        self,
+        name: str,
+        *,
+        tokens: int | None = None,
+        token_ids: Sequence[int] | None = None,
+        salt: str | None = None,
+        position: int = 0,
+        group: str = "",
+        policy: Policy = "lru",
+    ) -> list[str]:
+        """Remove documents until `add_document` with the same arguments has room; returns their names.
+
+        Pinned documents stay, and those that an open request of any rank reads or writes. `lru`
+        removes what was attended to longest ago, `reuse` what was attended to least, old uses
+        counting less (`half_life` of the config).
+
+        Raises: ValueError on every rank, and nothing changes, if that cannot make enough room.
+        """
+        self._check_tables_free()
+        tokens, hashes = self._content(name, tokens, token_ids, salt, position, group)
+        if name in self._world.directory.documents:
+            raise ValueError(f"document {name!r} exists already")
+        if policy not in POLICIES:
+            raise ValueError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
+        in_use = {
+            source.name
+            for request in self._open_requests
+            for source in request.sources
+            if isinstance(source, Document)
+        }
+        with self._in_world_step():
+            return life.make_room(
+                self._world,
                 name,
                 tokens=tokens,
-                position=position,
-                ranks=ranks,
-                capacity=world.corpus_slots,
+                policy=policy,
+                group=group,
+                hashes=hashes,
+                in_use=frozenset(in_use),
             )
-        )
-        return world.directory.documents[name]
+
+    def publish(
+        self,
+        name: str,
+        request: Request | None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        salt: str | None = None,
+        group: str = "",
+    ) -> Document:
+        """Make the request's own tokens a document, at their positions; they stay with this rank.
+
+        Every rank calls this, one of them with its request. The rows are copied bit for bit; the
+        request goes on as it was.
+
+        Args: token_ids, salt, group: as for `add_document`; the first two where the request is.
+        Raises: ValueError if a token is not written yet, or as for `add_document`, on every rank.
+        """
+        self._check_tables_free()
+        check_name(name, "document")
+        check_name(group, "group")
+        hashes: Sequence[bytes] = ()
+        if request is not None:
+            self._check_request(request)
+            if request.into is not None or not request.length:
+                raise ValueError("only a request's own private tokens can be published")
+            if token_ids is not None and len(token_ids) != request.length:
+                raise ValueError(f"{len(token_ids)} token ids for {request.length} tokens")
+            missing = life.unwritten(self._world, request)
+            if missing is not None:
+                raise ValueError(f"the request cannot be published: {missing} is not written")
+            start = request.position - request.length
+            _, hashes = self._content(name, request.length, token_ids, salt, start, group)
+        with self._in_world_step():
+            return life.publish(self._world, name, request, hashes, group)
 
     def load_document(
         self, name: str, layer: int, entries: Tensor, index_keys: Tensor | None = None
@@ -151,32 +275,52 @@ class Runtime:
         Args:
             entries: (tokens, G, D), or (tokens, D) with one branch, the config's dtype.
             index_keys: (tokens, D_index), if the layer has an indexer of its own.
+        Blocks that the document shares are left to the document that stored them first.
         """
         document = self._world.directory.document(name)
-        ids = torch.arange(document.start, document.start + document.tokens, dtype=torch.int32)
-        self._write(layer, ids, entries, index_keys, push=False)
+        layout = self._layer(layer)
+        if isinstance(entries, Tensor) and entries.dim() == 2 and layout.num_branches == 1:
+            entries = entries[:, None]
+        self._check_rows(layer, document.tokens, entries, index_keys)
+        first = document.shared * document.block_tokens
+        keys = None if index_keys is None else index_keys[first:]
+        self._world.store(layer, document.ids(first), entries[first:], keys, push=False)
 
     def request(
-        self, documents: Sequence[str] = (), *, into: str | None = None, start: int = 0
+        self,
+        documents: Sequence[str | tuple[str, int]] = (),
+        *,
+        into: str | None = None,
+        start: int | None = None,
     ) -> Request:
         """A reader of documents, whose own tokens stay at home, or prefill `into` a document.
 
-        Args: start: with `into`, how many tokens of the document come from other requests.
+        Args:
+            documents: names, or (name, position) to attach a document with its first token at that
+                position instead of its own. Nothing is written: queries are rotated instead.
+            start: with `into`, how many tokens of the document come from other requests; by default
+                those that it shares with other documents.
         """
         self._check_open()
         world, config = self._world, self._world.config
-        attached = self._documents(documents)
+        attached = self._attached(documents)
         if into is not None:
             document = world.directory.document(into)
-            if document in attached:
+            others = [attachment.document for attachment in attached]
+            if document in others:
                 raise ValueError(f"document {into!r} is attached and written by the same request")
-            if not 0 <= start < document.tokens:
-                raise ValueError(f"start must be in [0, {document.tokens}), got {start}")
-            end = document.start + document.tokens
+            check_disjoint([*others, document])
+            shared = document.shared * config.block_tokens
+            start = shared if start is None else start
+            if not shared <= start < document.tokens:
+                raise ValueError(
+                    f"start must be in [{shared}, {document.tokens}) of document {into!r}, got {start}"
+                )
             request = Request(
-                documents=attached,
-                tail_start=document.start,
-                tail_limit=end,
+                attached=attached,
+                tail=document.blocks,
+                capacity=document.tokens,
+                block_tokens=config.block_tokens,
                 into=document,
                 length=start,
             )
@@ -187,9 +331,12 @@ class Runtime:
                 )
             number = self._free_requests.pop()
             first = config.max_blocks + number * config.request_blocks
-            begin = first * config.block_tokens
-            end = begin + config.request_blocks * config.block_tokens
-            request = Request(documents=attached, tail_start=begin, tail_limit=end)
+            request = Request(
+                attached=attached,
+                tail=tuple(range(first, first + config.request_blocks)),
+                capacity=config.request_blocks * config.block_tokens,
+                block_tokens=config.block_tokens,
+            )
         self._open_requests.append(request)
         return request
 
@@ -201,10 +348,11 @@ class Runtime:
         """
         self._check_request(request)
         world, block_tokens = self._world, self._world.config.block_tokens
-        first = request.tail_start + request.length
-        if tokens < 1 or first + tokens > request.tail_limit:
+        check_sources(world, request.sources)
+        first = request.length
+        if tokens < 1 or first + tokens > request.capacity:
             raise ValueError(
-                f"cannot append {tokens} tokens: room for {request.tail_limit - first} is left"
+                f"cannot append {tokens} tokens: room for {request.capacity - first} is left"
             )
         if request.into is None:
             needed = -(-(request.length + tokens) // block_tokens) - len(request.blocks)
@@ -214,11 +362,11 @@ class Runtime:
                     f"{len(self._free_blocks)} of {world.config.private_blocks} are free"
                 )
             for _ in range(needed):
-                block = request.tail_start // block_tokens + len(request.blocks)
+                block = request.tail[len(request.blocks)]
                 request.blocks.append(self._free_blocks.pop())
                 world.assign_private(block, request.blocks[-1])
         request.length += tokens
-        return torch.arange(first, first + tokens, dtype=torch.int32)
+        return request.ids(first, first + tokens)
 
     def release(self, request: Request) -> None:
         """Forget a request and free its private blocks."""
@@ -226,12 +374,41 @@ class Runtime:
         request.is_open = False
         self._open_requests.remove(request)
         if request.into is None:
-            first = request.tail_start // self._world.config.block_tokens
-            for block in range(first, first + len(request.blocks)):
+            for block in request.tail[: len(request.blocks)]:
                 self._world.release_private(block)
             self._free_blocks.extend(request.blocks)
-            number = (first - self._world.config.max_blocks) // self._world.config.request_blocks
+            config = self._world.config
+            number = (request.tail[0] - config.max_blocks) // config.request_blocks
             self._free_requests.append(number)
+
+    def lease(self, request: Request | None, name: str | None) -> Tensor | None:
+        """Fetch a whole document into the request's own tokens, moved to the request's position.
+
+        For long reuse: entries and index keys of all layers come in one exchange, their rotary
+        columns are rotated once, all layers together, and from then on they are the request's own,
+        until it is released. Every rank calls this, those that want nothing with (None, None).
+
+        Returns: the entry ids (tokens,) int32, as from `append`; None if nothing was wanted.
+        Raises: ValueError if there is no room; CoverageError if a token of the document is unwritten,
+            or was written at a layer that has had no step since.
+        """
+        self._check_tables_free()
+        if request is None and name is None:
+            with self._in_step():
+                lease(self._world, None, torch.empty(0, dtype=torch.int32), 0)
+            return None
+        if request is None or name is None:
+            raise ValueError("give a request and a document's name, or neither")
+        self._check_request(request)
+        if request.into is not None:
+            raise ValueError("a document is leased by requests with private tokens only")
+        document = self._world.directory.document(name)
+        offset = request.position - document.position
+        check_offsets(self.config.model, {offset})
+        ids = self.append(request, document.tokens)
+        with self._in_step():
+            lease(self._world, document, ids, offset)
+        return ids
 
     def write(
         self, layer: int, ids: Tensor, entries: Tensor, index_keys: Tensor | None = None
@@ -241,7 +418,14 @@ class Runtime:
         Args:
             ids: (n,) int32 entry ids from `append`. entries, index_keys: as for `load_document`.
         """
-        self._write(layer, ids, entries, index_keys, push=True)
+        self._check_open()
+        layout, world = self._layer(layer), self._world
+        check_tensor(ids, "ids", (None,), torch.int32)
+        if isinstance(entries, Tensor) and entries.dim() == 2 and layout.num_branches == 1:
+            entries = entries[:, None]
+        self._check_rows(layer, len(ids), entries, index_keys)
+        check_writable(world, ids, self._open_requests)
+        world.store(layer, ids, entries, index_keys, push=True)
 
     def load_weights(self, layer: int, w_uk: Tensor, w_uv: Tensor) -> None:
         """Give this rank a layer's projections, which makes payload form B possible; on every rank.
@@ -271,30 +455,28 @@ class Runtime:
     def scope(
         self,
         *,
-        documents: Sequence[str] | None = None,
+        documents: Sequence[str | tuple[str, int]] | None = None,
         requests: Sequence[tuple[Request, Tensor]] | None = None,
         queries: int = 0,
     ) -> Scope:
-        """What queries may see: `queries` of them see `documents`; or each request's own tokens
-        `(request, ids)` see its documents and its tail up to themselves.
+        """What queries may see: `queries` of them see `documents`, given as for `request`; or each
+        request's own tokens `(request, ids)` see its documents and its tail up to themselves.
         """
         block_tokens = self._world.config.block_tokens
         if (documents is None) == (requests is None):
             raise ValueError("give either documents or requests")
         if documents is not None:
             at = torch.zeros(queries, dtype=torch.int32)
-            return scope_of(self._documents(documents), None, at, block_tokens=block_tokens)
+            return scope_of(self._attached(documents), None, at, block_tokens=block_tokens)
         assert requests is not None
         scopes = []
         for request, ids in requests:
             self._check_request(request)
+            check_sources(self._world, request.sources)
             check_tensor(ids, "ids", (None,), torch.int32)
-            end = request.tail_start + request.length
-            if bool(((ids < request.tail_start) | (ids >= end)).any()):
-                raise ValueError(f"ids must lie in the request's [{request.tail_start}, {end})")
-            scopes.append(
-                scope_of(request.documents, request.tail_start, ids, block_tokens=block_tokens)
-            )
+            if bool((request.indices(ids) < 0).any()):
+                raise ValueError(f"ids must lie in the request's {request.length} own tokens")
+            scopes.append(scope_of(request.attached, request, ids, block_tokens=block_tokens))
         return stacked(scopes) if scopes else self.scope(documents=())
 
     # Steps ---------------------------------------------------------------------------------------
@@ -305,7 +487,7 @@ class Runtime:
         query: Tensor,
         weights: Tensor,
         *,
-        documents: Sequence[str] | None = None,
+        documents: Sequence[str | tuple[str, int]] | None = None,
         scope: Scope | None = None,
         top_k: int | None = None,
         unit_tokens: int = 1,
@@ -334,12 +516,13 @@ class Runtime:
             raise ValueError("give either documents or a scope")
         if scope is None:
             scope = self.scope(documents=documents, queries=len(query))
-        check_scope(scope, len(query))
+        check_scope(self._world, scope, len(query))
         count = index.top_k if top_k is None else top_k
         if not isinstance(count, int) or not 1 <= count <= MAX_TOP_K:
             raise ValueError(f"top_k must be in [1, {MAX_TOP_K}], got {count}")
         if self.config.checked and not bool(query.isfinite().all() & weights.isfinite().all()):
             raise ValueError("index queries and weights must be finite")
+        self._touch(scope)
         with self._in_step():
             return select_step(
                 self._world,
@@ -390,6 +573,7 @@ class Runtime:
         if mode is not None and mode not in MODES:
             raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
         check_selection(self._world, layout, selection, len(query))
+        self._touch(selection.scope)
         with self._in_step():
             return attend_step(
                 self._world, layer, query, selection, sink=sink, mode=mode or self.config.mode
@@ -410,6 +594,43 @@ class Runtime:
         query = torch.empty(0, layout.heads, dim, dtype=self.config.dtype)
         nothing = torch.empty(0, 0, dtype=torch.int32)
         self.attend(layer, query, Selection(nothing, 1, self.scope(documents=())))
+
+    # Service -------------------------------------------------------------------------------------
+
+    def serve(self, *, max_requests: int = 64, max_bytes: int = 1 << 28) -> Service:
+        """Answer the others from a thread until the service is closed, whatever this engine does.
+
+        A step of the whole world like `attend`; from then on every rank selects and attends when it
+        wants to, or never, and asks only the holders of what it needs. Between services documents
+        are added, removed, published, pinned and leased, and weights loaded; not meanwhile.
+
+        Args:
+            max_requests, max_bytes: requests of others taken in and not answered yet; beyond that
+                (a single larger request aside) whoever asks is held back.
+        Raises: ValueError; RuntimeError if this rank serves already; PeerError.
+        """
+        self._check_open()
+        for name, bound in (("max_requests", max_requests), ("max_bytes", max_bytes)):
+            if not isinstance(bound, int) or bound < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {bound!r}")
+        if self._world.service is not None:
+            raise RuntimeError("this rank serves already")
+        with self._in_step():
+            return start_service(self._world, max_requests=max_requests, max_bytes=max_bytes)
+
+    def avoid(self, ranks: Collection[int]) -> None:
+        """Ask replicas instead of these ranks from the next `attend` on, where there are any.
+
+        Raises: ValueError for a rank outside the world or this one; nothing changes then.
+        """
+        wrong = [rank for rank in ranks if not 0 <= rank < self.world_size or rank == self.rank]
+        if wrong:
+            raise ValueError(
+                f"rank {self.rank} cannot avoid {wrong} in a world of {self.world_size}"
+            )
+        reachable = torch.ones(self.world_size, dtype=torch.bool)
+        reachable[list(ranks)] = False
+        self._world.reachable = reachable
 
     # Insight -------------------------------------------------------------------------------------
 
@@ -434,7 +655,13 @@ class Runtime:
 
     @contextmanager
     def _in_step(self) -> Iterator[None]:
-        """Whatever ends a step early is told to every other rank, so that none waits in vain."""
+        """Whatever ends a step early is told to every other rank, so that none waits in vain.
+
+        In service nobody waits for this rank's engine, so there is nobody to tell.
+        """
+        if self._world.service is not None:
+            yield
+            return
         try:
             yield
         except PeerError:
@@ -446,15 +673,56 @@ class Runtime:
             self._world.transport.abort((self.rank,), f"raised {type(error).__name__}: {error}")
             raise
 
-    def _write(
-        self, layer: int, ids: Tensor, entries: Tensor, index_keys: Tensor | None, *, push: bool
+    @contextmanager
+    def _in_world_step(self) -> Iterator[None]:
+        """A step that every rank refuses alike once all have spoken: nobody waits for anybody then."""
+        try:
+            yield
+        except (PeerError, ValueError):
+            raise
+        except BaseException as error:
+            self._world.transport.abort((self.rank,), f"raised {type(error).__name__}: {error}")
+            raise
+
+    def _content(
+        self,
+        name: str,
+        tokens: int | None,
+        token_ids: Sequence[int] | None,
+        salt: str | None,
+        position: int,
+        group: str,
+    ) -> tuple[int, tuple[bytes, ...]]:
+        """How many tokens a document to be added has, and its blocks' hashes if it says what they are."""
+        check_name(name, "document")
+        check_name(group, "group")
+        count = len(token_ids) if tokens is None and token_ids is not None else tokens
+        whole = isinstance(count, int) and isinstance(position, int)
+        if not whole or count is None or count < 1 or position < 0:
+            raise ValueError(
+                f"document {name!r}: needs whole tokens > 0 and position >= 0, got {count}, {position}"
+            )
+        if token_ids is None:
+            return count, ()
+        if len(token_ids) != count:
+            raise ValueError(f"document {name!r}: {len(token_ids)} token ids for {count} tokens")
+        block_tokens = self.config.block_tokens
+        return count, block_hashes(
+            token_ids, block_tokens=block_tokens, position=position, salt=salt
+        )
+
+    def _touch(self, scope: Scope) -> None:
+        """Count a use of the documents that a step's queries see."""
+        serials = [source.serial for source in scope.sources if isinstance(source, Document)]
+        self._world.usage.touch(serials, self._world.epoch)
+
+    def _check_rows(
+        self, layer: int, count: int, entries: Tensor, index_keys: Tensor | None
     ) -> None:
+        """Entries (n, G, D) and, if the layer has an indexer of its own, their index keys."""
         self._check_open()
         layout, world = self._layer(layer), self._world
-        check_tensor(ids, "ids", (None,), torch.int32)
-        if isinstance(entries, Tensor) and entries.dim() == 2 and layout.num_branches == 1:
-            entries = entries[:, None]
-        shape = (len(ids), layout.num_branches, layout.entry_dim)
+        shape = (count, layout.num_branches, layout.entry_dim)
         check_tensor(entries, "entries", shape, self.config.dtype)
         if (index_keys is None) != (world.index.codecs[layer] is None):
             raise ValueError(
@@ -462,16 +730,23 @@ class Runtime:
             )
         if index_keys is not None:
             assert layout.index is not None
-            check_tensor(index_keys, "index keys", (len(ids), layout.index.head_dim), None)
-        check_writable(world, ids)
-        world.store(layer, ids, entries, index_keys, push=push)
+            check_tensor(index_keys, "index keys", (count, layout.index.head_dim), None)
 
-    def _documents(self, names: Sequence[str]) -> tuple[Document, ...]:
-        if isinstance(names, str):
-            raise ValueError(f"documents must be a list of names, got the string {names!r}")
-        if len(set(names)) != len(names):
-            raise ValueError(f"a document is attached twice: {list(names)}")
-        return tuple(self._world.directory.document(name) for name in names)
+    def _attached(self, wanted: Sequence[str | tuple[str, int]]) -> tuple[Attached, ...]:
+        if isinstance(wanted, str):
+            raise ValueError(f"documents must be a list of names, got the string {wanted!r}")
+        attached = []
+        for item in wanted:
+            name, position = check_attachment(item)
+            document = self._world.directory.document(name)
+            offset = 0 if position is None else position - document.position
+            attached.append(Attached(document, offset))
+        documents = [document for document, _ in attached]
+        if len({document.name for document in documents}) != len(documents):
+            raise ValueError(f"a document is attached twice: {list(wanted)}")
+        check_disjoint(documents)
+        check_offsets(self.config.model, {offset for _, offset in attached})
+        return tuple(attached)
 
     def _layer(self, layer: int) -> Layout:
         layers = self.config.model.layers
@@ -482,6 +757,10 @@ class Runtime:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the runtime is closed")
+
+    def _check_tables_free(self) -> None:
+        self._check_open()
+        self._world.check_tables_free()
 
     def _check_request(self, request: Request) -> None:
         self._check_open()

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ..indexer import local_topk, merge_topk, scores, unit_scores, visible
+from ..indexer.dsa import rotate_index
+from .requests import only_runs
 from .world import World
 
 SCORE_TILE_BYTES = 1 << 20  # per-head products that stay in a core's cache
@@ -34,8 +36,50 @@ def best_units(
     *,
     top_k: int,
     unit_tokens: int,
+    offsets: Tensor | None = None,
 ) -> BestUnits:
-    """Top units among the index keys held here."""
+    """Top units among the index keys held here.
+
+    With `offsets` (Q, R) of the runs, an index query meets the keys of a run rotated back by as much.
+    """
+    sizes = {"top_k": top_k, "unit_tokens": unit_tokens}
+    if offsets is None:
+        return _best_units(world, layer, query, weights, runs, **sizes)
+    layout = world.config.model.layers[layer]
+    assert layout.index is not None
+    assert layout.index_rope is not None
+    query = query.to(world.compute_dtype)
+    score = query.new_full((len(query), 1), -torch.inf)
+    units = torch.full((len(query), 1), -1, dtype=torch.int32)
+    seen = torch.zeros(len(query), dtype=torch.int32)
+    left = runs[..., 1] > 0
+    while bool(left.any()):  # each query with the offset of its first run that is left
+        offset = offsets.gather(1, left.to(torch.uint8).argmax(1, keepdim=True))
+        now = left & (offsets == offset)
+        left &= ~now
+        at = now.any(1).nonzero()[:, 0]
+        turned = rotate_index(query[at], -offset[at, 0].long(), layout.index, layout.index_rope)
+        some = only_runs(runs, now)[at]
+        part = _best_units(world, layer, turned, weights[at], some, **sizes)
+        width = part.score.shape[1]
+        found = score.new_full((len(query), width), -torch.inf).index_copy(0, at, part.score)
+        ids = units.new_full((len(query), width), -1).index_copy(0, at, part.id)
+        seen = seen.index_add(0, at, part.seen)
+        score, units = torch.cat((score, found), dim=1), torch.cat((units, ids), dim=1)
+        score, units = merge_topk(score, units, min(top_k, units.shape[1]))
+    return BestUnits(score, units, seen)
+
+
+def _best_units(
+    world: World,
+    layer: int,
+    query: Tensor,
+    weights: Tensor,
+    runs: Tensor,
+    *,
+    top_k: int,
+    unit_tokens: int,
+) -> BestUnits:
     query, config = query.to(world.compute_dtype), world.config
     # An entry's key, decoded by way of int32, and for each query its score, sight and their sorts.
     entry_bytes = 12 * query.shape[2] + 4 * query.element_size() * len(query)

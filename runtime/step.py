@@ -30,13 +30,14 @@ from .exchange import (
     coverage_error,
     exchange,
     fetched_answers,
+    index_holders,
     local_complaints,
     route_columns,
     routed_answers,
     settle,
 )
 from .holder import answer_attend, answer_select
-from .requests import Scope, units_visible
+from .requests import Scope, unit_offsets, units_visible
 from .score import BestUnits, best_units
 from .transport import Column
 from .world import LastStep, World
@@ -64,7 +65,14 @@ def select_step(
 
     def own_units() -> BestUnits:
         return best_units(
-            world, layer, query, weights, scope.runs, top_k=top_k, unit_tokens=unit_tokens
+            world,
+            layer,
+            query,
+            weights,
+            scope.runs,
+            top_k=top_k,
+            unit_tokens=unit_tokens,
+            offsets=scope.offsets,
         )
 
     header = world.header("select", layer=layer, unit_tokens=unit_tokens, top_k=top_k)
@@ -73,11 +81,14 @@ def select_step(
         scores, ids = candidates(world, layer, own_units(), [], scope, unit_tokens)
         return Selection(merge_topk(scores, ids, top_k)[1], unit_tokens, scope)
 
+    to = index_holders(world, scope)
     columns = [
-        broadcast("index.query", query, world),
-        broadcast("index.weights", weights, world),
-        broadcast("index.runs", scope.runs, world),
+        broadcast("index.query", query, world, to),
+        broadcast("index.weights", weights, world, to),
+        broadcast("index.runs", scope.runs, world, to),
     ]
+    if scope.offsets is not None:
+        columns.append(broadcast("index.offsets", scope.offsets, world, to))
     own, answers = exchange(world, header, columns, answer_select, own_units)
     scores, ids = candidates(world, layer, own, answers, scope, unit_tokens)
     return Selection(merge_topk(scores, ids, top_k)[1], unit_tokens, scope)
@@ -109,6 +120,7 @@ def attend_step(
             forms=world.forms(layer),
             seed=config.seed,
             step=world.epoch,
+            shifted=wanted.offsets is not None,
         )
         routes = {
             form: plan.route(
@@ -153,7 +165,7 @@ def attend_step(
     with stats.phase("merge"):
         out = combine(layout, *merge_parts(world, layer, parts, len(rows)), sink)
     stats.count(decision, len(query))
-    world.last = LastStep(layer, unit_tokens, wanted.demand, decision)
+    world.last = LastStep(layer, unit_tokens, wanted.demand, decision, wanted.offsets is not None)
     if complaints:
         raise coverage_error(world, layer, complaints)
     return out.to(config.dtype)
@@ -177,6 +189,16 @@ def _wanted(world: World, layer: int, selection: Selection) -> plan.Wanted:
     if config.lease_entries:
         _, leased = world.leases[layer].find(entries, world.generations(entries))
         local |= (leased | ~exists).all(-1) & exists.any(-1)
+    offsets = None
+    if selection.scope.offsets is not None:
+        block = units // (config.block_tokens * branches)
+        unit = (block * config.block_tokens + units % config.block_tokens) // unit_tokens
+        offsets = unit_offsets(
+            torch.where(units >= 0, unit, -1),
+            selection.scope.runs.repeat_interleave(branches, 0),
+            selection.scope.offsets.repeat_interleave(branches, 0),
+            unit_tokens,
+        )
     return plan.want(
         units,
         entries,
@@ -187,4 +209,6 @@ def _wanted(world: World, layer: int, selection: Selection) -> plan.Wanted:
         rank=world.rank,
         world_size=world.world_size,
         block_tokens=config.block_tokens,
+        offsets=offsets,
+        reachable=world.reachable,
     )

@@ -3,16 +3,21 @@
 An exchange is one `post` (a message to every other rank, empty or not) and one `collect` (a message
 from each). Messages of a pair of ranks arrive in order. A wait ends at the deadline; whoever notices
 a culprit tells the others before it raises, so that every waiting rank names the same one.
+
+In service (`service.py`) messages pass between two ranks instead, and go to an inbox from `divert`
+to `restore`. What arrives belongs to the step or to the inbox, never to both.
 """
 
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from enum import IntEnum
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -39,17 +44,49 @@ class Column(NamedTuple):
     pick: Tensor | None = None
 
 
+class Purpose(IntEnum):
+    """What a message belongs to: a step of the whole world, or service between two ranks.
+
+    DONE: its sender asks the receiver no more. LEAVE: nor is it to be asked. Values are on the wire.
+    """
+
+    STEP = 0
+    ASK = 3
+    ANSWER = 4
+    DONE = 5
+    LEAVE = 6
+
+
 class Frame(NamedTuple):
-    """What a carrier delivers from `peer`: a message; that it is gone; or an abort that blames ranks."""
+    """What a carrier delivers from `peer`: a message; that it is gone; or an abort that blames ranks.
+
+    `has_room`: the inbox gave this request room before it was received.
+    """
 
     peer: int
     buffer: Tensor | None
     reason: str = ""
     blame: tuple[int, ...] = ()
+    purpose: Purpose = Purpose.STEP
+    has_room: bool = False
 
     @property
     def is_abort(self) -> bool:
         return bool(self.blame)
+
+
+class Receiver(Protocol):
+    """Where everything that arrives goes during service; called by the carrier's threads."""
+
+    def put(self, frame: Frame) -> None: ...
+
+    def make_room(self, peer: int, num_bytes: int, timeout_s: float | None) -> bool:
+        """Wait until a request of that size may be received; False if it never was promised room."""
+        ...
+
+    def unread(self) -> Sequence[Frame]:
+        """What arrived for the steps that follow."""
+        ...
 
 
 class Transport(ABC):
@@ -66,9 +103,13 @@ class Transport(ABC):
         self.bytes_sent: Counter[str] = Counter()
         self.messages_sent: Counter[str] = Counter()
         self._arrived: queue.SimpleQueue[Frame] = queue.SimpleQueue()
-        self._waiting: list[deque[Tensor]] = [deque() for _ in range(world_size)]
+        self._waiting: list[deque[Frame]] = [deque() for _ in range(world_size)]
         self._gone: dict[int, str] = {}
         self._failure: PeerError | None = None
+        self.suspects: set[int] = set()  # named in service: `close` does not wait for them
+        self._inbox: Receiver | None = None
+        self._handover = threading.Lock()  # a frame goes to the step's queue or to the inbox
+        self._counting = threading.Lock()  # engine and server send at the same time
 
     @property
     def peers(self) -> list[int]:
@@ -77,7 +118,7 @@ class Transport(ABC):
     def post(self, header: Header, columns: Sequence[Column] = ()) -> None:
         """Send every other rank its share of the columns; counts are read to the host once, here."""
         if self.peers:
-            self.post_shares(header, _shares(columns, self.world_size))
+            self.post_shares(header, deal(columns, self.world_size))
 
     def post_shares(self, header: Header, shares: Sequence[Mapping[str, Tensor]]) -> None:
         """Send every other rank its own columns, `shares` in rank order."""
@@ -86,8 +127,45 @@ class Transport(ABC):
         for peer in self.peers:
             buffer = encode(header, shares[peer])
             self._send(peer, buffer)
-            self.bytes_sent[header.kind] += len(buffer)
-            self.messages_sent[header.kind] += 1
+            self._count(header.kind, len(buffer))
+
+    def send(
+        self, peer: int, header: Header, columns: Mapping[str, Tensor], purpose: Purpose
+    ) -> None:
+        """Send one rank a message of its own; from any thread."""
+        if self._failure:
+            raise self._failure
+        buffer = encode(header, columns)
+        self._send(peer, buffer, purpose)
+        self._count(header.kind, len(buffer))
+
+    def counted(self) -> tuple[Counter[str], Counter[str]]:
+        """Bytes and messages sent so far, by kind."""
+        with self._counting:
+            return Counter(self.bytes_sent), Counter(self.messages_sent)
+
+    def divert(self, inbox: Receiver) -> None:
+        """Give `inbox` what arrives from now on, and what arrived already."""
+        if self._failure:
+            raise self._failure
+        with self._handover:
+            frames = [frame for waiting in self._waiting for frame in waiting]
+            while not self._arrived.empty():
+                frames.append(self._arrived.get_nowait())
+            frames += [Frame(peer, None, reason) for peer, reason in self._gone.items()]
+            for waiting in self._waiting:
+                waiting.clear()
+            for frame in frames:
+                inbox.put(frame)
+            self._inbox = inbox
+
+    def restore(self) -> None:
+        """Give the steps what arrives from now on, and what the inbox holds for them."""
+        with self._handover:
+            frames = self._inbox.unread() if self._inbox else ()
+            self._inbox = None
+            for frame in frames:
+                self._arrived.put(frame)
 
     def collect(self, header: Header) -> list[Message | None]:
         """One message from every other rank, at its rank's place; own place is None.
@@ -115,19 +193,46 @@ class Transport(ABC):
         for peer in self.peers:
             self._send_abort(peer, culprits, reason)
 
+    def part(self, peer: int, reason: str) -> None:
+        """Tell one peer that nothing more comes from here, and that it is to blame; best-effort."""
+        self._send_abort(peer, (peer,), reason)
+
     @abstractmethod
     def close(self) -> None:
         """Say goodbye and stop listening, within the deadline; idempotent."""
 
     @abstractmethod
-    def _send(self, peer: int, buffer: Tensor) -> None: ...
+    def _send(self, peer: int, buffer: Tensor, purpose: Purpose = Purpose.STEP) -> None: ...
 
     @abstractmethod
     def _send_abort(self, peer: int, culprits: tuple[int, ...], reason: str) -> None: ...
 
     def accuse(self, peer: int, reason: str) -> PeerError:
-        """The error to raise about a peer, after everyone else has been told."""
+        """The error to raise about a peer, after everyone else has been told.
+
+        In service nobody else is told: whoever waits for that peer finds out as directly.
+        """
+        if self._inbox is not None:
+            return PeerError((peer,), reason)
         return self._fail((peer,), reason)
+
+    def _deliver(self, frame: Frame) -> None:
+        """Hand over what arrived; called by carriers."""
+        with self._handover:
+            if self._inbox is None:
+                self._arrived.put(frame)
+            else:
+                self._inbox.put(frame)
+
+    def _make_room(self, peer: int, num_bytes: int, timeout_s: float | None) -> bool:
+        """Hold back a request until there is room for it; outside service nothing is held back."""
+        inbox = self._inbox
+        return inbox is not None and inbox.make_room(peer, num_bytes, timeout_s)
+
+    def _count(self, kind: str, num_bytes: int) -> None:
+        with self._counting:
+            self.bytes_sent[kind] += num_bytes
+            self.messages_sent[kind] += 1
 
     def _fail(self, culprits: tuple[int, ...], reason: str) -> PeerError:
         self.abort(culprits, reason)
@@ -138,9 +243,12 @@ class Transport(ABC):
         now = time.monotonic()
         expiry, grace = now + self.deadline_s * (1 - 2 * _GRACE), min(0.5, self.deadline_s * _GRACE)
         verdict_at = float("inf")
-        buffers = {
-            peer: self._waiting[peer].popleft() for peer in self.peers if self._waiting[peer]
-        }
+        buffers: dict[int, Tensor] = {}
+        for peer in self.peers:
+            if self._waiting[peer]:
+                buffer = self._waiting[peer].popleft().buffer
+                assert buffer is not None
+                buffers[peer] = buffer
         while missing := tuple(peer for peer in self.peers if peer not in buffers):
             now = time.monotonic()
             lost = {peer: self._gone[peer] for peer in missing if peer in self._gone}
@@ -163,7 +271,7 @@ class Transport(ABC):
             elif frame.peer in buffers:
                 if len(self._waiting[frame.peer]) >= _MAX_AHEAD:
                     raise self._fail((frame.peer,), f"ran ahead by over {_MAX_AHEAD} messages")
-                self._waiting[frame.peer].append(frame.buffer)
+                self._waiting[frame.peer].append(frame)
             else:
                 buffers[frame.peer] = frame.buffer
         return buffers
@@ -183,7 +291,7 @@ class Transport(ABC):
                 )
 
 
-def _shares(columns: Sequence[Column], world_size: int) -> list[dict[str, Tensor]]:
+def deal(columns: Sequence[Column], world_size: int) -> list[dict[str, Tensor]]:
     """Each rank's rows of each column that has any; the only host read of an exchange."""
     shares: list[dict[str, Tensor]] = [{} for _ in range(world_size)]
     if not columns:
@@ -218,14 +326,19 @@ class LoopbackTransport(Transport):
             end._ends = ends
         return ends
 
-    def _send(self, peer: int, buffer: Tensor) -> None:
-        self._ends[peer]._arrived.put(Frame(self.rank, buffer))
+    def _send(self, peer: int, buffer: Tensor, purpose: Purpose = Purpose.STEP) -> None:
+        end = self._ends[peer]
+        # Without room in time it is delivered all the same, too late for its sender's deadline.
+        has_room = purpose is Purpose.ASK and end._make_room(
+            self.rank, len(buffer), self.deadline_s
+        )
+        end._deliver(Frame(self.rank, buffer, purpose=purpose, has_room=has_room))
 
     def _send_abort(self, peer: int, culprits: tuple[int, ...], reason: str) -> None:
-        self._ends[peer]._arrived.put(Frame(self.rank, None, reason, culprits))
+        self._ends[peer]._deliver(Frame(self.rank, None, reason, culprits))
 
     def close(self) -> None:
         if not self._closed:
             self._closed = True
             for peer in self.peers:
-                self._ends[peer]._arrived.put(Frame(self.rank, None, "closed its runtime"))
+                self._ends[peer]._deliver(Frame(self.rank, None, "closed its runtime"))

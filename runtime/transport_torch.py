@@ -1,8 +1,9 @@
 """TorchTransport: messages over torch.distributed point-to-point (gloo).
 
-Every message is a fixed frame (int64: magic, body bytes, is-abort) and a body. A thread per peer
+Every message is a fixed frame (int64: magic, body bytes, kind) and a body. A thread per peer
 receives, because gloo cannot poll and a receive that times out closes every pair of the process;
-deadlines are kept by the waiting caller instead, on the queue that the threads fill.
+deadlines are kept by the waiting caller instead, on the queue that the threads fill. In service a
+listener does not receive a request before there is room for it, so its bytes stay with the sender.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .transport import Frame, Transport
+from .transport import Frame, Purpose, Transport
 
 _FRAME_MAGIC = 0x716F_6672
-_MESSAGE, _ABORT, _BYE = 0, 1, 2
+_ABORT, _BYE = 1, 2  # beside the values of Purpose
+_KINDS = frozenset(Purpose) | {_ABORT, _BYE}
 _MAX_BODY_BYTES = 1 << 32
 _MAX_ABORT_BYTES = 1 << 14
 _NEVER_SENT = 0x6E6F  # a tag that no message uses
 _FOREVER = timedelta(days=30)
-# gloo reads a send until it is over. In step there are at most three messages (six parts) to a peer
-# that it has not answered yet, so older ones are over.
+# gloo reads a send until it is over. To a peer that has not answered yet there are at most three
+# messages in step, and in service two requests, two answers and the goodbyes; older ones are over.
 _SENDS_KEPT = 16
 
 
@@ -43,6 +45,7 @@ class TorchTransport(Transport):
             p: deque() for p in self.peers
         }
         self._closing = False
+        self._sending = threading.Lock()  # frame and body of a message go out together
         self._threads = {
             peer: threading.Thread(
                 target=self._listen, args=(peer,), daemon=True, name=f"qroam-from-{peer}"
@@ -58,7 +61,7 @@ class TorchTransport(Transport):
             return
         self._closing = True
         atexit.unregister(self.close)
-        culprits = self._failure.culprits if self._failure else ()
+        culprits = {*(self._failure.culprits if self._failure else ()), *self.suspects}
         # The innocent first: they still need what was sent here, and to wait for a send to the dead
         # in vain closes every pair of gloo's.
         self._part_from([peer for peer in self.peers if peer not in culprits], self.deadline_s)
@@ -91,11 +94,11 @@ class TorchTransport(Transport):
             for thread in self._threads.values():
                 thread.join(1.0)
 
-    def _send(self, peer: int, buffer: Tensor) -> None:
+    def _send(self, peer: int, buffer: Tensor, purpose: Purpose = Purpose.STEP) -> None:
         try:
-            self._send_frame(peer, _MESSAGE, buffer)
-        except RuntimeError as error:  # the next collect finds out whose fault it is
-            self._arrived.put(Frame(peer, None, f"connection lost: {_first_line(error)}"))
+            self._send_frame(peer, purpose, buffer)
+        except RuntimeError as error:  # whoever waits for it finds out whose fault it is
+            self._deliver(Frame(peer, None, f"connection lost: {_first_line(error)}"))
 
     def _send_abort(self, peer: int, culprits: tuple[int, ...], reason: str) -> None:
         body = msgpack.packb([list(culprits), reason[:2000]])
@@ -108,13 +111,14 @@ class TorchTransport(Transport):
         size = 0 if body is None else len(body)
         frame = torch.tensor([_FRAME_MAGIC, size, kind], dtype=torch.int64)
         flight = self._in_flight[peer]
-        for part in (frame, body):
-            if part is not None and len(part):
-                work = dist.isend(part, group=self._group, group_dst=peer)
-                assert work is not None
-                flight.append((work, part))
-        while len(flight) > _SENDS_KEPT:
-            flight.popleft()
+        with self._sending:
+            for part in (frame, body):
+                if part is not None and len(part):
+                    work = dist.isend(part, group=self._group, group_dst=peer)
+                    assert work is not None
+                    flight.append((work, part))
+            while len(flight) > _SENDS_KEPT:
+                flight.popleft()
 
     def _listen(self, peer: int) -> None:
         """Put everything `peer` sends on the queue until it says goodbye or is lost."""
@@ -125,17 +129,18 @@ class TorchTransport(Transport):
                 if magic != _FRAME_MAGIC or not 0 <= size <= _MAX_BODY_BYTES:
                     raise RuntimeError(f"malformed frame {frame.tolist()}")
                 if kind == _BYE:
-                    self._arrived.put(Frame(peer, None, "closed its runtime"))
+                    self._deliver(Frame(peer, None, "closed its runtime"))
                     return
-                if kind not in (_MESSAGE, _ABORT) or (kind == _ABORT and size > _MAX_ABORT_BYTES):
+                if kind not in _KINDS or (kind == _ABORT and size > _MAX_ABORT_BYTES):
                     raise RuntimeError(f"malformed frame {frame.tolist()}")
+                has_room = kind == Purpose.ASK and self._make_room(peer, size, None)
                 body = self._receive(peer, torch.empty(size, dtype=torch.uint8))
                 if kind == _ABORT:
-                    self._arrived.put(self._abort_frame(peer, body))
+                    self._deliver(self._abort_frame(peer, body))
                     return
-                self._arrived.put(Frame(peer, body))
+                self._deliver(Frame(peer, body, purpose=Purpose(kind), has_room=has_room))
         except (RuntimeError, ValueError) as error:
-            self._arrived.put(Frame(peer, None, f"connection lost: {_first_line(error)}"))
+            self._deliver(Frame(peer, None, f"connection lost: {_first_line(error)}"))
 
     def _receive(self, peer: int, into: Tensor) -> Tensor:
         if len(into):

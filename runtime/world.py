@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,10 @@ from .cost.predicate import Decision, Demand, Way
 from .messages import Header
 from .transport import Column, LoopbackTransport, Transport
 from .transport_torch import TorchTransport
+from .usage import Usage
+
+if TYPE_CHECKING:
+    from .service import Service
 
 
 def connect(deadline_s: float) -> Transport:
@@ -57,6 +61,11 @@ class Push(NamedTuple):
     ids: Tensor
     rows: Tensor
 
+    def without(self, keys: Tensor, block_tokens: int) -> Push:
+        """What is left when these keys are gone."""
+        left = ~torch.isin(self.ids // block_tokens, keys)
+        return Push(self.holder[left], self.ids[left], self.rows[left])
+
 
 class LastStep(NamedTuple):
     """The last decision, for `explain` and replays."""
@@ -65,6 +74,18 @@ class LastStep(NamedTuple):
     unit_tokens: int
     demand: Demand
     decision: Decision
+    shifted: bool
+
+
+@dataclass(slots=True)
+class Served:
+    """What the server did for each source, over all services of a runtime; written by it alone."""
+
+    answered: Counter[int] = field(default_factory=Counter)
+    refused: Counter[int] = field(default_factory=Counter)
+    busy_s: float = 0.0
+    most_requests: int = 0
+    most_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -99,7 +120,11 @@ class World:
         self.config = config
         self.transport = transport
         self.rank, self.world_size = transport.rank, transport.world_size
-        self._sent_before = Counter(transport.bytes_sent), Counter(transport.messages_sent)
+        self._sent_before = transport.counted()
+        self.service: Service | None = None
+        self.served = Served()
+        # (W,) bool: whom a plan may ask. Of a unit without such a holder the preferred one is asked.
+        self.reachable = torch.ones(self.world_size, dtype=torch.bool)
         if config.placement.copies > self.world_size:
             raise ValueError(
                 f"{config.placement.copies} copies need as many ranks, the world has {self.world_size}"
@@ -147,7 +172,7 @@ class World:
         self._incarnation = config.fingerprint(self.world_size)
         self.stats = Stats(torch.zeros(self.world_size, len(Way), dtype=torch.int64))
         self.last: LastStep | None = None
-        self._index_used = 0
+        self.usage = Usage(config.half_life)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -177,6 +202,7 @@ class World:
 
     def take_weights(self, layer: int, weights: LayerWeights) -> None:
         """Keep a layer's weights. Their mark joins the table version: ranks that differ are named."""
+        self.check_tables_free()
         self.weights[layer] = weights
         for weight in weights:
             raw = weight.cpu().view(torch.uint8).numpy().tobytes()
@@ -185,21 +211,53 @@ class World:
             )
 
     def adopt(self, directory: Directory) -> None:
-        """Take over a directory that has new blocks, and give their copies here their slots."""
-        branches = self.config.num_branches
-        first, end = self.directory.num_blocks, directory.num_blocks
-        blocks, keys = torch.arange(first, end), torch.arange(first * branches, end * branches)
+        """Take over another directory: give up the blocks that are gone, with their leases and what
+        was written for them and not sent, and give the copies of new ones here their slots.
+        """
+        self.check_tables_free()
+        branches, before = self.config.num_branches, self.directory
+        changed = (before.generations != directory.generations).view(-1, branches)[:, 0]
+        unused, wanted = before.references == 0, directory.references > 0
+        self._give_up((~unused & (changed | ~wanted)).nonzero()[:, 0])
+        blocks = (wanted & (changed | unused)).nonzero()[:, 0]
+        keys = (blocks[:, None] * branches + torch.arange(branches)).reshape(-1)
         owners = directory.owners[keys]
         here, copy = (owners == self.rank).nonzero(as_tuple=True)
-        self.entries.assign(keys[here], directory.slots[keys[here], copy])
+        mine = keys[here]
+        self.entries.assign(mine, directory.slots[mine, copy], directory.generations[mine])
         if self.has_index:
             if self.config.index_placement == "with-blocks":
-                blocks = blocks[owners.view(len(blocks), branches, -1)[:, 0, 0] == self.rank]
-            self.index.assign(
-                blocks, torch.arange(self._index_used, self._index_used + len(blocks))
-            )
-            self._index_used += len(blocks)
+                blocks = blocks[owners[::branches, 0] == self.rank]
+            free = (self.index.key_of[: self.index_slots] < 0).nonzero()[:, 0]
+            generations = directory.generations[blocks * branches]
+            self.index.assign(blocks, free[: len(blocks)], generations)
         self.directory = directory
+        self.usage.keep({document.serial for document in directory.documents.values()})
+
+    def _give_up(self, blocks: Tensor) -> None:
+        """Forget all that is here of these blocks."""
+        if len(blocks) == 0:
+            return
+        branches, block_tokens = self.config.num_branches, self.config.block_tokens
+        keys = (blocks[:, None] * branches + torch.arange(branches)).reshape(-1)
+        self.entries.release(keys[self.entries.slot_of[keys] >= 0])
+        if self.has_index:
+            self.index.release(blocks[self.index.slot_of[blocks] >= 0])
+        stored = (keys[:, None] * block_tokens + torch.arange(block_tokens)).reshape(-1)
+        for leases in self.leases:
+            leases.forget(stored)
+        for pushes, gone in ((self.entry_pushes, keys), (self.index_pushes, blocks)):
+            for staged in pushes:
+                left = [push.without(gone, block_tokens) for push in staged]
+                staged[:] = [push for push in left if len(push.ids)]
+
+    def check_tables_free(self) -> None:
+        """Raises: RuntimeError during a service, which answers by the tables as they are."""
+        if self.service is not None:
+            raise RuntimeError(
+                "documents are changed and leased, and weights loaded, between services: "
+                "close the service on every rank"
+            )
 
     def assign_private(self, block: int, seat: int) -> None:
         """Give a running request's block the private seat `seat` of this rank's pool."""
@@ -224,10 +282,7 @@ class World:
         With `push`, copies elsewhere are staged for the layer's next step; without, other ranks are
         given the same entries and write theirs.
         """
-        config, branches = self.config, self.config.num_branches
-        block, offset = ids // config.block_tokens, ids % config.block_tokens
-        keys = block[:, None] * branches + torch.arange(branches, dtype=torch.int32)
-        stored = (keys * config.block_tokens + offset[:, None]).reshape(-1)
+        stored = self.stored_ids(ids)
         here = self.entries.holds(stored)
         flat = entries.flatten(0, 1)
         codec, index_codec = self.entries.codecs[layer], self.index.codecs[layer]
@@ -238,11 +293,32 @@ class World:
         if index_keys is not None:
             assert index_codec is not None
             index_rows = self._encode(index_codec, index_keys, torch.ones(len(ids)).bool())
-        self.entries.write(layer, stored[here], rows[here] if push else rows)
         if push:
-            self._stage(self.entry_pushes[layer], self._owners(keys.reshape(-1)), stored, rows)
+            self.keep(layer, ids, rows, index_rows)
+            return
+        self.entries.write(layer, stored[here], rows)
         if index_rows is not None:
-            self._store_index(layer, ids, index_rows, push=push)
+            held = self.index.holds(ids)
+            self.index.write(layer, ids[held], index_rows[held])
+
+    def stored_ids(self, ids: Tensor) -> Tensor:
+        """Stored ids (n * G,) int32 of entry ids (n,), all branches of an entry together."""
+        block_tokens, branches = self.config.block_tokens, self.config.num_branches
+        block, offset = ids // block_tokens, ids % block_tokens
+        keys = block[:, None] * branches + torch.arange(branches, dtype=torch.int32)
+        return (keys * block_tokens + offset[:, None]).reshape(-1)
+
+    def keep(self, layer: int, ids: Tensor, rows: Tensor, index_rows: Tensor | None) -> None:
+        """Write encoded rows (n * G, bytes) of entry ids (n,), and index keys' (n, bytes), into the
+        copies here; those elsewhere are staged for the layer's next step.
+        """
+        stored = self.stored_ids(ids)
+        here = self.entries.holds(stored)
+        self.entries.write(layer, stored[here], rows[here])
+        owners = self._owners(stored // self.config.block_tokens)
+        self._stage(self.entry_pushes[layer], owners, stored, rows)
+        if index_rows is not None:
+            self._keep_index(layer, ids, index_rows)
 
     def _encode(self, codec: Codec, entries: Tensor, chosen: Tensor) -> Tensor:
         """Rows of the `chosen` (N,) of entries (N, D), encoded tile by tile within the workspace."""
@@ -254,11 +330,9 @@ class World:
             rows[tile] = codec.encode(entries[at[tile]])
         return rows
 
-    def _store_index(self, layer: int, ids: Tensor, rows: Tensor, *, push: bool) -> None:
+    def _keep_index(self, layer: int, ids: Tensor, rows: Tensor) -> None:
         here = self.index.holds(ids)
         self.index.write(layer, ids[here], rows[here])
-        if not push:
-            return
         block = ids // self.config.block_tokens
         if self.config.index_placement == "replicated":
             everyone = torch.arange(self.world_size, dtype=torch.int32).expand(len(ids), -1)
@@ -282,7 +356,9 @@ class World:
 
     def snapshot(self) -> dict[str, Any]:
         """The counters as plain values."""
-        stats, transport = self.stats, self.transport
+        stats, served = self.stats, self.served
+        sent = zip(self.transport.counted(), self._sent_before, strict=True)
+        num_bytes, messages = (dict(now - before) for now, before in sent)
         return {
             "rank": self.rank,
             "steps": stats.steps,
@@ -291,8 +367,15 @@ class World:
                 rank: {way.name.lower(): int(ways[way]) for way in Way if way != Way.NONE}
                 for rank, ways in enumerate(stats.ways)
             },
-            "bytes_sent": dict(transport.bytes_sent - self._sent_before[0]),
-            "messages_sent": dict(transport.messages_sent - self._sent_before[1]),
+            "bytes_sent": num_bytes,
+            "messages_sent": messages,
+            "served": {
+                "answered": dict(served.answered),
+                "refused": dict(served.refused),
+                "busy_s": served.busy_s,
+                "most_requests": served.most_requests,
+                "most_bytes": served.most_bytes,
+            },
             "leases": dict(stats.leases),
             "phase_s": dict(stats.phase_s),
             "pool_bytes": self.entries.num_bytes + self.index.num_bytes,

@@ -29,6 +29,7 @@ from qroam.partition.layout import (
     Role,
     Rope,
     Stream,
+    Yarn,
     mla,
     mlra,
     uniform_model,
@@ -79,7 +80,8 @@ class Case:
 
     `documents`: tokens of each; the last `prefilled` are prefilled in chunks of `chunk`. `queries`:
     of each rank per step, besides those of its requests. `stranger` is the document that nobody
-    attaches, `perturbed` one that is given other contents.
+    attaches, `perturbed` one that is given other contents. With `offsets` documents are attached
+    away from their own positions too, and some are leased by requests.
     """
 
     seed: int
@@ -110,6 +112,7 @@ class Case:
     requests: int = 2
     stranger: int | None = None
     perturbed: int | None = None
+    offsets: bool = False
 
 
 class Group(NamedTuple):
@@ -118,6 +121,12 @@ class Group(NamedTuple):
     documents: tuple[Document, ...]
     request: Request | None
     at: Tensor
+    offsets: tuple[int, ...]
+
+    @property
+    def attached(self) -> list[str | tuple[str, int]]:
+        pairs = zip(self.documents, self.offsets, strict=True)
+        return [(d.name, d.position + offset) for d, offset in pairs]
 
 
 def run_case(transport: Transport, case: Case) -> list[Tensor]:
@@ -163,6 +172,15 @@ def make_layout(case: Case) -> Layout:
             return _mixed(rng, case, index_or_none)
 
 
+def _scaled(layout: Layout, seed: int) -> Layout:
+    """The layer with YaRN's frequencies, every other time."""
+    rng = random.Random(f"{seed} yarn")
+    if layout.rope is None or rng.random() < 0.5:
+        return layout
+    yarn = Yarn(factor=rng.choice((4.0, 40.0)), original_positions=rng.choice((16, 4096)))
+    return replace(layout, rope=replace(layout.rope, yarn=yarn))
+
+
 def _mixed(rng: random.Random, case: Case, index: IndexLayout | None) -> Layout:
     """A made-up layout: value-only, tied and key-only streams, overlapping heads, odd weights."""
     dims, branches = rng.choice(_STREAMS), rng.choice((2, 3))
@@ -192,6 +210,7 @@ def _mixed(rng: random.Random, case: Case, index: IndexLayout | None) -> Layout:
 def make_config(case: Case) -> RuntimeConfig:
     rng = random.Random(case.seed)
     layout = make_layout(case)
+    layout = _scaled(layout, case.seed) if case.offsets else layout
     blocks = sum(-(-tokens // case.block_tokens) for tokens in case.documents) + 1
     blocks += blocks % 2  # units of two blocks fill the corpus
     return RuntimeConfig(
@@ -231,7 +250,7 @@ class Player:
         size = (self.config.max_blocks + _REQUESTS * _REQUEST_BLOCKS) * case.block_tokens
         shape = (case.layers, size, self.layout.num_branches, self.layout.entry_dim)
         self.entries = torch.full(shape, _UNKNOWN, dtype=torch.float64)
-        self.keys = torch.full((case.layers, size, 8), _UNKNOWN)
+        self.keys = torch.full((case.layers, size, 8), _UNKNOWN, dtype=torch.float64)
         self.weights: list[tuple[Tensor, Tensor] | None] = [None] * case.layers
         self.contents: dict[tuple[str, int], tuple[Tensor, Tensor | None]] = {}
         self.documents: list[Document] = []
@@ -249,7 +268,7 @@ class Player:
         for number, tokens in enumerate(self.case.documents):
             document = self.runtime.add_document(f"d{number}", tokens=tokens, position=3 * number)
             self.documents.append(document)
-            ids = torch.arange(document.start, document.start + tokens)
+            ids = document.ids().long()
             noise = _generator(self.case.seed, number, self.case.perturbed == number)
             for layer in range(self.case.layers):
                 entries, keys = self._invent(layer, ids, noise)
@@ -268,10 +287,10 @@ class Player:
                 first = chunk * self.case.chunk
                 last = min(first + self.case.chunk, document.tokens)
                 if first < last and (number + chunk) % self.world == self.rank:
-                    names = [d.name for d in self.complete if self.rng.random() < 0.5]
+                    names = self._attach(0.5)
                     request = self.runtime.request(names, into=document.name, start=first)
                     at = self.runtime.append(request, last - first)
-                    groups.append(Group((*request.documents, document), request, at))
+                    groups.append(_group(request, at))
             self._ask_and_check(groups or self._readers(), fresh=groups)
             for group in groups:
                 assert group.request is not None
@@ -286,17 +305,65 @@ class Player:
                 self.runtime.release(request)
                 self.requests.remove(request)
         while len(self.requests) < self.case.requests and self.rng.random() < 0.8:
-            names = [d.name for d in self.complete if self.rng.random() < 0.6]
-            self.requests.append(self.runtime.request(names))
+            self.requests.append(self.runtime.request(self._attach(0.6)))
+        if self.case.offsets:
+            self._lease()
         fresh, groups = [], self._readers()
         for request in self.requests:
             at = self.runtime.append(request, self.rng.randint(1, min(5, room)))
-            fresh.append(Group(request.documents, request, at))
+            fresh.append(_group(request, at))
             earlier = torch.randint(
                 request.tail_start, int(at[-1]) + 1, (2,), generator=self.noise, dtype=torch.int32
             )
-            groups.append(Group(request.documents, request, torch.cat((at, earlier))))
+            groups.append(_group(request, torch.cat((at, earlier))))
         self._ask_and_check(groups, fresh=fresh)
+
+    def _attach(self, share: float) -> list[str | tuple[str, int]]:
+        """Some of the documents, and where: at home, a little off, or far away."""
+        chosen = [d for d in self.complete if self.rng.random() < share]
+        if not self.case.offsets or (self.layout.index and not self.layout.rope):
+            return [d.name for d in chosen]
+        places = (0, self.rng.randint(1, 30), 3000)
+        return [
+            d.name if self.rng.random() < 0.4 else (d.name, self.rng.choice(places)) for d in chosen
+        ]
+
+    def _lease(self) -> None:
+        """Perhaps one document for one request of this rank; the oracle moves its entries too."""
+        room = _REQUEST_BLOCKS * self.case.block_tokens - 10
+        pairs = [
+            (request, document)
+            for request in self.requests
+            for document in self.complete
+            if request.length + document.tokens <= room
+        ]
+        movable = not (self.layout.index and not self.layout.rope)
+        if not pairs or not movable or self.case.storage not in ("fp64", "fp32", "fp8-fp64"):
+            assert self.runtime.lease(None, None) is None
+            return
+        request, document = self.rng.choice(pairs)
+        offset = request.position - document.position
+        ids = self.runtime.lease(request, document.name)
+        assert ids is not None
+        for layer in range(self.case.layers):
+            entries = self.entries[layer, document.ids().long()]
+            flat = entries.flatten(0, 1)
+            moved = flat.clone()
+            key = flat.shape[1] - self.layout.key_dim
+            moved[:, key:] = dense.moved_keys(flat[:, key:], offset, self.layout.rope)
+            kept = self.codec.decode(self.codec.encode(moved), torch.float64)
+            self.entries[layer, ids.long()] = kept.view(entries.shape)
+            if self.layout.index is not None:
+                keys = self.keys[layer, document.ids().long()]
+                self.keys[layer, ids.long()] = self._kept_keys(
+                    dense.moved_index_keys(keys, offset, self.layout)
+                )
+
+    def _kept_keys(self, keys: Tensor) -> Tensor:
+        """What the index codec keeps of index keys."""
+        assert self.layout.index is not None
+        codec = make_codec(self.layout.index_codec, dim=8, rope_dim=4)
+        return codec.decode(codec.encode(keys), torch.float64)
 
     def _stranger(self) -> Document | None:
         return None if self.case.stranger is None else self.documents[self.case.stranger]
@@ -304,20 +371,28 @@ class Player:
     def _readers(self) -> list[Group]:
         """Queries without tokens of their own, sometimes over no document at all."""
         count = self.case.queries[self.rank % len(self.case.queries)]
-        documents = tuple(d for d in self.complete if self.rng.random() < 0.8)
-        return [Group(documents, None, torch.zeros(count, dtype=torch.int32))] if count else []
+        attached = self._attach(0.8)
+        names = [item if isinstance(item, str) else item[0] for item in attached]
+        documents = tuple(self.runtime._world.directory.document(name) for name in names)
+        offsets = tuple(
+            0 if isinstance(item, str) else item[1] - document.position
+            for item, document in zip(attached, documents, strict=True)
+        )
+        nobody = torch.zeros(count, dtype=torch.int32)
+        return [Group(documents, None, nobody, offsets)] if count else []
 
     # One round: every layer, select and attend ---------------------------------------------------
 
     def _ask_and_check(self, groups: Sequence[Group], *, fresh: Sequence[Group]) -> None:
         scope, visible = self._scope(groups), self._visible(groups)
+        shift = self._shift(groups)
         for layer in range(self.case.layers):
             for group in fresh:
                 self.runtime.write(layer, group.at, *self._fresh_content(layer, group))
-            selection = self._select(layer, scope, visible)
+            selection = self._select(layer, scope, visible, shift)
             for _ in range(self.case.repeats):
                 if len(visible):
-                    self._attend(layer, selection, visible)
+                    self._attend(layer, selection, visible, shift)
                 else:
                     self.runtime.idle_attend(layer)
 
@@ -328,10 +403,10 @@ class Player:
         if request.into is None:
             return self._invent(layer, at, self.noise)
         entries, keys = self.contents[request.into.name, layer]
-        at = at - request.into.start
+        at = request.indices(at)
         return entries[at], None if keys is None else keys[at]
 
-    def _select(self, layer: int, scope: Scope, visible: Tensor) -> Selection:
+    def _select(self, layer: int, scope: Scope, visible: Tensor, shift: Tensor) -> Selection:
         runtime, unit_tokens = self.runtime, self.case.unit_tokens
         if self.case.picks != "select":
             return runtime.selection(self._pick(visible), scope, unit_tokens=unit_tokens)
@@ -342,10 +417,18 @@ class Player:
         assert index is not None
         # Small integers: scores are exact in every dtype, and ties abound.
         query = self._integers(len(visible), index.heads, index.head_dim)
+        if self.case.offsets:
+            query = self._normal(len(visible), index.heads, index.head_dim)
         weights = self._integers(len(visible), index.heads)
         selection = runtime.select(
             layer, query.to(self.config.dtype), weights, scope=scope, unit_tokens=unit_tokens
         )
+        if self.case.offsets:
+            scores = dense.shifted_scores(self.layout, query, weights, self.keys[layer], shift)
+            scores = torch.where(visible, scores, -torch.inf)
+            units = scores.unflatten(1, (-1, unit_tokens)).amax(2)
+            self._check_best(selection.ids, units, index.top_k)
+            return selection
         expected = dense.top_units(
             query, weights, self.keys[layer], visible, k=index.top_k, unit_tokens=unit_tokens
         )
@@ -353,7 +436,18 @@ class Player:
         assert torch.equal(selection.ids, expected), "select differs from the exact top-k"
         return selection
 
-    def _attend(self, layer: int, selection: Selection, visible: Tensor) -> None:
+    def _check_best(self, ids: Tensor, units: Tensor, top_k: int) -> None:
+        """The units selected have the best scores (Q, U); which of near ties, is rounding's choice."""
+        assert all(len(row[row >= 0].unique()) == len(row[row >= 0]) for row in ids)
+        found = torch.where(ids >= 0, units.gather(1, ids.clamp(min=0).long()), -torch.inf)
+        best = units.topk(min(top_k, units.shape[1]), dim=1).values
+        found = found.sort(dim=1, descending=True).values[:, : best.shape[1]]
+        assert torch.equal(found > -torch.inf, best > -torch.inf)
+        error = torch.where(best > -torch.inf, found - best, 0.0).abs()
+        exact = 1e-12 if self.config.dtype == torch.float64 else 1e-3
+        assert not error.numel() or float(error.max()) <= exact, "not the best units"
+
+    def _attend(self, layer: int, selection: Selection, visible: Tensor, shift: Tensor) -> None:
         weights, dtype = self.weights[layer], self.config.dtype
         dim = self.layout.query_dim if weights else self.layout.key_dim
         query = self._normal(len(visible), self.layout.heads, dim)
@@ -377,6 +471,7 @@ class Player:
                 weights=weights,
                 sink=sink,
                 dtype=dtype,
+                shift=shift if self.case.offsets else None,
             )
 
         expected = oracle(torch.float64)
@@ -424,7 +519,7 @@ class Player:
     def _scope(self, groups: Sequence[Group]) -> Scope:
         runtime = self.runtime
         scopes = [
-            runtime.scope(documents=[d.name for d in group.documents], queries=len(group.at))
+            runtime.scope(documents=group.attached, queries=len(group.at))
             if group.request is None
             else runtime.scope(requests=[(group.request, group.at)])
             for group in groups
@@ -440,11 +535,22 @@ class Player:
             seen = torch.zeros(len(ids), dtype=torch.bool)
             for document in group.documents:
                 if document != into:
-                    seen[document.start : document.start + document.tokens] = True
+                    seen[document.ids().long()] = True
             rows.append(seen.expand(len(group.at), -1))
             if group.request:
                 own = (ids >= group.request.tail_start) & (ids <= group.at[:, None])
                 rows[-1] = rows[-1] | own
+        return torch.cat(rows)
+
+    def _shift(self, groups: Sequence[Group]) -> Tensor:
+        """(Q, I) int64: how much further on each query sees each entry than it was stored."""
+        size = self.entries.shape[1]
+        rows = [torch.zeros(0, size, dtype=torch.int64)]
+        for group in groups:
+            shift = torch.zeros(len(group.at), size, dtype=torch.int64)
+            for document, offset in zip(group.documents, group.offsets, strict=True):
+                shift[:, document.ids().long()] = offset
+            rows.append(shift)
         return torch.cat(rows)
 
     def _pick(self, visible: Tensor) -> Tensor:
@@ -491,7 +597,10 @@ class Player:
         self.entries[layer, ids] = kept.view(shape)
         if self.layout.index is None:
             return entries, None
-        self.keys[layer, ids] = torch.randint(-2, 3, (len(ids), 8), generator=noise).float()
+        keys = torch.randint(-2, 3, (len(ids), 8), generator=noise).double()
+        if self.case.offsets:
+            keys = torch.randn(len(ids), 8, generator=noise, dtype=torch.float64)
+        self.keys[layer, ids] = self._kept_keys(keys)
         return entries, self.keys[layer, ids].clone()
 
     def _normal(self, *shape: int) -> Tensor:
@@ -499,6 +608,13 @@ class Player:
 
     def _integers(self, *shape: int) -> Tensor:
         return torch.randint(-2, 3, shape, generator=self.noise).float()
+
+
+def _group(request: Request, at: Tensor) -> Group:
+    """The queries of a request's own tokens `at`, with the document it writes among what they see."""
+    into = () if request.into is None else (request.into,)
+    offsets = [attached.offset for attached in request.attached]
+    return Group((*request.documents, *into), request, at, (*offsets, *(0 for _ in into)))
 
 
 def _subsets(

@@ -72,6 +72,7 @@ def cases(draw: st.DrawFn, worlds: tuple[int, ...]) -> Case:
         queries=tuple(draw(st.lists(st.integers(0, 8), min_size=world, max_size=world))),
         requests=draw(st.integers(0, 2)),
         stranger=draw(st.none() | st.integers(0, len(documents) - 1)),
+        offsets=draw(st.booleans()),
     )
 
 

@@ -8,7 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qroam.partition.directory import Directory, empty_directory, with_document
+from qroam.partition.directory import (
+    Directory,
+    empty_directory,
+    with_document,
+    without_document,
+)
 from qroam.partition.placement import POLICIES, Placement, place
 
 B = 8  # tokens of a block
@@ -27,8 +32,9 @@ def empty(*, world: int = 4, branches: int = 1, copies: int = 1, max_blocks: int
 def ranks_for(directory: Directory, tokens: int, placement: Placement) -> Tensor:
     return place(
         placement,
-        -(-tokens // B),
-        first_block=directory.num_blocks,
+        directory.free_blocks(
+            "new", min(-(-tokens // B), directory.max_blocks - directory.num_blocks)
+        ),
         num_branches=directory.num_branches,
         world_size=len(directory.used),
         used=directory.used,
@@ -101,8 +107,7 @@ def test_documents_need_not_fill_their_last_block(lengths: list[int]) -> None:
     start = 0
     for number, tokens in enumerate(lengths):
         document = directory.document(f"doc{number}")
-        blocks = slice(document.first_block, document.first_block + document.num_blocks)
-        fills = directory.tokens[blocks].tolist()
+        fills = directory.tokens[list(document.blocks)].tolist()
         assert document.start == start
         assert document.position == number
         assert sum(fills) == document.tokens == tokens
@@ -155,3 +160,38 @@ def test_the_documents_cannot_be_changed_in_place() -> None:
     directory = added(empty(), "a", 1)
     with pytest.raises(TypeError):
         directory.documents["b"] = directory.document("a")  # type: ignore[index]
+
+
+def test_giving_up_blocks_raises_their_generations_and_frees_their_slots() -> None:
+    before = added(added(added(empty(max_blocks=6), "a", 2 * B), "b", B), "c", B)
+    after = without_document(before, "a")
+    assert after.generations.tolist() == [1, 1, 0, 0, 0, 0]
+    assert after.tokens.tolist() == [0, 0, B, B, 0, 0]
+    assert after.owners[:2].unique().tolist() == after.slots[:2].unique().tolist() == [-1]
+    assert int(after.used.sum()) == 2
+    again = added(after, "a", 3 * B)
+    assert again.document("a").blocks == (0, 1, 4)
+    assert again.document("a").serial > before.document("a").serial
+    assert again.generations.tolist() == after.generations.tolist()
+    taken = again.owners >= 0
+    places = list(zip(again.owners[taken].tolist(), again.slots[taken].tolist(), strict=True))
+    assert len(set(places)) == len(places)
+
+
+def test_shared_blocks_live_as_long_as_the_last_that_holds_them() -> None:
+    hashes = [b"x" * 32, b"y" * 32]
+    ranks = torch.zeros(2, 1, 1, dtype=torch.int32)
+    one = with_document(
+        empty(), "a", tokens=2 * B, position=0, ranks=ranks, capacity=9, hashes=hashes
+    )
+    two = with_document(
+        one, "b", tokens=2 * B, position=0, ranks=ranks[:0], capacity=9, hashes=hashes
+    )
+    assert two.document("b").blocks == two.document("a").blocks
+    left = without_document(two, "a")
+    assert left.num_blocks == 2
+    assert int(left.generations.sum()) == 0
+    assert left.prefix(hashes) == two.document("b").blocks
+    none = without_document(left, "b")
+    assert (none.num_blocks, none.prefix(hashes)) == (0, ())
+    assert none.generations[:2].tolist() == [1, 1]

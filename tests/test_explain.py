@@ -74,6 +74,27 @@ def test_a_step_is_explained() -> None:
     assert step["parts_us"]["exchange"] == pytest.approx(chosen["total_us"])
 
 
+def test_documents_at_other_positions_are_priced_by_rotation_and_by_lease() -> None:
+    """V3.2: 128 x 64 bf16 of a query, read and written; an offset of 4 bytes with each listed unit."""
+    plain, moved = explain(forms=("A", "B"))[0], explain(forms=("A", "B"), shifted=True)[0]
+    device = load_profile("ibgda-ndr200").device
+    turn_us = 8 * 2 * 128 * 64 * 2 / device.splice_bytes_per_s * 1e6
+    for way in ("route A", "route B", "fetch"):
+        before, after = candidate(plain, way)["parts_us"], candidate(moved, way)["parts_us"]
+        assert before is not None
+        assert after is not None
+        assert before["turn"] == 0
+        assert after["turn"] == pytest.approx(turn_us)
+        longer = {name for name in after if after[name] > before[name]}
+        assert longer == ({"turn"} if way == "fetch" else {"turn", "send"})
+    lease = candidate(moved, "lease")
+    assert lease["parts_us"] is not None
+    assert lease["parts_us"]["splice"] > 0
+    assert lease["parts_us"]["turn"] == 0
+    assert "Runtime.lease" in render([moved])
+    assert "lease" not in render([plain])
+
+
 def test_what_cannot_be_executed_says_why() -> None:
     decision = explain()[0]
     form_b, recompute = candidate(decision, "route B"), candidate(decision, "recompute")

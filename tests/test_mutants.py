@@ -100,9 +100,9 @@ def merged_across_branches(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(step, "combine", combine)
 
 
-def base_2_lse(attend_entries: Callable[..., tuple[Tensor, Tensor]]) -> Any:
-    def wrong(*args: Any) -> tuple[Tensor, Tensor]:
-        out, lse = attend_entries(*args)
+def base_2_lse(attend_at: Callable[..., tuple[Tensor, Tensor]]) -> Any:
+    def wrong(*args: Any, **offsets: Any) -> tuple[Tensor, Tensor]:
+        out, lse = attend_at(*args, **offsets)
         return out, lse / math.log(2)
 
     return wrong
@@ -255,7 +255,7 @@ MUTANTS: dict[str, Mutant] = {
     "LSE across branches": Mutant(
         merged_across_branches, {"architecture": "mlra-4", "heads": 1, "world": 2}, *DENSE
     ),
-    "base-2 LSE": Mutant(replaced(holder, "attend_entries", base_2_lse), ROUTE, *DENSE),
+    "base-2 LSE": Mutant(replaced(holder, "attend_at", base_2_lse), ROUTE, *DENSE),
     "dropped partials": Mutant(
         wrong_answer(each(out=dropped, lse=dropped_lse, covered=dropped)), ROUTE, *COVERAGE
     ),

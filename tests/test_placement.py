@@ -25,8 +25,7 @@ def placed(
 ) -> Tensor:
     return place(
         placement,
-        num_blocks,
-        first_block=first_block,
+        torch.arange(first_block, first_block + num_blocks),
         num_branches=branches,
         world_size=world,
         used=torch.zeros(world, dtype=torch.int64) if used is None else used,

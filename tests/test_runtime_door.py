@@ -83,9 +83,10 @@ class Bench:
         runtime.release(self.closed)
         # Equal in every field to `request`, but not ours.
         self.foreign = Request(
-            documents=self.request.documents,
-            tail_start=self.request.tail_start,
-            tail_limit=self.request.tail_limit,
+            attached=self.request.attached,
+            tail=self.request.tail,
+            capacity=self.request.capacity,
+            block_tokens=B,
             length=self.request.length,
             blocks=list(self.request.blocks),
         )

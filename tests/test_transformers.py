@@ -225,6 +225,44 @@ def test_the_gate_would_notice_a_lost_holder(
     assert float((logits - reference.logits[0, 0]).abs().max()) > 1e-2
 
 
+@pytest.mark.parametrize("kind", ["deepseek_v32", "deepseek_v32-yarn", "glm_moe_dsa"])
+def test_a_document_reads_the_same_wherever_it_is_attached(kind: str) -> None:
+    """Prefilled at 0 and attached or leased at 700, or prefilled there: one text, the same logits."""
+    model = make_model(kind)
+    text = documents()["a"][:30]  # with the prompt, no more than the indexer selects
+
+    def logits(runtime: Runtime, engine: HFEngine, attached: str | tuple[str, int]) -> Tensor:
+        request = runtime.request(["far", attached])
+        result = engine.forward(agent_prompts()[:1, :6], [request], engine.cache())
+        assert result is not None
+        runtime.release(request)
+        return result
+
+    def worker(transport: Transport) -> None:
+        config = RuntimeConfig(
+            model=model_layout(model.config), max_blocks=32, block_tokens=16, private_blocks=4
+        )
+        with Runtime.open(config, transport) as runtime:
+            engine = HFEngine(model, runtime)
+            runtime.add_document("far", tokens=8, position=692)
+            runtime.add_document("here", tokens=30, position=0)
+            runtime.add_document("there", tokens=30, position=700)
+            parts = {"far": text[:8], "here": text, "there": text}
+            engine.prefill([Chunk(name, 0, tokens, ()) for name, tokens in parts.items()])
+            there = logits(runtime, engine, "there")
+            moved = logits(runtime, engine, ("here", 700))
+            request = runtime.request(["far"])
+            runtime.lease(request, "here")
+            leased = engine.forward(agent_prompts()[:1, :6], [request], engine.cache())
+            assert leased is not None
+            assert float((moved - there).abs().max()) < 1e-3
+            assert float((leased - there).abs().max()) < 1e-3
+            elsewhere = logits(runtime, engine, ("here", 350))
+            assert float((elsewhere - there).abs().max()) > 3e-3
+
+    run_loopback(1, worker)
+
+
 def test_wave_keeps_order_and_ranks_free() -> None:
     for world_size in (1, 2, 4):
         for num_layers in (1, 3, 6):

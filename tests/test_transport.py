@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qroam.runtime.errors import PeerError
 from qroam.runtime.messages import Header, Message, encode
-from qroam.runtime.transport import Column, LoopbackTransport
+from qroam.runtime.transport import Column, LoopbackTransport, Purpose
 
 HEADER = Header(kind="attend", incarnation=1, channel=0, epoch=1, tables=5)
 
@@ -88,9 +88,9 @@ def test_bytes_are_counted_in_the_send() -> None:
     carried: list[int] = []
     send = ends[0]._send
 
-    def counting(peer: int, buffer: Tensor) -> None:
+    def counting(peer: int, buffer: Tensor, purpose: Purpose = Purpose.STEP) -> None:
         carried.append(len(buffer))
-        send(peer, buffer)
+        send(peer, buffer, purpose)
 
     ends[0]._send = counting  # type: ignore[method-assign]
     rows = torch.arange(30.0).view(10, 3)

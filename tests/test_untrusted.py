@@ -30,7 +30,9 @@ def spoiling(spoil: Spoil) -> type[LoopbackTransport]:
     return Spoiling
 
 
-def said(spoil: Spoil, mode: str, *, unit_tokens: int = 1) -> list[str]:
+def said(
+    spoil: Spoil, mode: str, *, unit_tokens: int = 1, position: int | None = None
+) -> list[str]:
     """What each of two ranks says when rank 1 spoils what it sends in a select and an attend."""
     config = RuntimeConfig(
         model=uniform_model(named_layout("mla-tiny"), 1),
@@ -47,9 +49,10 @@ def said(spoil: Spoil, mode: str, *, unit_tokens: int = 1) -> list[str]:
             runtime.load_document("a", 0, entries, torch.randn(500, 32, generator=generator))
             index_query = torch.randn(3, 4, 32, generator=generator)
             query = torch.randn(3, 4, 80, generator=generator)
+            attached = ["a"] if position is None else [("a", position)]
             try:
                 chosen = runtime.select(
-                    0, index_query, torch.ones(3, 4), documents=["a"], top_k=40,
+                    0, index_query, torch.ones(3, 4), documents=attached, top_k=200,
                     unit_tokens=unit_tokens,
                 )  # fmt: skip
                 runtime.attend(0, query, chosen)
@@ -100,9 +103,77 @@ def test_a_malformed_span_names_its_sender() -> None:
         assert told.startswith("rank 1: "), told
 
 
+@pytest.mark.parametrize(
+    ("kind", "column", "change"),
+    [
+        ("attend", "A.offsets", lambda rows: torch.arange(len(rows), dtype=torch.int32)),
+        ("attend", "A.offsets", lambda rows: rows[1:]),
+        ("attend", "A.offsets", lambda rows: rows.long()),
+        ("select", "index.offsets", lambda rows: rows[:, :0]),
+        ("select", "index.offsets", lambda rows: rows.long()),
+    ],
+    ids=["too many", "one short", "another dtype", "none for a run", "index, another dtype"],
+)
+def test_wrong_offsets_name_their_sender(
+    kind: str, column: str, change: Callable[[Tensor], Tensor]
+) -> None:
+    told, by_itself = said(on(kind, column, change), "always-route", position=7)
+    assert told.startswith("rank 1: "), told
+    assert by_itself.startswith("rank 1: ") or by_itself == "nothing"
+
+
 def test_an_honest_peer_is_not_accused() -> None:
     for mode in ("always-route", "always-fetch"):
-        assert said(lambda _kind, _name, rows: rows, mode) == ["nothing", "nothing"]
+        for position in (None, 7):
+            assert said(lambda _kind, _name, rows: rows, mode, position=position) == [
+                "nothing",
+                "nothing",
+            ]
+
+
+SPOILED_LIFE: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "publish": ("publish", lambda rows: rows * 0 - 1),
+    "publish-hashes": ("hashes", lambda rows: rows[1:]),
+    "evict-heat": ("heat", lambda rows: rows * torch.nan),
+    "evict-last": ("last", lambda rows: rows[1:]),
+    "lease": ("lease", lambda rows: rows + 4096),
+    "lease-twice": ("lease", torch.zeros_like),
+    "lease-answer": ("lease.rows", lambda rows: rows[:, 1:]),
+    "lease-marks": ("lease.marks", lambda rows: rows.long()),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED_LIFE)
+def test_whoever_spoils_the_life_of_documents_is_named(case: str) -> None:
+    column, change = SPOILED_LIFE[case]
+
+    def spoil(kind: str, name: str, rows: Tensor) -> Tensor:
+        return change(rows) if name == column else rows
+
+    def work(end: Transport) -> str:
+        config = RuntimeConfig(
+            model=uniform_model(named_layout("mla-tiny"), 1),
+            max_blocks=8,
+            block_tokens=16,
+            deadline_s=10.0,
+        )
+        with Runtime.open(config, end) as runtime:
+            runtime.add_document("a", tokens=64)
+            runtime.load_document("a", 0, torch.ones(64, 80), torch.ones(64, 32))
+            request = runtime.request()
+            runtime.write(0, runtime.append(request, 16), torch.ones(16, 80), torch.ones(16, 32))
+            try:
+                mine = request if runtime.rank == 1 else None
+                runtime.publish("b", mine, token_ids=range(16) if mine else None)
+                runtime.make_room("c", tokens=16)
+                runtime.lease(request, "a")
+            except PeerError as error:
+                return str(error)
+        return "nothing"
+
+    told, by_itself = run_loopback(2, work, transports=spoiling(spoil).world(2, deadline_s=10.0))
+    assert told.startswith("rank 1: "), told
+    assert by_itself.startswith("rank 1: ") or by_itself == "nothing"
 
 
 def test_weights_that_differ_are_noticed() -> None:

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ...indexer import head_weights, index_key, index_query
-from ...partition.layout import IndexLayout, Layout, ModelLayout, Pairing, mla
+from ...partition.layout import IndexLayout, Layout, ModelLayout, Pairing, Yarn, mla
 from ..requests import Request, Scope
 from ..runtime import Runtime
 from ..step import Selection
@@ -54,6 +54,7 @@ def model_layout(config: Any, *, codec: str = "fp32", index_codec: str = "fp32")
         pairing=pairing,
         top_k=config.index_topk,
     )
+    rope: dict[str, Any] = config.rope_parameters
     types = getattr(config, "indexer_types", None) or ["full"] * config.num_hidden_layers
     if types[0] != "full":
         raise ValueError(f"the first layer must have an indexer, indexer_types are {types}")
@@ -73,9 +74,30 @@ def model_layout(config: Any, *, codec: str = "fp32", index_codec: str = "fp32")
                 codec=codec,
                 index=index if kind == "full" else None,
                 index_codec=index_codec,
+                # transformers puts interleaved pairs apart as it rotates them.
+                pairing="half",
+                theta=float(rope["rope_theta"]),
+                yarn=_yarn(config),
             )
         )
     return ModelLayout(layers=tuple(layers), index_source=tuple(sources))
+
+
+def _yarn(config: Any) -> Yarn | None:
+    """The scaling of the model's rotary frequencies; ValueError if it is neither none nor YaRN's."""
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise ValueError(f"rope type {kind!r} is not one of default, yarn")
+    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    return Yarn(
+        factor=float(rope["factor"]),
+        original_positions=int(original),
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+    )
 
 
 def _yarn_scale(config: Any) -> float:

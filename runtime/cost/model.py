@@ -1,7 +1,8 @@
 """What one exchange costs: the formulas of route, fetch and recompute, part by part, in seconds.
 
-    route     = probe + send + wait(h) + project(n) + attend(n, k) + back + merge
-    fetch     = (probe + request + pack(k) + transfer + splice) / R + attend(n, k) + merge if mixed
+    route     = probe + send + wait(h) + project(n) + turn(n) + attend(n, k) + back + merge
+    fetch     = (probe + request + pack(k) + transfer + splice) / R + turn(n) + attend(n, k)
+                + merge if mixed
     recompute = a * tokens * layers / R
     step      = plan + max(own work, max over holders of its exchange) + merge
 
@@ -26,6 +27,7 @@ from ...partition.layout import Form, Layout
 from .profile import FabricProfile
 
 UNIT_ID_BYTES = 4
+OFFSET_BYTES = 4  # with each listed unit, if any is attached elsewhere
 QUERY_META_BYTES = 16  # item, number of units, and the span of hidden entries, int32 each
 COVERAGE_BYTES = 8  # entries that went in, and a 32-bit mix of their ids
 MARK_BYTES = 4  # with each packed entry, a 32-bit mix of its id
@@ -49,11 +51,15 @@ class FormFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerFacts:
-    """What the formulas need of a layout; build it with `of`. Bytes and flop are of one branch."""
+    """What the formulas need of a layout; build it with `of`. Bytes and flop are of one branch.
+
+    `rope_bytes` are the rotary columns of an entry, `turn_bytes` those of an item's query rows.
+    """
 
     branches: int
     entry_bytes: int
     rope_bytes: int
+    turn_bytes: int
     attend_flop: int
     forms: tuple[FormFacts, ...]
 
@@ -90,6 +96,7 @@ class LayerFacts:
             branches=layout.num_branches,
             entry_bytes=entry_bytes,
             rope_bytes=layout.rope_dim * element_bytes,
+            turn_bytes=rows * layout.rope_dim * element_bytes,
             attend_flop=2 * rows * (layout.key_dim + layout.value_dim),
             forms=(facts("A", 0), facts("B", weights)) if projection else (facts("A", 0),),
         )
@@ -102,6 +109,7 @@ class RouteParts(NamedTuple):
     send: Tensor
     wait: Tensor
     project: Tensor
+    turn: Tensor
     attend: Tensor
     back: Tensor
     merge: Tensor
@@ -112,13 +120,14 @@ class RouteParts(NamedTuple):
 
 
 class FetchParts(NamedTuple):
-    """Seconds of a fetching exchange; all but attend and merge are already divided by the reuse."""
+    """Seconds of a fetching exchange; up to the splice they are already divided by the reuse."""
 
     probe: Tensor
     request: Tensor
     pack: Tensor
     transfer: Tensor
     splice: Tensor
+    turn: Tensor
     attend: Tensor
     merge: Tensor
 
@@ -169,7 +178,10 @@ class CostModel:
     Args:
         unit_tokens: entries of one unit.
         reuse: expected uses R of a fetched unit, at least 1. Attention is paid at every use.
-        splice: fetched units lie at other positions, so their rope keys are rotated once.
+        splice: fetched units lie at other positions, so their rope keys are rotated once, as in a
+            lease of a whole document.
+        shifted: units lie at other positions, and queries are rotated where they meet them, once
+            for each offset; one is counted.
     """
 
     facts: LayerFacts
@@ -177,6 +189,7 @@ class CostModel:
     unit_tokens: int = 1
     reuse: float = 1.0
     splice: bool = False
+    shifted: bool = False
 
     def __post_init__(self) -> None:
         if self.unit_tokens < 1:
@@ -195,7 +208,8 @@ class CostModel:
         """
         items, units, device = items.double(), units.double(), self.profile.device
         used = (items > 0).double()
-        lists = items * QUERY_META_BYTES + units * UNIT_ID_BYTES
+        listed_bytes = UNIT_ID_BYTES + OFFSET_BYTES * self.shifted
+        lists = items * QUERY_META_BYTES + units * listed_bytes
         weights = torch.clamp(items, max=self.facts.branches) * form.weight_bytes
         return RouteParts(
             probe=used * self.profile.path.probe_s,
@@ -203,6 +217,7 @@ class CostModel:
             wait=used * wait_s,
             project=weights / device.memory_bytes_per_s
             + items * form.project_flop / device.flop_per_s,
+            turn=self.turn(items),
             attend=self.attend(items, units),
             back=(used * HEADER_BYTES + items * (form.back_bytes + COVERAGE_BYTES))
             / self._in_rate(sharers),
@@ -237,6 +252,7 @@ class CostModel:
             pack=pack / self.reuse,
             transfer=reply / in_rate / self.reuse,
             splice=splice / self.reuse,
+            turn=self.turn(items),
             attend=self.attend(items, units),
             merge=mixed.double() * self.merge(self.facts.forms[0], items),
         )
@@ -259,6 +275,11 @@ class CostModel:
                 sharers=sharers,
             ),
         )
+
+    def turn(self, items: Tensor) -> Tensor:
+        """Rotating the queries of `items` back by an offset, as the attention reads them."""
+        read = 2 * self.facts.turn_bytes / self.profile.device.splice_bytes_per_s
+        return items.double() * (read if self.shifted else 0.0)
 
     def attend(self, items: Tensor, units: Tensor) -> Tensor:
         """Attention of `items` over `units` listed units in all; each reads its own entries."""

@@ -37,7 +37,7 @@ class Reason(IntEnum):
     FORCED = 2  # by the mode
     LATENCY = 3  # probe, wait
     WIRE = 4  # bytes
-    WORK = 5  # pack, splice, project, attend, merge
+    WORK = 5  # pack, splice, project, turn, attend, merge
     REUSE = 6  # a single use would have been routed
     SPLIT = 7  # some of this holder's items are routed and some fetched
     TIE = 8  # equal costs are fetched: a copy can be used again
@@ -97,6 +97,7 @@ def decide(
     seed: int = 0,
     step: int = 0,
     splice: bool = False,
+    shifted: bool = False,
     wait_s: Tensor | None = None,
 ) -> Decision:
     """Choose a way for every (item, holder).
@@ -112,12 +113,18 @@ def decide(
         forms: payload forms that the opened runtime can execute.
         seed, step: `random` is a pure function of (seed, step, rank, item, holder).
         splice: fetched units must be rotated to other positions.
+        shifted: units lie at other positions, and queries are rotated back where they meet them.
         wait_s: (W,) what each holder is busy with before it starts, seconds; None is none.
     Raises:
         ValueError: for a demand, rank, mode or form that cannot be.
     """
     model = CostModel(
-        facts=facts, profile=profile, unit_tokens=unit_tokens, reuse=reuse, splice=splice
+        facts=facts,
+        profile=profile,
+        unit_tokens=unit_tokens,
+        reuse=reuse,
+        splice=splice,
+        shifted=shifted,
     )
     _check(demand, rank=rank, wait_s=wait_s)
     if mode not in MODES:
@@ -175,6 +182,7 @@ def predict_step(
     unit_tokens: int,
     reuse: float = 1.0,
     splice: bool = False,
+    shifted: bool = False,
     wait_s: Tensor | None = None,
 ) -> StepParts:
     """What a step takes if every (item, holder) goes its `way`, (N, W), as in `Decision`.
@@ -183,7 +191,12 @@ def predict_step(
     exchange of its holder, after whose transfer alone it can start.
     """
     model = CostModel(
-        facts=facts, profile=profile, unit_tokens=unit_tokens, reuse=reuse, splice=splice
+        facts=facts,
+        profile=profile,
+        unit_tokens=unit_tokens,
+        reuse=reuse,
+        splice=splice,
+        shifted=shifted,
     )
     _check(demand, rank=rank, wait_s=wait_s)
     if way.shape != demand.pairs_units.shape:
@@ -191,7 +204,7 @@ def predict_step(
     holders = _Holders.of(demand, model, rank=rank, wait_s=wait_s)
     local = demand.pairs_units[:, rank]
     return model.step(
-        own=model.attend((local > 0).sum(), local.sum()),
+        own=model.attend((local > 0).sum(), local.sum()) + model.turn((local > 0).sum()),
         exchanges=holders.exchange(way).total,
         items=(demand.pairs_units > 0).any(1).sum(),
     )

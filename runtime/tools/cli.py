@@ -123,6 +123,9 @@ def explain(
         Forms, typer.Option(help="Routable payloads; B if the holders have W_UK and W_UV.")
     ] = "A",
     unit_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a unit.")] = 1,
+    shifted: Annotated[
+        bool, typer.Option("--shifted", help="The units' documents are attached elsewhere.")
+    ] = False,
     lines: Annotated[
         bool, typer.Option("--lines", help="Print one line per query and holder.")
     ] = False,
@@ -149,6 +152,7 @@ def explain(
         forms=("A", "B") if forms == "A,B" else ("A",),
         unit_tokens=unit_tokens,
         overlap=1.0 if shared else 0.0,
+        shifted=shifted,
     )
     if lines:
         for line in render_lines(records):

@@ -127,6 +127,10 @@ class _Case:
         unique = self._unique(each)
         fetch = model.fetch(items, items * each, unique, mixed=not_mixed, sharers=sharers)
         found.append(_priced("fetch", fetch, fetch.total, None))
+        if model.shifted:
+            moved = replace(model, splice=True, shifted=False)
+            lease = moved.fetch(items, items * each, unique, mixed=not_mixed, sharers=sharers)
+            found.append(_priced("lease", lease, lease.total, "asked for by `Runtime.lease`"))
         found.append(_unpriced("recompute", "no prefill callback, so its cost is unknown"))
         return found
 
@@ -155,6 +159,7 @@ class _Case:
             mode=mode,
             forms=self.forms,
             splice=model.splice,
+            shifted=model.shifted,
         )
 
 
@@ -172,6 +177,7 @@ def explain_step(
     unit_tokens: int = 1,
     overlap: float = 0.0,
     splice: bool = False,
+    shifted: bool = False,
 ) -> list[Record]:
     """Explain one layer-step of one requester that holds none of what it needs.
 
@@ -182,6 +188,8 @@ def explain_step(
         entry_bytes: of one stored entry of one branch, by its codec.
         element_bytes: of one number of a row on the wire.
         overlap: fraction of a query's units that all queries list; 0 is disjoint, 1 the same.
+        shifted: the units are of documents at other positions, so queries are rotated; a lease,
+            whose keys are rotated instead, is priced beside.
     Returns: a record per group of equal decisions, then one for the step.
     Raises: ValueError for what cannot be.
     """
@@ -195,7 +203,12 @@ def explain_step(
         raise ValueError(f"overlap must be in [0, 1], got {overlap}")
     facts = LayerFacts.of(layout, entry_bytes=entry_bytes, element_bytes=element_bytes)
     model = CostModel(
-        facts=facts, profile=profile, unit_tokens=unit_tokens, reuse=reuse, splice=splice
+        facts=facts,
+        profile=profile,
+        unit_tokens=unit_tokens,
+        reuse=reuse,
+        splice=splice,
+        shifted=shifted,
     )
     few, more = divmod(units, holders)
     holder_units = (few + 1,) * more + (few,) * (holders - more)
@@ -341,6 +354,7 @@ def _step(case: _Case, demand: Demand, decision: Decision, layout: Layout) -> St
             unit_tokens=model.unit_tokens,
             reuse=model.reuse,
             splice=model.splice,
+            shifted=model.shifted,
         )
 
     auto = parts(decision.way)

@@ -137,5 +137,6 @@ def entry_ids(request: Request, positions: Tensor) -> Tensor:
     for document in documents:
         offset = positions - document.position
         inside = (offset >= 0) & (offset < document.tokens)
-        ids = torch.where(inside, offset + document.start, ids)
+        own = document.ids()[offset.clamp(0, document.tokens - 1)]
+        ids = torch.where(inside, own, ids)
     return ids.sort().values.to(torch.int32)
