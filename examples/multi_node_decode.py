@@ -148,15 +148,15 @@ def connections() -> set[tuple[Endpoint, Endpoint]]:
             continue  # the listing's own descriptor
     established = "01"
     found = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path("/proc/self/net", table).read_text().splitlines()[1:]:
+    for table in Path("/proc/self/net").glob("tcp*"):  # tcp, and tcp6 where there is IPv6
+        for line in table.read_text().splitlines()[1:]:
             fields = line.split()
             if fields[3] == established and f"socket:[{fields[9]}]" in mine:
-                found.add((_endpoint(fields[1]), _endpoint(fields[2])))
+                found.add((endpoint_of(fields[1]), endpoint_of(fields[2])))
     return found
 
 
-def _endpoint(text: str) -> Endpoint:
+def endpoint_of(text: str) -> Endpoint:
     """Of "0100007F:1F90": hexadecimal words of four bytes in the machine's own order, and the port."""
     words, port = text.split(":")
     raw = bytes.fromhex(words)

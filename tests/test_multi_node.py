@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLE = "examples/multi_node_decode.py"
 SIZES = ("--files", "4", "--bytes-per-file", "256", "--tokens", "4", "--layers", "2")
 VETH = "fabric0"
-PATIENCE_S = 150.0
+PATIENCE_S = 240.0
 
 # Rank 1 gives its heads each other's output, so its tokens are no longer those of one process.
 SPOILED = """
@@ -199,7 +199,7 @@ def test_two_nodes_decode_what_one_process_does(tmp_path: Path) -> None:
     used = {node: (interface, address) for _, node, interface, address in ranks}
     assert sorted(used.values()) == [(VETH, node.address) for node in nodes]
     # What the example counts is what crossed: little else did (frames, TCP's headers, rendezvous).
-    assert across < carried < 1.25 * across
+    assert across < carried < 1.15 * across
 
 
 def test_a_rank_that_differs_fails_every_node(tmp_path: Path) -> None:
