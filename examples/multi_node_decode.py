@@ -88,7 +88,7 @@ def play_rank(
     rank, world_size = dist.get_rank(), dist.get_world_size()
     blocks = sum(-(-len(document) // BLOCK_TOKENS) for document in documents.values())
     private = -(-(PROMPT_TOKENS + args.tokens) // BLOCK_TOKENS)
-    run = CHUNK_TOKENS // BLOCK_TOKENS  # a chunk stays with the rank that prefills it
+    run = CHUNK_TOKENS // BLOCK_TOKENS  # whole chunks stay with the rank that prefills them
     config = RuntimeConfig(
         model=model_layout(model.config),
         max_blocks=blocks,
