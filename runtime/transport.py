@@ -102,6 +102,7 @@ class Transport(ABC):
         self.deadline_s = deadline_s
         self.bytes_sent: Counter[str] = Counter()
         self.messages_sent: Counter[str] = Counter()
+        self.bytes_to: Counter[int] = Counter()
         self._arrived: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self._waiting: list[deque[Frame]] = [deque() for _ in range(world_size)]
         self._gone: dict[int, str] = {}
@@ -127,7 +128,7 @@ class Transport(ABC):
         for peer in self.peers:
             buffer = encode(header, shares[peer])
             self._send(peer, buffer)
-            self._count(header.kind, len(buffer))
+            self._count(peer, header.kind, len(buffer))
 
     def send(
         self, peer: int, header: Header, columns: Mapping[str, Tensor], purpose: Purpose
@@ -137,12 +138,12 @@ class Transport(ABC):
             raise self._failure
         buffer = encode(header, columns)
         self._send(peer, buffer, purpose)
-        self._count(header.kind, len(buffer))
+        self._count(peer, header.kind, len(buffer))
 
-    def counted(self) -> tuple[Counter[str], Counter[str]]:
-        """Bytes and messages sent so far, by kind."""
+    def counted(self) -> tuple[Counter[str], Counter[str], Counter[int]]:
+        """Bytes and messages sent so far, by kind, and bytes by receiver."""
         with self._counting:
-            return Counter(self.bytes_sent), Counter(self.messages_sent)
+            return Counter(self.bytes_sent), Counter(self.messages_sent), Counter(self.bytes_to)
 
     def divert(self, inbox: Receiver) -> None:
         """Give `inbox` what arrives from now on, and what arrived already."""
@@ -229,10 +230,11 @@ class Transport(ABC):
         inbox = self._inbox
         return inbox is not None and inbox.make_room(peer, num_bytes, timeout_s)
 
-    def _count(self, kind: str, num_bytes: int) -> None:
+    def _count(self, peer: int, kind: str, num_bytes: int) -> None:
         with self._counting:
             self.bytes_sent[kind] += num_bytes
             self.messages_sent[kind] += 1
+            self.bytes_to[peer] += num_bytes
 
     def _fail(self, culprits: tuple[int, ...], reason: str) -> PeerError:
         self.abort(culprits, reason)

@@ -357,8 +357,8 @@ class World:
     def snapshot(self) -> dict[str, Any]:
         """The counters as plain values."""
         stats, served = self.stats, self.served
-        sent = zip(self.transport.counted(), self._sent_before, strict=True)
-        num_bytes, messages = (dict(now - before) for now, before in sent)
+        bytes_before, messages_before, bytes_to_before = self._sent_before
+        num_bytes, messages, bytes_to = self.transport.counted()
         return {
             "rank": self.rank,
             "steps": stats.steps,
@@ -367,8 +367,9 @@ class World:
                 rank: {way.name.lower(): int(ways[way]) for way in Way if way != Way.NONE}
                 for rank, ways in enumerate(stats.ways)
             },
-            "bytes_sent": num_bytes,
-            "messages_sent": messages,
+            "bytes_sent": dict(num_bytes - bytes_before),
+            "messages_sent": dict(messages - messages_before),
+            "bytes_to": dict(bytes_to - bytes_to_before),
             "served": {
                 "answered": dict(served.answered),
                 "refused": dict(served.refused),

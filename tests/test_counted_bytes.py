@@ -44,7 +44,9 @@ def counted(mode: str, unit_tokens: int) -> list[tuple[int, int]]:
                 runtime.attend(0, torch.randn(QUERIES, 4, 80), selection)
             else:
                 runtime.idle_attend(0)
-            sent = runtime.stats()["bytes_sent"]
+            stats = runtime.stats()
+            sent = stats["bytes_sent"]
+            assert stats["bytes_to"] == {1 - end.rank: sum(sent.values())}
             return sent["attend"], sent["attend-answer"]
 
     return run_loopback(2, work)
