@@ -2,7 +2,7 @@
 
 from .config import RuntimeConfig
 from .cost.profile import FabricProfile, load_profile
-from .errors import CoverageError, PeerError
+from .errors import CoverageError, PeerError, SnapshotError
 from .requests import Request, Scope
 from .runtime import Runtime
 from .step import Selection
@@ -18,5 +18,6 @@ __all__ = [
     "RuntimeConfig",
     "Scope",
     "Selection",
+    "SnapshotError",
     "load_profile",
 ]

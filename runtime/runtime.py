@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -13,14 +14,17 @@ from torch import Tensor
 from ..partition.directory import Document, with_document
 from ..partition.layout import Layout
 from ..partition.placement import place
+from .block_check import BlockCheck, check_blocks
 from .config import RuntimeConfig
 from .cost.predicate import MODES, Mode
 from .door import check_scope, check_selection, check_tensor, check_writable
-from .errors import CoverageError, PeerError
+from .errors import CoverageError, PeerError, SnapshotError
 from .exchange import agree
 from .explain import DecisionLine, explain_last, predicted_last
 from .holder import MAX_TOP_K
 from .requests import Request, Scope, scope_of, stacked
+from .restore import RestoreReport, restore
+from .snapshot import PendingSnapshot, SnapshotReport, begin_snapshot, finish_snapshot
 from .step import Selection, attend_step, select_step
 from .transport import Transport
 from .world import LayerWeights, World, connect
@@ -41,6 +45,7 @@ class Runtime:
         self._free_requests = list(range(max(config.private_blocks, 1)))[::-1]
         self._free_blocks = list(range(config.private_blocks))[::-1]
         self._open_requests: list[Request] = []
+        self._snapshot: PendingSnapshot | None = None
 
     @classmethod
     def open(cls, config: RuntimeConfig, transport: Transport | None = None) -> Runtime:
@@ -79,6 +84,8 @@ class Runtime:
         """
         if not self._closed:
             self._closed = True
+            if self._snapshot is not None:
+                self._snapshot.cancel()
             if self._owns_transport:
                 self._world.transport.close()
 
@@ -411,6 +418,60 @@ class Runtime:
         nothing = torch.empty(0, 0, dtype=torch.int32)
         self.attend(layer, query, Selection(nothing, 1, self.scope(documents=())))
 
+    # The corpus on disk --------------------------------------------------------------------------
+
+    def snapshot(self, path: str | Path) -> SnapshotReport:
+        """Save all closed blocks of the corpus in the folder `path`, which all ranks share; a step.
+
+        Blocks that the folder's last snapshot has are not written again. When this returns, on any
+        rank, the snapshot is on disk as a whole. Its parent folder must exist.
+
+        Raises: SnapshotError (a ValueError) on every rank if some rank could not; the last snapshot
+        is untouched then, and the world goes on.
+        """
+        self.begin_snapshot(path)
+        return self.finish_snapshot()
+
+    def begin_snapshot(self, path: str | Path) -> None:
+        """The first half of `snapshot`: what is closed now is written beside the following steps."""
+        self._check_open()
+        if self._snapshot is not None:
+            raise ValueError(f"a snapshot to {self._snapshot.folder} is under way: finish it first")
+        with self._in_step():
+            self._snapshot = begin_snapshot(self._world, Path(path))
+
+    def finish_snapshot(self) -> SnapshotReport:
+        """The second half: wait until every rank has written its part, and commit."""
+        self._check_open()
+        if self._snapshot is None:
+            raise ValueError("no snapshot is under way: begin one first")
+        pending, self._snapshot = self._snapshot, None
+        with self._in_step():
+            return finish_snapshot(self._world, pending)
+
+    def restore(self, path: str | Path) -> RestoreReport:
+        """Add the documents of a snapshot, placed by this world's ranks and placement; a step.
+
+        Raises: SnapshotError (a ValueError) on every rank. What is wrong with the manifest, the
+        model, names, room or the size of a file is found before anything changes; a block whose
+        bytes are damaged is found later, and the world refuses further steps then.
+        """
+        self._check_open()
+        with self._in_step():
+            return restore(self._world, Path(path))
+
+    def verify(self, sample: int | None = None) -> list[BlockCheck]:
+        """Compare the hashes of a block's copies, of `sample` random closed blocks or all; a step.
+
+        Returns: a check for each, the same on every rank; those that are not `is_sound` have copies
+        that differ, are missing, or are not what they were in a snapshot.
+        """
+        self._check_open()
+        if sample is not None and (not isinstance(sample, int) or sample < 1):
+            raise ValueError(f"sample must be a whole number of at least 1, got {sample!r}")
+        with self._in_step():
+            return check_blocks(self._world, sample)
+
     # Insight -------------------------------------------------------------------------------------
 
     def explain(self) -> list[DecisionLine]:
@@ -437,7 +498,7 @@ class Runtime:
         """Whatever ends a step early is told to every other rank, so that none waits in vain."""
         try:
             yield
-        except PeerError:
+        except (PeerError, SnapshotError):  # every rank raises it
             raise
         except CoverageError as error:
             self._world.transport.abort(error.holders, f"rank {self.rank} was not served: {error}")

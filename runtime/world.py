@@ -20,6 +20,8 @@ from ..partition.codec import Codec, make_codec
 from ..partition.directory import Directory, empty_directory
 from ..partition.layout import Form, Layout
 from ..partition.pool import BlockStore
+from ..partition.records import BlockHashes
+from ..partition.snapshot import Kind
 from .config import RuntimeConfig
 from .cost.model import LayerFacts
 from .cost.predicate import Decision, Demand, Way
@@ -132,6 +134,10 @@ class World:
             num_keys=config.max_ids // branches,
             block_tokens=block_tokens,
         )
+        self.hashes: dict[Kind, BlockHashes] = {
+            "entries": BlockHashes(config.max_blocks * branches),
+            "index": BlockHashes(config.max_blocks if self.has_index else 0),
+        }
         self.leases = [self.entries.leases(layer) for layer in range(len(layers))]
         self.weights: list[LayerWeights | None] = [None] * len(layers)
         self.entry_pushes: list[list[Push]] = [[] for _ in layers]
