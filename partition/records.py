@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -57,38 +58,35 @@ def closed(store: BlockStore, keys: Tensor, tokens: Tensor) -> Tensor:
     return (slots >= 0) & (tokens > 0) & full
 
 
-def take_records(store: BlockStore, slots: Tensor, tokens: Tensor) -> Tensor:
-    """The records (n, record bytes) uint8 of the blocks in `slots` (n,); copies."""
-    size = store.block_tokens
-    records = torch.empty(len(slots), record_bytes(store), dtype=torch.uint8)
-    entries = (slots.long()[:, None] * size + torch.arange(size)).reshape(-1)
-    short = (tokens < size).nonzero()[:, 0].tolist()
-    start = 0
-    for layer, codec in enumerate(store.codecs):
-        if codec is None:
-            continue
-        end = start + size * codec.entry_bytes
-        records[:, start:end] = store.rows(layer, entries).view(len(slots), end - start)
-        for at in short:
-            records[at, start + int(tokens[at]) * codec.entry_bytes : end] = 0
-        start = end
+def take_records(
+    store: BlockStore, slots: Tensor, tokens: Tensor, *, into: Tensor | None = None
+) -> Tensor:
+    """The records (n, record bytes) uint8 of the blocks in `slots` (n,): copies, in `into` if given."""
+    width = record_bytes(store)
+    records = torch.empty(len(slots), width, dtype=torch.uint8) if into is None else into
+    for record, slot, count in zip(records, slots.tolist(), tokens.tolist(), strict=True):
+        for layer, rows in _layers_of(store, record):
+            store.copy_out(layer, slot, rows)
+            rows[count:] = 0
     return records
 
 
 def put_records(store: BlockStore, keys: Tensor, tokens: Tensor, records: Tensor) -> None:
     """Write records (n, record bytes) into the empty blocks of `keys` (n,), which are held here."""
-    size = store.block_tokens
-    offset = torch.arange(size)
-    there = (offset < tokens[:, None]).reshape(-1)
-    ids = (keys.long()[:, None] * size + offset).reshape(-1)[there]
+    slots = store.slot_of[keys.long()].tolist()
+    for record, slot, count in zip(records, slots, tokens.tolist(), strict=True):
+        for layer, rows in _layers_of(store, record):
+            store.copy_in(layer, slot, rows, count)
+
+
+def _layers_of(store: BlockStore, record: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Each layer that stores anything, and its rows (B, entry_bytes) of a record: views."""
     start = 0
     for layer, codec in enumerate(store.codecs):
-        if codec is None:
-            continue
-        end = start + size * codec.entry_bytes
-        rows = records[:, start:end].reshape(-1, codec.entry_bytes)
-        store.write(layer, ids, rows if len(ids) == len(rows) else rows[there])
-        start = end
+        if codec is not None:
+            end = start + store.block_tokens * codec.entry_bytes
+            yield layer, record[start:end].view(store.block_tokens, codec.entry_bytes)
+            start = end
 
 
 class BlockHashes:

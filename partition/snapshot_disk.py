@@ -34,7 +34,7 @@ from .snapshot import (
 )
 
 MANIFEST = "manifest"
-BATCH_BYTES = 8 << 20  # read, hashed and written at a time
+BATCH_BYTES = 2 << 20  # copied, hashed and written at a time: few enough to stay in a cache
 FILE_BYTES = 256 << 20  # after which the next file begins
 _TEMPORARY = ".tmp"
 
@@ -212,9 +212,10 @@ class RecordReader:
             os.close(self._fd)
             raise
 
-    def read(self, rows: Sequence[int]) -> Tensor:
-        """The records (n, width) uint8 at these rows; their hashes are for the caller to compare."""
-        records = torch.empty(len(rows), self._width, dtype=torch.uint8)
+    def read(self, rows: Sequence[int], *, into: Tensor | None = None) -> Tensor:
+        """The records (n, width) uint8 at these rows, in `into` if given; compare their hashes."""
+        shape = (len(rows), self._width)
+        records = torch.empty(shape, dtype=torch.uint8) if into is None else into
         for record, row in zip(records, rows, strict=True):
             left = record.numpy().data
             at = HEADER_BYTES + row * self._width
@@ -262,15 +263,17 @@ def read_verified(
 ) -> Iterator[tuple[list[bytes], Tensor]]:
     """The records of these hashes, with the tokens of each, in batches and in the files' order.
 
-    Yields: n hashes, and their records (n, record bytes) uint8.
+    Yields: n hashes, and their records (n, record bytes) uint8, which the next batch overwrites.
     Raises: ValueError that names the file and the record whose bytes are not those of its hash.
     """
-    batch = rows_within(BATCH_BYTES, manifest.record_bytes(kind))
+    width = manifest.record_bytes(kind)
+    batch = rows_within(BATCH_BYTES, width)
+    staged = torch.empty(batch if tokens_of else 0, width, dtype=torch.uint8)
     for file, rows, hashes in by_file(manifest, kind, tokens_of):
         with RecordReader(folder, manifest, file) as reader:
             for start in range(0, len(rows), batch):
-                records = reader.read(rows[start : start + batch])
                 names = hashes[start : start + batch]
+                records = reader.read(rows[start : start + batch], into=staged[: len(names)])
                 for row, name, record in zip(rows[start:], names, records, strict=False):
                     if block_hash(record, tokens_of[name]) != name:
                         where = str(folder / file.name)

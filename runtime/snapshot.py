@@ -257,11 +257,14 @@ def _write_kind(
     hashes = torch.where(saved[:, None], blocks.hashes, 0)
     writer = RecordWriter(folder, token=token, rank=world.rank, kind=kind, width=width)
     try:
-        for batch in (~saved).nonzero()[:, 0].split(rows_within(BATCH_BYTES, width)):
+        todo = (~saved).nonzero()[:, 0]
+        most = rows_within(BATCH_BYTES, width)
+        staged = torch.empty(min(most, len(todo)), width, dtype=torch.uint8)
+        for batch in todo.split(most):
             if stop.is_set():
                 raise ValueError("the snapshot was cancelled")
             slots, tokens = blocks.slots[batch], blocks.tokens[batch]
-            records = take_records(store, slots, tokens)
+            records = take_records(store, slots, tokens, into=staged[: len(batch)])
             # Read first, then compare: a slot that was given away meanwhile shows it here.
             same = store.generation[slots] == blocks.generations[batch]
             found = hash_records(records, tokens)

@@ -19,6 +19,7 @@ from snapshots import restore, save
 from qroam.partition import snapshot_disk
 from qroam.partition.layout import mla, uniform_model
 from qroam.partition.placement import Placement
+from qroam.partition.records import take_records
 from qroam.partition.snapshot_disk import read_manifest
 from qroam.partition.snapshot_verify import verify
 from qroam.runtime import PeerError, Runtime, RuntimeConfig, SnapshotError
@@ -187,11 +188,11 @@ def test_a_slot_given_away_meanwhile_is_left_out(
 ) -> None:
     """The writer reads beside the steps: the generation tells it that a block is another one now."""
     let_go = Event()
-    take = step.take_records
+    take = take_records
 
-    def late(*arguments: Any) -> torch.Tensor:
+    def late(*arguments: Any, **named: Any) -> torch.Tensor:
         assert let_go.wait(10)
-        return take(*arguments)
+        return take(*arguments, **named)
 
     monkeypatch.setattr(step, "take_records", late)
 
@@ -275,7 +276,7 @@ def test_a_full_disk_fails_everywhere_and_the_world_goes_on(
         runtime.idle_attend(0)
         with monkeypatch.context() as patch:
             if runtime.rank == 0:
-                patch.setattr(snapshot_disk.os, "pwrite", full)
+                patch.setattr(os, "pwrite", full)
             runtime.idle_attend(0)
             said = refused(lambda: runtime.snapshot(folder))
             runtime.idle_attend(0)
