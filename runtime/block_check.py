@@ -13,7 +13,7 @@ from torch import Tensor
 from ..partition.records import HASH_BYTES, closed, hash_records, record_bytes, take_records
 from ..partition.snapshot import KINDS, Kind
 from ..partition.snapshot_disk import BATCH_BYTES, rows_within
-from .snapshot_parts import column_of, store_of
+from .snapshot_parts import column_of, owner_of, store_of
 from .together import flush, in_thread, tell, together
 from .world import World
 
@@ -69,7 +69,7 @@ def check_blocks(world: World, sample: int | None) -> list[BlockCheck]:
 
 def _sampled(world: World, sample: int | None) -> Tensor:
     """Blocks of the corpus (n,), ascending, the same on every rank, others at every call."""
-    used = (world.directory.owners[:: world.config.num_branches, 0] >= 0).nonzero()[:, 0]
+    used = (owner_of(world.directory, "index") >= 0).nonzero()[:, 0]
     if sample is None or sample >= len(used):
         return used
     generator = torch.Generator().manual_seed(world.epoch)

@@ -69,7 +69,8 @@ def restore(world: World, folder: Path) -> RestoreReport:
         try:
             read_bytes = together(world, "restore", f"snapshot {folder}", load)
         except SnapshotError as error:
-            world.transport.abort((world.rank,), f"its corpus is half restored: {error}")
+            # Not an abort: that could overtake what the others are about to hear for themselves.
+            world.transport.give_up((world.rank,), f"its corpus is half restored: {error}")
             raise
     finally:
         if lock is not None:

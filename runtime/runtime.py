@@ -74,7 +74,7 @@ class Runtime:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None and not isinstance(error, PeerError):
+        if error is not None and not isinstance(error, (PeerError, SnapshotError)):
             self._world.transport.abort((self.rank,), f"raised {type(error).__name__}: {error}")
         self.close()
 

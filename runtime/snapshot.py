@@ -78,6 +78,7 @@ from .snapshot_parts import (
     agree_on,
     check_forms,
     forms_of,
+    owner_of,
     part_columns,
     received_part,
     saved_documents,
@@ -172,6 +173,7 @@ def finish_snapshot(world: World, pending: PendingSnapshot) -> SnapshotReport:
     Raises: SnapshotError on every rank if a part could not be written; nothing is committed then.
     """
     what = f"snapshot {pending.folder}"
+    commit = done(None)
     try:
         try:
             part = together(world, "snapshot-write", what, pending.work)
@@ -180,7 +182,6 @@ def finish_snapshot(world: World, pending: PendingSnapshot) -> SnapshotReport:
             raise
         columns = part_columns(world, pending.ours, part)
         heard = settle(world, world.header("snapshot-parts", layer=0), columns)
-        commit = done(None)
         if world.rank == 0:
             parts = [
                 received_part(world, pending.directory, pending.token, rank, message)
@@ -192,7 +193,9 @@ def finish_snapshot(world: World, pending: PendingSnapshot) -> SnapshotReport:
             commit = in_thread(partial(_commit, pending.folder, manifest), "qroam-commit")
         together(world, "snapshot-commit", what, commit)
     finally:
-        pending.cancel()
+        # Not before a commit that has begun is over, even if a rank was lost meanwhile: whoever
+        # holds the folder next must not find it changing.
+        commit.add_done_callback(lambda _: pending.cancel())
     for kind, ours in pending.ours.items():
         there = is_known(part.hashes[kind])
         world.hashes[kind].keep(ours.keys[there], ours.generations[there], part.hashes[kind][there])
@@ -209,14 +212,11 @@ def finish_snapshot(world: World, pending: PendingSnapshot) -> SnapshotReport:
 def _closed(world: World, kind: Kind) -> Closed:
     """The closed blocks that this rank owns, as they are now."""
     store, directory = store_of(world, kind), world.directory
-    branches = directory.num_branches
-    owner = directory.owners[:, 0]
-    if kind == "index":
-        owner = owner[::branches]
-    keys = (owner == world.rank).nonzero()[:, 0]
-    tokens = directory.tokens[keys if kind == "index" else keys // branches]
-    keys = keys[closed(store, keys, tokens)]
-    tokens = directory.tokens[keys if kind == "index" else keys // branches]
+    keys = (owner_of(directory, kind) == world.rank).nonzero()[:, 0]
+    branches = directory.num_branches if kind == "entries" else 1
+    tokens = directory.tokens[keys // branches]
+    there = closed(store, keys, tokens)
+    keys, tokens = keys[there], tokens[there]
     slots = store.slot_of[keys].long()
     generations = store.generation[slots]
     hashes, known = world.hashes[kind].find(keys, generations)

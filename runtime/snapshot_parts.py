@@ -56,6 +56,12 @@ def store_of(world: World, kind: Kind) -> BlockStore:
     return world.entries if kind == "entries" else world.index
 
 
+def owner_of(directory: Directory, kind: Kind) -> Tensor:
+    """The rank that answers for each key of a kind: the owner, for index keys that of branch 0."""
+    owner = directory.owners[:, 0]
+    return owner if kind == "entries" else owner[:: directory.num_branches]
+
+
 def forms_of(world: World) -> tuple[LayerForm, ...]:
     """How the world's model stores each layer."""
     layers = zip(world.config.model.layers, world.entries.codecs, world.index.codecs, strict=True)
@@ -141,11 +147,11 @@ def received_part(
         for kind in KINDS:
             keys[kind] = column_of(message.columns, f"{kind}.keys", torch.int32, ()).long()
             hashes[kind] = column_of(message.columns, f"{kind}.hashes", torch.uint8, (HASH_BYTES,))
-            most = directory.num_blocks * (directory.num_branches if kind == "entries" else 1)
-            if len(keys[kind]) != len(hashes[kind]) or bool(
-                ((keys[kind] < 0) | (keys[kind] >= most)).any()
-            ):
-                raise ValueError(f"keys of {kind} outside the corpus, or not as many as hashes")
+            owner = owner_of(directory, kind)
+            known = (keys[kind] >= 0) & (keys[kind] < len(owner))
+            own = owner[torch.where(known, keys[kind], 0)] == rank
+            if len(keys[kind]) != len(hashes[kind]) or not bool((known & own).all()):
+                raise ValueError(f"keys of {kind} are not its own, or not as many as the hashes")
         return keys, Part(hashes, _received_files(message, token, rank))
     except ValueError as error:
         raise world.transport.accuse(rank, f"sent a malformed part: {error}") from error

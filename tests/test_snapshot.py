@@ -15,6 +15,7 @@ import torch
 from cases import Case
 from ranks import RankPool, run_loopback
 from snapshots import restore, save
+from test_untrusted import on, spoiling
 
 from qroam.partition import snapshot_disk
 from qroam.partition.layout import mla, uniform_model
@@ -411,6 +412,41 @@ def test_a_rank_that_dies_meanwhile_is_named_and_the_last_snapshot_stays(tmp_pat
     ends = LoopbackTransport.world(3, deadline_s=2.0)
     assert all(said.startswith("rank 1: ") for said in run_loopback(3, work, transports=ends))
     assert verify(folder).documents == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "column", "change"),
+    [
+        ("snapshot-parts", "entries.keys", lambda rows: rows + 1),
+        ("snapshot-parts", "entries.keys", lambda rows: rows - 100),
+        ("snapshot-parts", "entries.hashes", lambda rows: rows[1:]),
+        ("snapshot-parts", "entries.hashes", lambda rows: rows[:, 1:]),
+        ("snapshot-parts", "files.rows", lambda rows: rows * 2**24),
+        ("snapshot-parts", "files.kind", lambda rows: rows + 5),
+        ("snapshot-parts", "files.hashes", lambda rows: rows.int()),
+        ("verify", "at", lambda rows: rows + 1000),
+        ("verify", "at", torch.zeros_like),
+        ("verify", "hashes", lambda rows: rows[1:]),
+    ],
+)
+def test_a_malformed_part_names_its_sender(
+    kind: str, column: str, change: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path
+) -> None:
+    def work(end: Transport) -> str:
+        with Runtime.open(config(deadline_s=2.0), end) as runtime:
+            add(runtime, "a", 30)
+            try:
+                runtime.snapshot(tmp_path / "s")
+                runtime.verify()
+                runtime.idle_attend(0)
+            except PeerError as error:
+                return str(error)
+            return "nothing"
+
+    ends = spoiling(on(kind, column, change)).world(2, deadline_s=2.0)
+    for told in run_loopback(2, work, transports=ends):
+        assert told.startswith("rank 1: sent "), told
+    assert kind == "verify" or not (tmp_path / "s" / "manifest").exists()
 
 
 # Live blocks ----------------------------------------------------------------------------------------
