@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -124,10 +125,20 @@ def world(size: int, work: Callable[[Runtime], T], **changes: Any) -> list[T]:
         with Runtime.open(config(**changes), end) as runtime:
             return work(runtime)
 
-    return run_loopback(size, opened)
+    return run_loopback(size, opened, deadline_s=changes.get("deadline_s", 10.0))
 
 
-def test_what_is_on_disk_is_not_written_again(tmp_path: Path) -> None:
+def test_what_is_on_disk_is_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def counted(store: Any, slots: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        read.append(len(slots))
+        return take_records(store, slots, *rest, **named)
+
+    monkeypatch.setattr(step, "take_records", counted)
+
     def first(runtime: Runtime) -> list[int]:
         add(runtime, "a", 30)
         written = [runtime.snapshot(tmp_path / "s").written]
@@ -148,9 +159,13 @@ def test_what_is_on_disk_is_not_written_again(tmp_path: Path) -> None:
     files = tmp_path / "s"
     totals = [sum(column) for column in zip(*world(2, first), strict=True)]
     assert totals == [8, 0, 3]
+    assert (
+        sum(read) == 8 + 3 + 8
+    )  # what is known to be there is not even read; "a again" is not known
     before = {path: path.stat().st_mtime_ns for path in files.glob("*.safetensors")}
     totals = [sum(column) for column in zip(*world(3, later), strict=True)]
     assert totals == [0, 2]
+    assert sum(read) == 8 + 3 + 8 + 2
     assert before.items() <= {p: p.stat().st_mtime_ns for p in files.glob("*.safetensors")}.items()
     assert verify(files).sequence == 5
 
@@ -160,7 +175,7 @@ def test_blocks_that_are_not_closed_wait_for_the_next_snapshot(tmp_path: Path) -
         document = runtime._world.directory.document("a")
         ids = torch.arange(document.start + start, document.start + end, dtype=torch.int32)
         for layer in layers:
-            if runtime.rank == 0:
+            if runtime.rank == 1:  # not the owner: the next step, a snapshot too, takes it there
                 runtime.write(layer, ids, contents("a", 14, layer)[start:end])
 
     def first(runtime: Runtime) -> int:
@@ -388,6 +403,24 @@ def test_damage_found_late_ends_the_world_on_every_rank(tmp_path: Path) -> None:
     first, *others = world(3, work)
     assert f"{victim}: record 0: its bytes are not those of its hash" in first
     assert others == [first, first]
+
+
+def test_a_disk_may_take_longer_than_a_rank_may_be_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(store: Any, slots: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        time.sleep(2.5)
+        return take_records(store, slots, *rest, **named)
+
+    def work(runtime: Runtime) -> int:
+        add(runtime, "a", 4)  # one block: rank 0 writes, rank 1 waits
+        with monkeypatch.context() as patch:
+            patch.setattr(step, "take_records", slow)
+            written = runtime.snapshot(tmp_path / "s").written
+        runtime.idle_attend(0)
+        return written
+
+    assert world(2, work, deadline_s=1.0) == [1, 0]
 
 
 def test_a_rank_that_dies_meanwhile_is_named_and_the_last_snapshot_stays(tmp_path: Path) -> None:
