@@ -20,7 +20,6 @@ from typing import Any
 
 import pytest
 from lives import (
-    DEADLINE_S,
     DOCUMENTS,
     NO_WORLD,
     PEER_LOST,
@@ -68,7 +67,9 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
         for process in victims:
             process.kill()
         for process in ranks:
-            process.join(4 * DEADLINE_S)
+            process.join(
+                60
+            )  # gloo takes its time to give up a mesh that lost a rank while connecting
             assert process.exitcode is not None, "a rank waits for a dead one"
         codes = {process.exitcode for process in ranks if process not in victims}
         assert codes <= {0, PEER_LOST, NO_WORLD}, codes
