@@ -190,13 +190,17 @@ class Transport(ABC):
         """Tell every other rank who is to blame; later calls here raise at once. Sends best-effort."""
         if self._failure:
             return
-        self._failure = PeerError(culprits, reason)
+        self.give_up(culprits, reason)
         for peer in self.peers:
             self._send_abort(peer, culprits, reason)
 
     def part(self, peer: int, reason: str) -> None:
         """Tell one peer that nothing more comes from here, and that it is to blame; best-effort."""
         self._send_abort(peer, (peer,), reason)
+
+    def give_up(self, culprits: tuple[int, ...], reason: str) -> None:
+        """Later calls here raise at once; for what every rank knows without being told."""
+        self._failure = self._failure or PeerError(culprits, reason)
 
     @abstractmethod
     def close(self) -> None:

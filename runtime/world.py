@@ -20,6 +20,8 @@ from ..partition.codec import Codec, make_codec
 from ..partition.directory import Directory, empty_directory
 from ..partition.layout import Form, Layout
 from ..partition.pool import BlockStore
+from ..partition.records import BlockHashes
+from ..partition.snapshot import Kind
 from .config import RuntimeConfig
 from .cost.model import LayerFacts
 from .cost.predicate import Decision, Demand, Way
@@ -157,6 +159,10 @@ class World:
             num_keys=config.max_ids // branches,
             block_tokens=block_tokens,
         )
+        self.hashes: dict[Kind, BlockHashes] = {
+            "entries": BlockHashes(config.max_blocks * branches),
+            "index": BlockHashes(config.max_blocks if self.has_index else 0),
+        }
         self.leases = [self.entries.leases(layer) for layer in range(len(layers))]
         self.weights: list[LayerWeights | None] = [None] * len(layers)
         self.entry_pushes: list[list[Push]] = [[] for _ in layers]
@@ -202,7 +208,7 @@ class World:
 
     def take_weights(self, layer: int, weights: LayerWeights) -> None:
         """Keep a layer's weights. Their mark joins the table version: ranks that differ are named."""
-        self.check_tables_free()
+        self.check_not_serving()
         self.weights[layer] = weights
         for weight in weights:
             raw = weight.cpu().view(torch.uint8).numpy().tobytes()
@@ -214,7 +220,7 @@ class World:
         """Take over another directory: give up the blocks that are gone, with their leases and what
         was written for them and not sent, and give the copies of new ones here their slots.
         """
-        self.check_tables_free()
+        self.check_not_serving()
         branches, before = self.config.num_branches, self.directory
         changed = (before.generations != directory.generations).view(-1, branches)[:, 0]
         unused, wanted = before.references == 0, directory.references > 0
@@ -251,12 +257,14 @@ class World:
                 left = [push.without(gone, block_tokens) for push in staged]
                 staged[:] = [push for push in left if len(push.ids)]
 
-    def check_tables_free(self) -> None:
-        """Raises: RuntimeError during a service, which answers by the tables as they are."""
+    def check_not_serving(self) -> None:
+        """Raises: RuntimeError during a service, when no step of the whole world is taken and tables
+        stay as they are.
+        """
         if self.service is not None:
             raise RuntimeError(
-                "documents are changed and leased, and weights loaded, between services: "
-                "close the service on every rank"
+                "documents are changed, leased, saved and verified, and weights loaded, between "
+                "services: close the service on every rank"
             )
 
     def assign_private(self, block: int, seat: int) -> None:

@@ -1,4 +1,4 @@
-"""The command `qroam`. Exit codes: 0 done, 1 the demo's outputs differ, 2 an error."""
+"""The command `qroam`. Exit codes: 0 done, 1 outputs differ or a snapshot is damaged, 2 an error."""
 
 import json
 import sys
@@ -159,6 +159,19 @@ def explain(
             typer.echo(line)
     else:
         typer.echo(json.dumps(records) if as_json else render(records))
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="The folder of a snapshot.")], as_json: Json = False
+) -> None:
+    """Read a snapshot and compare every block with its hash; name the blocks that are lost."""
+    from ...partition.snapshot_verify import verify as verify_snapshot
+    from .verify import render_verified
+
+    result = verify_snapshot(path)
+    typer.echo(json.dumps(asdict(result)) if as_json else render_verified(result))
+    raise typer.Exit(1 if result.damage else 0)
 
 
 @app.command()
