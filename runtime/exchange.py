@@ -15,13 +15,14 @@ from torch import Tensor
 from ..kernels.reference import mix
 from ..partition.layout import Form
 from .attend import Partial
+from .config import RuntimeConfig
 from .errors import CoverageError, PeerError
 from .holder import tagged, take_pushes, to_int32
 from .messages import Header, Message
 from .plan import FetchList, RouteLists, Wanted
 from .requests import Scope, units_visible
 from .score import BestUnits
-from .transport import Column
+from .transport import Column, Transport
 from .world import World
 
 T = TypeVar("T")
@@ -93,16 +94,21 @@ def settle(world: World, header: Header, columns: Sequence[Column] = ()) -> list
     return visitors
 
 
-def agree(world: World) -> None:
+def agree(
+    config: RuntimeConfig, transport: Transport, heads: tuple[int, int]
+) -> list[tuple[int, int]]:
     """Compare configurations when a world opens; all ranks blame the same minority and say why.
 
+    Returns: the heads (start, count) that each rank says it has, in which ranks may differ.
     Raises: PeerError naming the ranks whose configuration is not the commonest, on every rank.
     """
-    ours = "\n".join(world.config.described())
-    header = replace(world.header("open", layer=0), incarnation=0)
+    ours = "\n".join(config.described())
+    header = Header(kind="open", incarnation=0, channel=0, epoch=0, tables=0)
     text = torch.frombuffer(bytearray(ours.encode()), dtype=torch.uint8)
-    world.transport.post(header, [broadcast("config", text, world)])
-    said = [ours if m is None else _config(world, m) for m in world.transport.collect(header)]
+    facts = {"config": text, "heads": torch.tensor(heads, dtype=torch.int32)}
+    transport.post_shares(header, [facts] * transport.world_size)
+    messages = transport.collect(header)
+    said = [ours if message is None else _config(message) for message in messages]
     common = max(said, key=said.count)
     culprits = tuple(rank for rank, text in enumerate(said) if text != common)
     if culprits:
@@ -111,13 +117,25 @@ def agree(world: World) -> None:
             f"{theirs[:80]} instead of {usual[:80]}" for theirs, usual in lines if theirs != usual
         )
         reason = f"opened with another configuration: {differs}"
-        world.transport.abort(culprits, reason)
+        transport.abort(culprits, reason)
         raise PeerError(culprits, reason)
+    return [
+        heads if message is None else _heads(transport, rank, message)
+        for rank, message in enumerate(messages)
+    ]
 
 
-def _config(world: World, message: Message) -> str:
+def _config(message: Message) -> str:
     text = message.columns.get("config")
     return "" if text is None else text.view(torch.uint8).numpy().tobytes().decode(errors="replace")
+
+
+def _heads(transport: Transport, rank: int, message: Message) -> tuple[int, int]:
+    heads = message.columns.get("heads")
+    if heads is None or heads.dtype != torch.int32 or heads.shape != (2,):
+        raise transport.accuse(rank, "did not say which heads it has")
+    start, count = heads.tolist()
+    return start, count
 
 
 def broadcast(name: str, rows: Tensor, world: World, to: Tensor | None = None) -> Column:

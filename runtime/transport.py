@@ -149,13 +149,7 @@ class Transport(ABC):
         if self._failure:
             raise self._failure
         with self._handover:
-            frames = [frame for waiting in self._waiting for frame in waiting]
-            while not self._arrived.empty():
-                frames.append(self._arrived.get_nowait())
-            frames += [Frame(peer, None, reason) for peer, reason in self._gone.items()]
-            for waiting in self._waiting:
-                waiting.clear()
-            for frame in frames:
+            for frame in self._drain():
                 inbox.put(frame)
             self._inbox = inbox
 
@@ -223,6 +217,15 @@ class Transport(ABC):
                 self._arrived.put(frame)
             else:
                 self._inbox.put(frame)
+
+    def _drain(self) -> list[Frame]:
+        """What arrived and was not collected, and who is gone; under `_handover`."""
+        frames = [frame for waiting in self._waiting for frame in waiting]
+        while not self._arrived.empty():
+            frames.append(self._arrived.get_nowait())
+        for waiting in self._waiting:
+            waiting.clear()
+        return frames + [Frame(peer, None, reason) for peer, reason in self._gone.items()]
 
     def _make_room(self, peer: int, num_bytes: int, timeout_s: float | None) -> bool:
         """Hold back a request until there is room for it; outside service nothing is held back."""

@@ -116,11 +116,17 @@ class Stats:
 class World:
     """A rank's transport, directory, pool, leases and weights. Made by `Runtime.open`."""
 
-    def __init__(self, config: RuntimeConfig, transport: Transport) -> None:
+    def __init__(
+        self,
+        config: RuntimeConfig,
+        transport: Transport,
+        sent_before: tuple[Counter[str], Counter[str]],
+    ) -> None:
+        """`sent_before`: what `transport` had counted before the runtime was opened."""
         self.config = config
         self.transport = transport
         self.rank, self.world_size = transport.rank, transport.world_size
-        self._sent_before = transport.counted()
+        self._sent_before = sent_before
         self.service: Service | None = None
         self.served = Served()
         # (W,) bool: whom a plan may ask. Of a unit without such a holder the preferred one is asked.

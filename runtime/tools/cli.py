@@ -129,10 +129,14 @@ def explain(
     lines: Annotated[
         bool, typer.Option("--lines", help="Print one line per query and holder.")
     ] = False,
+    lanes: Annotated[
+        int, typer.Option(min=1, help="Ranks of an instance that share the heads.")
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Show the decisions of a hypothetical step, and why."""
     from ...partition.codec import make_codec
+    from ...partition.lanes import lane_layout
     from ...partition.layout import named_layout
     from ..cost.profile import load_profile
     from .explain import explain_step, render, render_lines
@@ -140,6 +144,9 @@ def explain(
     if lines and as_json:
         raise ValueError("--lines and --json exclude each other")
     chosen = named_layout(layout)
+    if chosen.heads % lanes:
+        raise ValueError(f"{chosen.heads} heads cannot be shared equally by {lanes} lanes")
+    chosen = lane_layout(chosen, 0, chosen.heads // lanes)
     codec = make_codec(chosen.codec, dim=chosen.entry_dim, rope_dim=chosen.rope_dim)
     records = explain_step(
         layout=chosen,
