@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +38,8 @@ from qroam.runtime import FabricProfile, PeerError, Runtime, RuntimeConfig, load
 from qroam.runtime.cost.model import LayerFacts
 from qroam.runtime.cost.predicate import Mode
 from qroam.runtime.explain import DecisionLine
-from qroam.runtime.lanes import lanes_of
+from qroam.runtime.lanes import LaneTransport, lanes_of
+from qroam.runtime.messages import Header
 from qroam.runtime.tools.cli import main
 from qroam.runtime.transport import LoopbackTransport, Transport
 
@@ -542,8 +544,10 @@ def test_an_instance_that_loses_a_lane_is_named_in_every_lane() -> None:
                     runtime.idle_attend(0)
                 if transport.rank == 2:
                     raise ArithmeticError("boom")
-                while True:
+                expiry = time.monotonic() + 8.0
+                while time.monotonic() < expiry:
                     runtime.idle_attend(0)
+                return (), "nobody said anything"
         except PeerError as error:
             return error.culprits, error.reason
         except ArithmeticError:
@@ -553,6 +557,17 @@ def test_an_instance_that_loses_a_lane_is_named_in_every_lane() -> None:
     assert same == ((1,), "raised ArithmeticError: boom")
     elsewhere = ((1,), "raised ArithmeticError: boom (rank 2 of all, in another lane)")
     assert others == [elsewhere, ((), "it was me"), elsewhere]
+
+
+def test_an_abort_is_passed_on_as_it_was_told() -> None:
+    ends = LoopbackTransport.world(4, deadline_s=5.0)
+    lane = LaneTransport(ends[1], [[0, 2], [1, 3]], owned=False)
+    ends[2]._send_abort(1, (2,), "boom")
+    with pytest.raises(PeerError, match=r"rank 1: boom \(rank 2 of all, in another lane\)"):
+        lane.collect(Header(kind="attend", incarnation=0, channel=0, epoch=1, tables=0))
+    for end in (ends[0], ends[3]):
+        with pytest.raises(PeerError, match=r"^rank 2: boom$"):
+            end.collect(Header(kind="attend", incarnation=0, channel=0, epoch=1, tables=0))
 
 
 def test_a_silent_rank_holds_up_its_lane_alone() -> None:
