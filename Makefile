@@ -6,7 +6,7 @@ PACKAGES := $(addprefix -p qroam.,partition indexer kernels runtime)
 # Folders are listed too: their time stamp tells of a deleted file.
 SOURCES := $(shell find partition indexer kernels runtime -not -path '*__pycache__*')
 
-.PHONY: test demo bench lint types install clean
+.PHONY: test demo bench fuzz lint types install clean
 
 test: install
 	$(BIN)/pytest
@@ -16,6 +16,9 @@ demo: install
 
 bench: install
 	$(BIN)/python benchmarks/step_cpu.py
+
+fuzz: install
+	$(BIN)/python tests/fuzz.py
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -13,11 +13,11 @@ from torch import Tensor
 from ..partition.directory import Document, with_document
 from ..partition.layout import Layout
 from ..partition.placement import place
+from .agreement import agree
 from .config import RuntimeConfig
 from .cost.predicate import MODES, Mode
 from .door import check_scope, check_selection, check_tensor, check_writable
 from .errors import CoverageError, PeerError
-from .exchange import agree
 from .explain import DecisionLine, explain_last, predicted_last
 from .holder import MAX_TOP_K
 from .requests import Request, Scope, scope_of, stacked

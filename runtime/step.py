@@ -27,6 +27,7 @@ from .cost.predicate import Mode, Way, decide, way_of
 from .exchange import (
     broadcast,
     candidates,
+    check_fetched,
     coverage_error,
     exchange,
     fetched_answers,
@@ -142,7 +143,9 @@ def attend_step(
     parts = {"A": [own]}
     if len(fetched.rows):
         with stats.phase("attend fetched"):
-            parts["A"].append(attend_fetched(world, layer, absorbed, wanted, fetch, fetched.rows))
+            part = attend_fetched(world, layer, absorbed, wanted, fetch, fetched.rows)
+            check_fetched(world, layer, part, fetch, fetched.rows)
+            parts["A"].append(part)
             keep_leases(world, layer, fetched.ids, fetched.came, fetched.rows)
     for form, lists in routes.items():
         part, wrong = routed_answers(world, layer, form, lists, answers)

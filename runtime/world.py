@@ -159,6 +159,11 @@ class World:
         keys = stored_ids.long() // self.config.block_tokens
         return generations[keys.clamp(0, len(generations) - 1)]
 
+    def index_owners(self, units: Tensor, unit_tokens: int) -> Tensor:
+        """The rank that scores each unit when index keys live with their blocks; -1 for private ones."""
+        block = units.long() * unit_tokens // self.config.block_tokens
+        return self._owners(block * self.config.num_branches)[..., 0]
+
     def forms(self, layer: int) -> tuple[Form, ...]:
         """Payload forms that can be executed: B with the projection weights, which headers compare."""
         return ("A",) if self.weights[layer] is None else ("A", "B")
@@ -269,10 +274,10 @@ class World:
         self._stage(self.index_pushes[layer], holders, ids, rows)
 
     def _owners(self, keys: Tensor) -> Tensor:
-        """Ranks (n, R) of the copies of keys (n,); -1 for private ones, which are only here."""
+        """Ranks (*, R) of the copies of keys (*); -1 for private ones, which are only here."""
         owners = self.directory.owners
-        corpus = keys < len(owners)
-        return torch.where(corpus[:, None], owners[torch.where(corpus, keys, 0).long()], -1)
+        corpus = (keys >= 0) & (keys < len(owners))
+        return torch.where(corpus[..., None], owners[torch.where(corpus, keys, 0).long()], -1)
 
     def _stage(self, pushes: list[Push], holders: Tensor, ids: Tensor, rows: Tensor) -> None:
         for copy in holders.unbind(1):
