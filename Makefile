@@ -37,7 +37,7 @@ install: .venv/installed
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt README.md LICENSE $(SOURCES)
 	rm -rf build *.egg-info
 	$(PIP) install -c constraints.txt setuptools
-	$(PIP) install -c constraints.txt --no-build-isolation '.[models,test]'
+	$(PIP) install -c constraints.txt --no-build-isolation '.[metrics,models,test]'
 	rm -rf build *.egg-info
 	touch $@
 

@@ -17,12 +17,14 @@ from .cost.profile import FabricProfile, load_profile
 
 IndexPlacement = Literal["with-blocks", "replicated"]
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-_OWN_CHOICES = frozenset({"deadline_s"})  # in which ranks may differ
+_OWN_CHOICES = frozenset(
+    {"deadline_s", "log_decisions", "profile_ranges"}
+)  # in which ranks may differ
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeConfig:
-    """What every rank of a world must agree on.
+    """What every rank of a world must agree on, but for its own deadline, log and ranges.
 
     Args:
         model: the per-layer layouts.
@@ -40,6 +42,8 @@ class RuntimeConfig:
         deadline_s: the longest wait for another rank.
         workspace_bytes: bound on the temporary tensors of one attention or scoring tile.
         checked: reject duplicate, foreign and invisible ids in every selection.
+        log_decisions: log a JSON line per group of equal decisions (`decision_log.py`).
+        profile_ranges: name the phases of a step in torch's profiler, and in NVTX with CUDA.
     """
 
     model: ModelLayout
@@ -59,6 +63,8 @@ class RuntimeConfig:
     deadline_s: float = 30.0
     workspace_bytes: int = 32 << 20
     checked: bool = True
+    log_decisions: bool = False
+    profile_ranges: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, ModelLayout):
@@ -92,8 +98,9 @@ class RuntimeConfig:
             raise ValueError(f"deadline_s must be in (0, 86400], got {self.deadline_s}")
         if not isinstance(self.placement, Placement):
             raise ValueError(f"placement must be a Placement, got {self.placement!r}")
-        if type(self.checked) is not bool:
-            raise ValueError(f"checked must be True or False, got {self.checked!r}")
+        for name in ("checked", "log_decisions", "profile_ranges"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.fabric, FabricProfile):
             raise ValueError(
                 f"fabric must be a FabricProfile (`load_profile`), got {self.fabric!r}"
@@ -129,7 +136,7 @@ class RuntimeConfig:
         return -(-copies // world_size)
 
     def described(self) -> list[str]:
-        """A line `name=value` per leaf field but the deadline: what ranks compare when they open."""
+        """A line `name=value` per leaf field that ranks must agree on; compared when they open."""
         return [
             f"{leaf}={value!r}"
             for name in self.__slots__

@@ -163,6 +163,7 @@ def candidates(
     wrong = (scored.sum(0) != visible).nonzero()[:, 0]
     if len(wrong):
         query = int(wrong[0])
+        world.stats.failures["coverage"] += 1
         raise CoverageError(
             f"layer {layer}: query {query} sees {int(visible[query])} entries, index keys of "
             f"{int(scored[:, query].sum())} were scored ({scored[:, query].tolist()} by rank, "
@@ -249,6 +250,7 @@ def check_fetched(world: World, layer: int, part: Partial, fetch: FetchList, row
 
 def coverage_error(world: World, layer: int, complaints: list[Complaint]) -> CoverageError:
     """Names layer, queries and holders; the first few in words."""
+    world.stats.failures["coverage"] += 1
     branches = world.config.num_branches
     said = [
         f"query {item // branches} at rank {holder} {what}" for item, holder, what in complaints[:4]

@@ -154,6 +154,8 @@ def _attended(
     ids, seen = ids.flatten(1), seen.flatten(1)
     index, here = world.entries.resolve(layer, ids)
     valid = here & seen & (ids < _corpus_ids(world, of_index=False))
+    if layer == 0:
+        world.entries.touch(index[valid])
     covered = reference.coverage(*world.entries.identify(index), valid)
     out, lse = attend_entries(world, layer, rows, index, valid, pool_reader(world, layer))
     return out, lse, covered
@@ -167,6 +169,8 @@ def _fetched(world: World, layer: int, message: Message) -> dict[str, Tensor]:
         raise ValueError("units to fetch repeat")
     ids = (units[:, None] + torch.arange(unit_tokens, dtype=torch.int32)).reshape(-1)
     index, here = world.entries.resolve(layer, ids)
+    if layer == 0:
+        world.entries.touch(index[here])
     mark = torch.where(here, reference.mix(*world.entries.identify(index)), 0)
     return {"fetch.rows": world.entries.rows(layer, index), "fetch.mark": to_int32(mark)}
 

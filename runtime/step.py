@@ -24,6 +24,7 @@ from .attend import (
     merge_parts,
 )
 from .cost.predicate import Mode, Way, decide, way_of
+from .decision_log import log_decisions
 from .exchange import (
     broadcast,
     candidates,
@@ -157,6 +158,8 @@ def attend_step(
         out = combine(layout, *merge_parts(world, layer, parts, len(rows)), sink)
     stats.count(decision, len(query))
     world.last = LastStep(layer, unit_tokens, wanted.demand, decision)
+    if config.log_decisions:
+        log_decisions(world)
     if complaints:
         raise coverage_error(world, layer, complaints)
     return out.to(config.dtype)

@@ -7,7 +7,7 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from .config import RuntimeConfig
 from .cost.model import LayerFacts
 from .cost.predicate import Decision, Demand, Way
 from .messages import Header
+from .ranges import named_range
 from .transport import Column, LoopbackTransport, Transport
 from .transport_torch import TorchTransport
 
@@ -67,6 +68,9 @@ class LastStep(NamedTuple):
     decision: Decision
 
 
+_NO_RANGE = nullcontext()
+
+
 @dataclass(slots=True)
 class Stats:
     """Counters since the runtime was opened. `ways[h, w]` counts (item, holder) decisions."""
@@ -76,6 +80,8 @@ class Stats:
     queries: int = 0
     phase_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     leases: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
+    profile_ranges: bool = False
 
     def count(self, decision: Decision, queries: int) -> None:
         """Add one attention step and its decisions by holder."""
@@ -87,7 +93,8 @@ class Stats:
     def phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            yield
+            with named_range(name) if self.profile_ranges else _NO_RANGE:
+                yield
         finally:
             self.phase_s[name] += time.perf_counter() - start
 
@@ -145,7 +152,8 @@ class World:
         self.epoch = 0
         self._weights_mark = 0
         self._incarnation = config.fingerprint(self.world_size)
-        self.stats = Stats(torch.zeros(self.world_size, len(Way), dtype=torch.int64))
+        ways = torch.zeros(self.world_size, len(Way), dtype=torch.int64)
+        self.stats = Stats(ways, profile_ranges=config.profile_ranges)
         self.last: LastStep | None = None
         self._index_used = 0
 
@@ -288,6 +296,7 @@ class World:
     def snapshot(self) -> dict[str, Any]:
         """The counters as plain values."""
         stats, transport = self.stats, self.transport
+        blocks, leases = self.entries.block_residence, self.entries.lease_residence
         return {
             "rank": self.rank,
             "steps": stats.steps,
@@ -298,7 +307,10 @@ class World:
             },
             "bytes_sent": dict(transport.bytes_sent - self._sent_before[0]),
             "messages_sent": dict(transport.messages_sent - self._sent_before[1]),
-            "leases": dict(stats.leases),
+            "leases": {"hit": 0, "evicted": 0, **stats.leases},
+            "failures": {"coverage": 0, "deadline": transport.expiries, **stats.failures},
+            "lifetime": {"block": blocks.lifetime.plain(), "lease": leases.lifetime.plain()},
+            "reuse_gap": {"block": blocks.reuse_gap.plain(), "lease": leases.reuse_gap.plain()},
             "phase_s": dict(stats.phase_s),
             "pool_bytes": self.entries.num_bytes + self.index.num_bytes,
             "lease_bytes": self.entries.lease_bytes,

@@ -107,7 +107,10 @@ def main() -> int:
         print(f"{name:<16}", *(f"{findings.counts[o]:>10,}" for o in OUTCOMES), f"{each:>10.0f}")
     tried = total.counts.total()
     print(f"{'all':<16}", *(f"{total.counts[outcome]:>10,}" for outcome in OUTCOMES))
-    print(f"{tried:,} inputs in {seconds:.0f} s, {tried / seconds:,.0f} a second, seed {args.seed}")
+    print(
+        f"{tried:,} inputs in {seconds:.0f} s, {tried / seconds:,.0f} a second; "
+        f"{total.seconds:.0f} s of {args.jobs} processors, seed {args.seed}"
+    )
     for findings in found.values():
         print(*findings.said, sep="\n", end="\n" if findings.said else "")
     return int(total.bad > 0)
