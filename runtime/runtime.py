@@ -16,6 +16,7 @@ from ..partition.eviction import POLICIES, Policy
 from ..partition.hashes import block_hashes
 from ..partition.layout import Layout
 from . import life
+from .agreement import agree
 from .block_check import BlockCheck, check_blocks
 from .config import RuntimeConfig
 from .cost.predicate import MODES, Mode
@@ -31,7 +32,6 @@ from .door import (
     check_writable,
 )
 from .errors import CoverageError, PeerError, SnapshotError
-from .exchange import agree
 from .explain import DecisionLine, explain_last, predicted_last
 from .holder import MAX_TOP_K
 from .lease import lease

@@ -102,6 +102,7 @@ class Transport(ABC):
         self.deadline_s = deadline_s
         self.bytes_sent: Counter[str] = Counter()
         self.messages_sent: Counter[str] = Counter()
+        self.expiries = 0  # waits that ended at the deadline
         self._arrived: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self._waiting: list[deque[Frame]] = [deque() for _ in range(world_size)]
         self._gone: dict[int, str] = {}
@@ -261,6 +262,7 @@ class Transport(ABC):
             if now >= verdict_at:
                 if lost:
                     raise self._fail(tuple(lost), next(iter(lost.values())))
+                self.expiries += 1
                 raise self._fail(missing, f"no answer within {self.deadline_s:g} s")
             try:
                 frame = self._arrived.get(

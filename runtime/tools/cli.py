@@ -83,6 +83,10 @@ def demo(
     sabotage: Annotated[
         Sabotage | None, typer.Option(help="Break one answer; the demo must then exit with 1.")
     ] = None,
+    log_decisions: Annotated[
+        bool,
+        typer.Option("--log-decisions", help="Write decisions to stderr, a JSON line per group."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Decode over a codebase sharded across instances and compare with the unsharded model."""
@@ -103,6 +107,7 @@ def demo(
         seed=seed,
         mode=mode,
         sabotage=sabotage,
+        log_decisions=log_decisions,
     )
     with progress() as report:
         result = run_demo(config, report)
