@@ -104,6 +104,12 @@ class Directory:
         """Blocks that count for a group: those of its documents, shared ones for each."""
         return sum(d.num_blocks for d in self.documents.values() if d.group == group)
 
+    def contents(self, document: Document) -> tuple[bytes, ...]:
+        """The content hashes of its full blocks; none if it did not say what they are."""
+        said = {block: content for content, block in self.hashed.items()}
+        full = document.blocks[: document.tokens // document.block_tokens]
+        return tuple(said[block] for block in full if block in said)
+
     def prefix(self, hashes: Sequence[bytes]) -> tuple[int, ...]:
         """The blocks that already hold the first of these contents."""
         found: list[int] = []

@@ -15,6 +15,7 @@ import struct
 from collections.abc import Sequence
 
 SEED = "vllm-none-hash"
+CONTENT_BYTES = 32  # of a hash
 
 Item = bytes | str | int | None | Sequence["Item"]
 
@@ -27,7 +28,7 @@ def block_hashes(
     salt: str | None = None,
     seed: str = SEED,
 ) -> tuple[bytes, ...]:
-    """The 32-byte hash of every full block of a document.
+    """The hash of every full block of a document.
 
     With position 0 they are those of vLLM's `sha256_cbor` with `cache_salt` = salt and, by `seed`,
     the same PYTHONHASHSEED (or, from 0.33 on, none).
@@ -45,6 +46,12 @@ def block_hashes(
         parent = _sha256_cbor((parent, tuple(token_ids[start : start + block_tokens]), keys))
         hashes.append(parent)
     return tuple(hashes)
+
+
+def split_contents(hashes: bytes) -> tuple[bytes, ...]:
+    """The single hashes of a concatenation."""
+    starts = range(0, len(hashes), CONTENT_BYTES)
+    return tuple(hashes[at : at + CONTENT_BYTES] for at in starts)
 
 
 def _sha256_cbor(item: Item) -> bytes:

@@ -11,6 +11,7 @@ Changes exclude each other, because an engine and the server beside it append to
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Concatenate, ParamSpec
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .codec import Codec, gather_rows, scatter_rows
+from .residence import Places, Residence
 
 P = ParamSpec("P")
 
@@ -78,6 +80,8 @@ class BlockStore:
         self.slot_of = torch.full((num_keys,), -1, dtype=torch.int32)
         self.key_of = torch.full((num_slots,), -1, dtype=torch.int32)
         self.generation = torch.zeros(num_slots, dtype=torch.int32)
+        self.block_residence, self.lease_residence = Residence(), Residence()
+        self._places = Places(num_slots, self.block_residence)
 
     @property
     def num_bytes(self) -> int:
@@ -101,6 +105,7 @@ class BlockStore:
         """Give free `slots` (n,) to `keys` (n,), of these `generations` or of the slots' next."""
         assert bool((self.key_of[slots.long()] == -1).all()), "slot in use"
         self.fill[:, slots.long()] = 0
+        self._places.take(slots.long(), time.monotonic())
         if generations is not None:
             self.generation[slots.long()] = generations.to(torch.int32)
         self.key_of[slots.long()] = keys.to(torch.int32)
@@ -113,6 +118,14 @@ class BlockStore:
         self.slot_of[keys.long()] = -1
         self.key_of[slots] = -1
         self.generation[slots] += 1
+        self._places.leave(slots, time.monotonic())
+
+    @_alone
+    def touch(self, entry_index: Tensor) -> None:
+        """Count a use of the blocks of these entries (n,); leases have their own count."""
+        slots = torch.zeros(self.num_slots + 1, dtype=torch.bool)
+        slots[(entry_index // self.block_tokens).clamp(max=self.num_slots)] = True
+        self._places.use(slots[:-1].nonzero()[:, 0], time.monotonic())
 
     def holds(self, stored_ids: Tensor) -> Tensor:
         """Whether the block of each stored id has a slot here; padding (-1) does not."""
@@ -181,6 +194,23 @@ class BlockStore:
             return gather_rows(single, codec, 1, entry_index)
         return gather_rows(self._blocks(layer, codec), codec, self.block_tokens, entry_index)
 
+    def copy_out(self, layer: int, slot: int, rows: Tensor) -> None:
+        """Copy a slot's block, all of it whether written or not, to encoded `rows` (B, entry_bytes)."""
+        for plane, part in self._planes_beside(layer, slot, rows):
+            part.copy_(plane)
+
+    @_alone
+    def copy_in(self, layer: int, slot: int, rows: Tensor, tokens: int) -> None:
+        """Write a whole block at once: the first `tokens` of encoded `rows` (B, entry_bytes) count.
+
+        Raises: ValueError if something was written there already.
+        """
+        if int(self.fill[layer, slot]):
+            raise ValueError("entries are written once; a block that has some was given as a whole")
+        for plane, part in self._planes_beside(layer, slot, rows):
+            plane.copy_(part)
+        self.fill[layer, slot] = tokens
+
     def read(self, layer: int, entry_index: Tensor, dtype: torch.dtype) -> Tensor:
         """Decoded entries (*shape, D) at entry indices of any shape."""
         codec = self.codecs[layer]
@@ -193,7 +223,16 @@ class BlockStore:
         codec = self.codecs[layer]
         assert codec is not None
         rows = self._storage[layer].view(-1, codec.entry_bytes)[self.first_lease :]
-        return Leases(rows, first=self.first_lease)
+        return Leases(rows, first=self.first_lease, residence=self.lease_residence)
+
+    def _planes_beside(self, layer: int, slot: int, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The planes (B, bytes) of a slot's block, each with its columns of `rows`."""
+        codec = self.codecs[layer]
+        assert codec is not None
+        block = self._blocks(layer, codec)[slot]
+        planes = block.split_with_sizes([self.block_tokens * width for width in codec.planes])
+        views = [plane.view(self.block_tokens, -1) for plane in planes]
+        return list(zip(views, rows.split_with_sizes(codec.planes, dim=1), strict=True))
 
     def _blocks(self, layer: int, codec: Codec) -> Tensor:
         block_bytes = self.block_tokens * codec.entry_bytes
@@ -208,7 +247,7 @@ class Leases:
     A lease is found by binary search in sorted stored ids; nothing grows after the start.
     """
 
-    def __init__(self, rows: Tensor, *, first: int) -> None:
+    def __init__(self, rows: Tensor, *, first: int, residence: Residence | None = None) -> None:
         """`rows` (capacity, entry_bytes) uint8 is where leases are kept; `first` its entry index."""
         self._rows = rows
         self._first = first
@@ -218,6 +257,7 @@ class Leases:
         self._used_at = torch.full((capacity,), -1, dtype=torch.int64)
         self._sorted_ids, self._order = self._id_at.sort(stable=True)
         self._tick = 0
+        self._places = Places(capacity, residence or Residence())
 
     def find(self, stored_ids: Tensor, generations: Tensor) -> tuple[Tensor, Tensor]:
         """Entry index (int64) of each id's lease, and whether it is leased in that generation."""
@@ -234,11 +274,15 @@ class Leases:
         """Mark the leases at these entry indices (n,) as used now."""
         self._tick += 1
         self._used_at[entry_index - self._first] = self._tick
+        used = torch.zeros(self.capacity, dtype=torch.bool)
+        used[entry_index - self._first] = True
+        self._places.use(used.nonzero()[:, 0], time.monotonic())
 
     def forget(self, gone: Tensor) -> None:
         """Give up the leases of these entries (n,) by stored id."""
         old = torch.isin(self._id_at, gone.long())
         self._id_at[old], self._used_at[old] = -1, -1
+        self._places.leave(old.nonzero()[:, 0], time.monotonic())
         self._sorted_ids, self._order = self._id_at.sort(stable=True)
 
     def admit(self, stored_ids: Tensor, generations: Tensor, rows: Tensor) -> int:
@@ -251,11 +295,15 @@ class Leases:
             return 0
         outdated = torch.isin(self._id_at, stored_ids[:count].long())  # of another generation
         self._id_at[outdated], self._used_at[outdated] = -1, -1
+        now_s = time.monotonic()
+        self._places.leave(outdated.nonzero()[:, 0], now_s)
         victims = self._used_at.argsort(stable=True)[:count]
         evicted = int((self._id_at[victims] >= 0).sum())
         self._rows[victims] = rows[:count]
         self._id_at[victims] = stored_ids[:count].long()
         self._generation_at[victims] = generations[:count].to(torch.int32)
+        self._places.leave(victims, now_s)
+        self._places.take(victims, now_s)
         self.touch(victims + self._first)
         self._sorted_ids, self._order = self._id_at.sort(stable=True)
         return evicted

@@ -2,7 +2,7 @@
 
 from .config import RuntimeConfig
 from .cost.profile import FabricProfile, load_profile
-from .errors import CoverageError, PeerError
+from .errors import CoverageError, PeerError, SnapshotError
 from .requests import Request, Scope
 from .runtime import Runtime
 from .service import Service
@@ -20,5 +20,6 @@ __all__ = [
     "Scope",
     "Selection",
     "Service",
+    "SnapshotError",
     "load_profile",
 ]

@@ -19,3 +19,7 @@ class CoverageError(RuntimeError):
     def __init__(self, message: str, holders: tuple[int, ...]) -> None:
         super().__init__(message)
         self.holders = holders
+
+
+class SnapshotError(ValueError):
+    """A snapshot that some rank could not write or read. Every rank raises it, with the same words."""

@@ -13,9 +13,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..partition.lanes import Heads, lane_model
+from .agreement import agree
 from .config import RuntimeConfig
 from .errors import PeerError
-from .exchange import agree
 from .transport import Frame, Purpose, Transport
 
 

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from ..partition.directory import Directory, Document, with_document
 from ..partition.eviction import Policy, Use, evicted, ranked
+from ..partition.hashes import CONTENT_BYTES, split_contents
 from ..partition.placement import place, place_at
 from .exchange import broadcast, settle
 from .messages import Message
 from .requests import Request
 from .world import World
-
-_HASH_BYTES = 32
 
 
 def added(
@@ -109,7 +108,7 @@ def publish(
             tokens=tokens,
             position=position,
             home=home,
-            hashes=[raw[at : at + _HASH_BYTES] for at in range(0, len(raw), _HASH_BYTES)],
+            hashes=split_contents(raw),
             group=group,
         )
     )
@@ -227,7 +226,7 @@ def _said(world: World, rank: int, message: Message) -> tuple[Tensor, Tensor]:
     most = world.config.request_blocks * world.config.block_tokens
     if well_formed and len(facts):
         tokens, position = facts.tolist()
-        full = tokens // world.config.block_tokens * _HASH_BYTES
+        full = tokens // world.config.block_tokens * CONTENT_BYTES
         well_formed = 0 < tokens <= most and 0 <= position < 2**31 and len(content) in (0, full)
     if not well_formed:
         raise world.transport.accuse(rank, "says malformed things about what it publishes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..partition.eviction import POLICIES, Policy
 from ..partition.hashes import block_hashes
 from ..partition.layout import Layout
 from . import life
+from .block_check import BlockCheck, check_blocks
 from .config import RuntimeConfig
 from .cost.predicate import MODES, Mode
 from .door import (
@@ -28,13 +30,15 @@ from .door import (
     check_tensor,
     check_writable,
 )
-from .errors import CoverageError, PeerError
+from .errors import CoverageError, PeerError, SnapshotError
 from .explain import DecisionLine, explain_last, predicted_last
 from .holder import MAX_TOP_K
 from .lanes import join_lane
 from .lease import lease
 from .requests import Attached, Request, Scope, scope_of, stacked
+from .restore import RestoreReport, restore
 from .service import Service, start_service
+from .snapshot import PendingSnapshot, SnapshotReport, begin_snapshot, finish_snapshot
 from .step import Selection, attend_step, select_step
 from .transport import Transport
 from .world import LayerWeights, World, connect
@@ -56,6 +60,7 @@ class Runtime:
         self._free_requests = list(range(max(config.private_blocks, 1)))[::-1]
         self._free_blocks = list(range(config.private_blocks))[::-1]
         self._open_requests: list[Request] = []
+        self._snapshot: PendingSnapshot | None = None
 
     @classmethod
     def open(
@@ -103,7 +108,7 @@ class Runtime:
         if error is not None and self._world.service is not None:
             with suppress(PeerError):  # the error that ended this is the one to be heard of
                 self._world.service.close()
-        if error is not None and not isinstance(error, PeerError):
+        if error is not None and not isinstance(error, (PeerError, SnapshotError)):
             self._world.transport.abort((self.rank,), f"raised {type(error).__name__}: {error}")
         self.close()
 
@@ -113,6 +118,8 @@ class Runtime:
         """
         if not self._closed:
             self._closed = True
+            if self._snapshot is not None:
+                self._snapshot.cancel(self.config.deadline_s)
             try:
                 if self._world.service is not None:
                     self._world.service.close()
@@ -158,7 +165,7 @@ class Runtime:
             group: whose quota its blocks count for.
         Raises: ValueError if the name is taken or a capacity is exhausted; nothing changes then.
         """
-        self._check_tables_free()
+        self._check_not_serving()
         world = self._world
         tokens, hashes = self._content(name, tokens, token_ids, salt, position, group)
         directory = life.added(
@@ -184,17 +191,17 @@ class Runtime:
 
         Raises: ValueError if it is unknown or pinned.
         """
-        self._check_tables_free()
+        self._check_not_serving()
         self._world.adopt(without_document(self._world.directory, name))
 
     def pin(self, name: str) -> None:
         """Keep a document from being removed or evicted."""
-        self._check_tables_free()
+        self._check_not_serving()
         self._world.adopt(with_pin(self._world.directory, name, True))
 
     def unpin(self, name: str) -> None:
         """Undo `pin`."""
-        self._check_tables_free()
+        self._check_not_serving()
         self._world.adopt(with_pin(self._world.directory, name, False))
 
     def pinned(self) -> frozenset[str]:
@@ -203,7 +210,7 @@ class Runtime:
 
     def set_quota(self, group: str, blocks: int | None) -> None:
         """Bound the blocks of a group's documents, shared ones counted for each; None lifts it."""
-        self._check_tables_free()
+        self._check_not_serving()
         self._world.adopt(with_quota(self._world.directory, check_name(group, "group"), blocks))
 
     def make_room(
@@ -225,7 +232,7 @@ class Runtime:
 
         Raises: ValueError on every rank, and nothing changes, if that cannot make enough room.
         """
-        self._check_tables_free()
+        self._check_not_serving()
         tokens, hashes = self._content(name, tokens, token_ids, salt, position, group)
         if name in self._world.directory.documents:
             raise ValueError(f"document {name!r} exists already")
@@ -265,7 +272,7 @@ class Runtime:
         Args: token_ids, salt, group: as for `add_document`; the first two where the request is.
         Raises: ValueError if a token is not written yet, or as for `add_document`, on every rank.
         """
-        self._check_tables_free()
+        self._check_not_serving()
         check_name(name, "document")
         check_name(group, "group")
         hashes: Sequence[bytes] = ()
@@ -408,7 +415,7 @@ class Runtime:
         Raises: ValueError if there is no room; CoverageError if a token of the document is unwritten,
             or was written at a layer that has had no step since.
         """
-        self._check_tables_free()
+        self._check_not_serving()
         if request is None and name is None:
             with self._in_step():
                 lease(self._world, None, torch.empty(0, dtype=torch.int32), 0)
@@ -648,6 +655,65 @@ class Runtime:
         reachable[list(ranks)] = False
         self._world.reachable = reachable
 
+    # The corpus on disk --------------------------------------------------------------------------
+
+    def snapshot(self, path: str | Path) -> SnapshotReport:
+        """Save all closed blocks of the corpus in the folder `path`, which all ranks share; a step.
+
+        Blocks that the folder's last snapshot has are not written again. When this returns, on any
+        rank, the snapshot is on disk as a whole. Its parent folder must exist.
+
+        Raises: SnapshotError (a ValueError) on every rank if some rank could not; the last snapshot
+        is untouched then, and the world goes on.
+        """
+        self.begin_snapshot(path)
+        return self.finish_snapshot()
+
+    def begin_snapshot(self, path: str | Path) -> None:
+        """The first half of `snapshot`: what is closed now is written beside the following steps, or
+        a service.
+        """
+        self._check_not_serving()
+        if self._snapshot is not None:
+            raise ValueError(f"a snapshot to {self._snapshot.folder} is under way: finish it first")
+        with self._in_step():
+            self._snapshot = begin_snapshot(self._world, Path(path))
+
+    def finish_snapshot(self) -> SnapshotReport:
+        """The second half: wait until every rank has written its part, and commit."""
+        self._check_not_serving()
+        if self._snapshot is None:
+            raise ValueError("no snapshot is under way: begin one first")
+        pending, self._snapshot = self._snapshot, None
+        with self._in_step():
+            return finish_snapshot(self._world, pending)
+
+    def restore(self, path: str | Path) -> RestoreReport:
+        """Add the documents of a snapshot, placed by this world's ranks and placement; a step.
+
+        Their groups, pins and shared beginnings come back; quotas of groups that have none here.
+        Blocks that say what a document here says already are shared with it instead.
+
+        Raises: SnapshotError (a ValueError) on every rank. What is wrong with the manifest, the
+        model, names, room or the size of a file is found before anything changes; a block whose
+        bytes are damaged is found later, and the world refuses further steps then.
+        """
+        self._check_not_serving()
+        with self._in_step():
+            return restore(self._world, Path(path))
+
+    def verify(self, sample: int | None = None) -> list[BlockCheck]:
+        """Compare the hashes of a block's copies, of `sample` random closed blocks or all; a step.
+
+        Returns: a check for each, the same on every rank; those that are not `is_sound` have copies
+        that differ, are missing, or are not what they were in a snapshot.
+        """
+        self._check_not_serving()
+        if sample is not None and (not isinstance(sample, int) or sample < 1):
+            raise ValueError(f"sample must be a whole number of at least 1, got {sample!r}")
+        with self._in_step():
+            return check_blocks(self._world, sample)
+
     # Insight -------------------------------------------------------------------------------------
 
     def explain(self) -> list[DecisionLine]:
@@ -680,7 +746,7 @@ class Runtime:
             return
         try:
             yield
-        except PeerError:
+        except (PeerError, SnapshotError):  # every rank raises it
             raise
         except CoverageError as error:
             self._world.transport.abort(error.holders, f"rank {self.rank} was not served: {error}")
@@ -774,9 +840,9 @@ class Runtime:
         if self._closed:
             raise RuntimeError("the runtime is closed")
 
-    def _check_tables_free(self) -> None:
+    def _check_not_serving(self) -> None:
         self._check_open()
-        self._world.check_tables_free()
+        self._world.check_not_serving()
 
     def _check_request(self, request: Request) -> None:
         self._check_open()

@@ -102,6 +102,7 @@ class Transport(ABC):
         self.deadline_s = deadline_s
         self.bytes_sent: Counter[str] = Counter()
         self.messages_sent: Counter[str] = Counter()
+        self.expiries = 0  # waits that ended at the deadline
         self._arrived: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self._waiting: list[deque[Frame]] = [deque() for _ in range(world_size)]
         self._gone: dict[int, str] = {}
@@ -183,13 +184,17 @@ class Transport(ABC):
         """Tell every other rank who is to blame; later calls here raise at once. Sends best-effort."""
         if self._failure:
             return
-        self._failure = PeerError(culprits, reason)
+        self.give_up(culprits, reason)
         for peer in self.peers:
             self._send_abort(peer, culprits, reason)
 
     def part(self, peer: int, reason: str) -> None:
         """Tell one peer that nothing more comes from here, and that it is to blame; best-effort."""
         self._send_abort(peer, (peer,), reason)
+
+    def give_up(self, culprits: tuple[int, ...], reason: str) -> None:
+        """Later calls here raise at once; for what every rank knows without being told."""
+        self._failure = self._failure or PeerError(culprits, reason)
 
     @abstractmethod
     def close(self) -> None:
@@ -260,6 +265,7 @@ class Transport(ABC):
             if now >= verdict_at:
                 if lost:
                     raise self._fail(tuple(lost), next(iter(lost.values())))
+                self.expiries += 1
                 raise self._fail(missing, f"no answer within {self.deadline_s:g} s")
             try:
                 frame = self._arrived.get(

@@ -7,7 +7,7 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,10 +20,13 @@ from ..partition.codec import Codec, make_codec
 from ..partition.directory import Directory, empty_directory
 from ..partition.layout import Form, Layout
 from ..partition.pool import BlockStore
+from ..partition.records import BlockHashes
+from ..partition.snapshot import Kind
 from .config import RuntimeConfig
 from .cost.model import LayerFacts
 from .cost.predicate import Decision, Demand, Way
 from .messages import Header
+from .ranges import named_range
 from .transport import Column, LoopbackTransport, Transport
 from .transport_torch import TorchTransport
 from .usage import Usage
@@ -88,6 +91,9 @@ class Served:
     most_bytes: int = 0
 
 
+_NO_RANGE = nullcontext()
+
+
 @dataclass(slots=True)
 class Stats:
     """Counters since the runtime was opened. `ways[h, w]` counts (item, holder) decisions."""
@@ -97,6 +103,8 @@ class Stats:
     queries: int = 0
     phase_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     leases: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
+    profile_ranges: bool = False
 
     def count(self, decision: Decision, queries: int) -> None:
         """Add one attention step and its decisions by holder."""
@@ -108,7 +116,8 @@ class Stats:
     def phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            yield
+            with named_range(name) if self.profile_ranges else _NO_RANGE:
+                yield
         finally:
             self.phase_s[name] += time.perf_counter() - start
 
@@ -120,13 +129,13 @@ class World:
         self,
         config: RuntimeConfig,
         transport: Transport,
-        sent_before: tuple[Counter[str], Counter[str]],
+        sent_before: tuple[Counter[str], Counter[str]] | None = None,
     ) -> None:
-        """`sent_before`: what `transport` had counted before the runtime was opened."""
+        """`sent_before`: what `transport` had counted when opening began; None: it begins now."""
         self.config = config
         self.transport = transport
         self.rank, self.world_size = transport.rank, transport.world_size
-        self._sent_before = sent_before
+        self._sent_before = sent_before or transport.counted()
         self.service: Service | None = None
         self.served = Served()
         # (W,) bool: whom a plan may ask. Of a unit without such a holder the preferred one is asked.
@@ -163,6 +172,10 @@ class World:
             num_keys=config.max_ids // branches,
             block_tokens=block_tokens,
         )
+        self.hashes: dict[Kind, BlockHashes] = {
+            "entries": BlockHashes(config.max_blocks * branches),
+            "index": BlockHashes(config.max_blocks if self.has_index else 0),
+        }
         self.leases = [self.entries.leases(layer) for layer in range(len(layers))]
         self.weights: list[LayerWeights | None] = [None] * len(layers)
         self.entry_pushes: list[list[Push]] = [[] for _ in layers]
@@ -176,7 +189,8 @@ class World:
         self.epoch = 0
         self._weights_mark = 0
         self._incarnation = config.fingerprint(self.world_size)
-        self.stats = Stats(torch.zeros(self.world_size, len(Way), dtype=torch.int64))
+        ways = torch.zeros(self.world_size, len(Way), dtype=torch.int64)
+        self.stats = Stats(ways, profile_ranges=config.profile_ranges)
         self.last: LastStep | None = None
         self.usage = Usage(config.half_life)
 
@@ -189,6 +203,11 @@ class World:
         generations = self.directory.generations
         keys = stored_ids.long() // self.config.block_tokens
         return generations[keys.clamp(0, len(generations) - 1)]
+
+    def index_owners(self, units: Tensor, unit_tokens: int) -> Tensor:
+        """The rank that scores each unit when index keys live with their blocks; -1 for private ones."""
+        block = units.long() * unit_tokens // self.config.block_tokens
+        return self._owners(block * self.config.num_branches)[..., 0]
 
     def forms(self, layer: int) -> tuple[Form, ...]:
         """Payload forms that can be executed: B with the projection weights, which headers compare."""
@@ -208,7 +227,7 @@ class World:
 
     def take_weights(self, layer: int, weights: LayerWeights) -> None:
         """Keep a layer's weights. Their mark joins the table version: ranks that differ are named."""
-        self.check_tables_free()
+        self.check_not_serving()
         self.weights[layer] = weights
         for weight in weights:
             raw = weight.cpu().view(torch.uint8).numpy().tobytes()
@@ -220,7 +239,7 @@ class World:
         """Take over another directory: give up the blocks that are gone, with their leases and what
         was written for them and not sent, and give the copies of new ones here their slots.
         """
-        self.check_tables_free()
+        self.check_not_serving()
         branches, before = self.config.num_branches, self.directory
         changed = (before.generations != directory.generations).view(-1, branches)[:, 0]
         unused, wanted = before.references == 0, directory.references > 0
@@ -257,12 +276,14 @@ class World:
                 left = [push.without(gone, block_tokens) for push in staged]
                 staged[:] = [push for push in left if len(push.ids)]
 
-    def check_tables_free(self) -> None:
-        """Raises: RuntimeError during a service, which answers by the tables as they are."""
+    def check_not_serving(self) -> None:
+        """Raises: RuntimeError during a service, when no step of the whole world is taken and tables
+        stay as they are.
+        """
         if self.service is not None:
             raise RuntimeError(
-                "documents are changed and leased, and weights loaded, between services: "
-                "close the service on every rank"
+                "documents are changed, leased, saved and verified, and weights loaded, between "
+                "services: close the service on every rank"
             )
 
     def assign_private(self, block: int, seat: int) -> None:
@@ -349,10 +370,10 @@ class World:
         self._stage(self.index_pushes[layer], holders, ids, rows)
 
     def _owners(self, keys: Tensor) -> Tensor:
-        """Ranks (n, R) of the copies of keys (n,); -1 for private ones, which are only here."""
+        """Ranks (*, R) of the copies of keys (*); -1 for private ones, which are only here."""
         owners = self.directory.owners
-        corpus = keys < len(owners)
-        return torch.where(corpus[:, None], owners[torch.where(corpus, keys, 0).long()], -1)
+        corpus = (keys >= 0) & (keys < len(owners))
+        return torch.where(corpus[..., None], owners[torch.where(corpus, keys, 0).long()], -1)
 
     def _stage(self, pushes: list[Push], holders: Tensor, ids: Tensor, rows: Tensor) -> None:
         for copy in holders.unbind(1):
@@ -365,6 +386,7 @@ class World:
         stats, served = self.stats, self.served
         sent = zip(self.transport.counted(), self._sent_before, strict=True)
         num_bytes, messages = (dict(now - before) for now, before in sent)
+        blocks, leases = self.entries.block_residence, self.entries.lease_residence
         return {
             "rank": self.rank,
             "steps": stats.steps,
@@ -382,7 +404,10 @@ class World:
                 "most_requests": served.most_requests,
                 "most_bytes": served.most_bytes,
             },
-            "leases": dict(stats.leases),
+            "leases": {"hit": 0, "evicted": 0, **stats.leases},
+            "failures": {"coverage": 0, "deadline": self.transport.expiries, **stats.failures},
+            "lifetime": {"block": blocks.lifetime.plain(), "lease": leases.lifetime.plain()},
+            "reuse_gap": {"block": blocks.reuse_gap.plain(), "lease": leases.reuse_gap.plain()},
             "phase_s": dict(stats.phase_s),
             "pool_bytes": self.entries.num_bytes + self.index.num_bytes,
             "lease_bytes": self.entries.lease_bytes,

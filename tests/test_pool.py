@@ -318,3 +318,21 @@ def test_without_lease_entries_nothing_is_kept() -> None:
 def test_padding_is_never_leased() -> None:
     leases = store_of(codec_of("fp32"), lease_entries=2).leases(0)
     assert not bool(leases.find(ids(-1, -1), ids(0, 0))[1].any())
+
+
+@pytest.mark.parametrize("name", CODEC_NAMES)
+def test_a_whole_block_is_copied_as_its_rows_are(name: str) -> None:
+    codec = codec_of(name)
+    one, other = store_of(codec), store_of(codec)
+    for store, slot in ((one, 2), (other, 3)):
+        store.assign(ids(1), ids(slot))
+    one.write(0, torch.arange(B, 2 * B), rows_for(codec, B))
+    rows = torch.empty(B, codec.entry_bytes, dtype=torch.uint8)
+    one.copy_out(0, 2, rows)
+    assert torch.equal(rows, rows_for(codec, B))
+    other.copy_in(0, 3, rows, B - 2)
+    index, valid = other.resolve(0, torch.arange(B, 2 * B))
+    assert valid.tolist() == [True] * (B - 2) + [False] * 2
+    assert torch.equal(other.rows(0, index[:-2]), rows[:-2])
+    with pytest.raises(ValueError, match="once"):
+        other.copy_in(0, 3, rows, B)

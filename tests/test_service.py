@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import dense
@@ -490,11 +491,14 @@ CHANGES: dict[str, Callable[[Runtime, Request], object]] = {
     "publish": lambda r, request: r.publish("new", request if r.rank == 0 else None),
     "lease": lambda r, request: r.lease(request, "doc"),
     "lease nothing": lambda r, _: r.lease(None, None),
+    "snapshot": lambda r, _: r.snapshot("nowhere"),
+    "restore": lambda r, _: r.restore("nowhere"),
+    "verify": lambda r, _: r.verify(),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_documents_do_not_change_in_service(change: str) -> None:
+def test_documents_are_not_changed_in_service(change: str) -> None:
     """Each change is refused on the rank that asks for it, with nothing done and nothing said."""
 
     def work(world: Small, __: Service) -> None:
@@ -510,6 +514,36 @@ def test_documents_do_not_change_in_service(change: str) -> None:
         world.check()
 
     serving(2, work, max_blocks=9, private_blocks=9, request_blocks=9)
+
+
+def test_a_snapshot_is_written_beside_a_service(tmp_path: Path) -> None:
+    """Begun before and finished after it, with what was closed before; one left open is cancelled."""
+
+    def rank(end: Transport) -> None:
+        with Runtime.open(small_config(max_blocks=16), end) as runtime:
+            world = small(runtime)
+            runtime.add_document("late", tokens=8)
+            runtime.begin_snapshot(tmp_path / "s")
+            with runtime.serve() as served:
+                world.check()
+                with pytest.raises(RuntimeError, match="between services"):
+                    runtime.finish_snapshot()
+                if runtime.rank == 1:
+                    request = runtime.request(into="late")
+                    runtime.write(0, runtime.append(request, 8), world.entries[:8])
+                assert served.wait(20.0)
+            runtime.finish_snapshot()
+            runtime.begin_snapshot(tmp_path / "s")
+        with Runtime.open(small_config(max_blocks=9), end) as runtime:
+            assert runtime.restore(tmp_path / "s").documents == {"doc": TOKENS, "late": 0}
+            scope = runtime.scope(documents=["doc"], queries=2)
+            selection = runtime.selection(world.selection.ids, scope)
+            with runtime.serve() as served:
+                world._replace(runtime=runtime, selection=selection).check()
+                assert served.wait(20.0)
+
+    ends = LoopbackTransport.world(3, deadline_s=10.0)
+    run_loopback(3, rank, transports=ends)
 
 
 def test_a_runtime_closes_its_service() -> None:

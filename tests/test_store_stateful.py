@@ -1,16 +1,19 @@
 """The store against a plain model: any sequence of operations, zero differences.
 
 Three ranks live in one process, a thread each. The model is a dictionary of documents with their
-numbers, and knows nothing of blocks' places. QROAM_STATEFUL_SEQUENCES sets the number of sequences.
+numbers, and knows nothing of blocks' places. Worlds are saved, end, and others of other sizes and
+placements go on from there. QROAM_STATEFUL_SEQUENCES sets the number of sequences.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 import zlib
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import dense
@@ -24,6 +27,7 @@ from torch import Tensor
 from qroam.partition.directory import Document
 from qroam.partition.layout import named_layout, uniform_model, with_codec
 from qroam.partition.placement import Placement
+from qroam.partition.snapshot_verify import verify
 from qroam.runtime import LoopbackTransport, Request, Runtime, RuntimeConfig, Scope
 
 WORLD, LAYERS, B = 3, 2, 4
@@ -33,6 +37,12 @@ MAX_BLOCKS, REQUEST_BLOCKS, QUOTA = 10, 4, 3
 SEQUENCES = int(os.environ.get("QROAM_STATEFUL_SEQUENCES", "20"))
 NAMES = st.sampled_from("abcdef")
 RANKS = st.integers(0, WORLD - 1)
+OPENED: dict[str, st.SearchStrategy[Any]] = {
+    "mode": st.sampled_from(("always-route", "always-fetch", "random")),
+    "copies": st.integers(1, 2),
+    "index_placement": st.sampled_from(("with-blocks", "replicated")),
+    "policy": st.sampled_from(("balanced", "document-affine")),
+}
 # Texts with common beginnings: 5, 2 and 0 blocks of the longest are those of others.
 TEXTS = (tuple(range(22)), (*range(8), 90, 91, 92, 93), (*range(8), 90), (50, 51, 52, 53, 54))
 
@@ -85,6 +95,14 @@ class Reader:
         self.rows = Rows(*(torch.cat(pair, dim=1) for pair in pairs))
 
 
+class Saved(NamedTuple):
+    """What a snapshot has: documents in order, those of their blocks that are closed, and pins."""
+
+    docs: dict[str, Doc]
+    closed: frozenset[Hashable]
+    pinned: frozenset[str]
+
+
 class Sight(NamedTuple):
     """A scope that was made at some time, and the rows that were in it: ids (I,) and rows."""
 
@@ -117,15 +135,24 @@ class Store(RuleBasedStateMachine):
         self.pinned: set[str] = set()
         self.readers: list[Reader] = []
         self.sights: list[Sight] = []
+        self.closed: set[Hashable] = set()
+        self.pending: Saved | None = None
+        self.saved: Saved | None = None
         self.count = 0
+        self.files = tempfile.TemporaryDirectory()
+        self.folder = Path(self.files.name) / "snapshot"
+        self.threads = ThreadPoolExecutor(WORLD)
+        self.runtimes: list[Runtime] = []
 
-    @initialize(
-        mode=st.sampled_from(("always-route", "always-fetch", "random")),
-        copies=st.integers(1, 2),
-        index_placement=st.sampled_from(("with-blocks", "replicated")),
-        policy=st.sampled_from(("balanced", "document-affine")),
-    )
-    def open(self, mode: str, copies: int, index_placement: str, policy: str) -> None:
+    @initialize(opened=st.fixed_dictionaries(OPENED))
+    def open(self, opened: dict[str, Any]) -> None:
+        self.open_world(WORLD, **opened)
+        for runtime in self.runtimes:
+            runtime.set_quota("small", QUOTA)
+
+    def open_world(
+        self, size: int, *, mode: str, copies: int, index_placement: str, policy: str
+    ) -> None:
         config = RuntimeConfig(
             model=uniform_model(LAYOUT, LAYERS),
             max_blocks=MAX_BLOCKS,
@@ -140,15 +167,14 @@ class Store(RuleBasedStateMachine):
             dtype=torch.float64,
             deadline_s=20.0,
         )
-        self.threads = ThreadPoolExecutor(WORLD)
-        ends = LoopbackTransport.world(WORLD, deadline_s=20.0)
+        ends = LoopbackTransport.world(size, deadline_s=20.0)
         self.runtimes = list(self.threads.map(lambda end: Runtime.open(config, end), ends))
-        for runtime in self.runtimes:
-            runtime.set_quota("small", QUOTA)
 
     def teardown(self) -> None:
-        if hasattr(self, "threads"):
-            self.threads.shutdown()
+        for runtime in self.runtimes:
+            runtime.close()
+        self.threads.shutdown()
+        self.files.cleanup()
 
     # Running it ----------------------------------------------------------------------------------
 
@@ -190,6 +216,15 @@ class Store(RuleBasedStateMachine):
     def pick(self, some: list[Any], number: int) -> Any:
         return some[number % len(some)]
 
+    def gone(self, name: str) -> None:
+        del self.docs[name]
+        self.closed &= {block for doc in self.docs.values() for block in doc.blocks}
+
+    def wrote(self, doc: Doc, written: int) -> None:
+        doc.written = written
+        full = len(doc.blocks) if doc.is_complete else written // B
+        self.closed |= set(doc.blocks[:full])
+
     def is_live(self, doc: Doc) -> bool:
         return self.docs.get(doc.real.name) is doc
 
@@ -203,7 +238,7 @@ class Store(RuleBasedStateMachine):
         tokens=st.integers(1, 14),
         text=st.none() | st.sampled_from(TEXTS),
         position=st.sampled_from((0, 0, 7)),
-        loaded=st.booleans(),
+        loaded=st.sampled_from((True, True, False)),
         group=st.sampled_from(("", "", "small")),
     )
     def add(
@@ -239,7 +274,7 @@ class Store(RuleBasedStateMachine):
             for layer in range(LAYERS):
                 entries, keys = rows.entries[layer], rows.keys[layer]
                 self.everywhere(lambda r: r.load_document(name, layer, entries, keys))  # noqa: B023
-            doc.written = tokens
+            self.wrote(doc, tokens)
 
     @precondition(lambda self: any(0 <= d.written < d.real.tokens for d in self.docs.values()))
     @rule(number=st.integers(0, 9), rank=RANKS, count=st.integers(1, 9))
@@ -247,6 +282,7 @@ class Store(RuleBasedStateMachine):
         doc: Doc = self.pick(
             [d for d in self.docs.values() if 0 <= d.written < d.real.tokens], number
         )
+        rank %= len(self.runtimes)
         if doc.writer not in (-1, rank):
             self.settle()  # before another rank writes on
         doc.writer = rank
@@ -258,13 +294,13 @@ class Store(RuleBasedStateMachine):
         for layer in range(LAYERS):
             runtime.write(layer, ids, part.entries[layer], part.keys[layer])
         runtime.release(request)
-        doc.written = end
+        self.wrote(doc, end)
 
     @rule(name=NAMES)
     def remove(self, name: str) -> None:
         possible = name in self.docs and name not in self.pinned
         if self.done(self.everywhere(lambda r: r.remove_document(name)), possible=possible):
-            del self.docs[name]
+            self.gone(name)
 
     @rule(name=NAMES, pinned=st.booleans())
     def pin(self, name: str, pinned: bool) -> None:
@@ -297,7 +333,7 @@ class Store(RuleBasedStateMachine):
             if policy == "lru" and group == "":
                 left = [doc.last for n, doc in self.docs.items() if n not in kept]
                 assert self.docs[name].last == min(left), number
-            del self.docs[name]
+            self.gone(name)
         assert self.fits("new", blocks, group)
 
     # Requests ------------------------------------------------------------------------------------
@@ -319,6 +355,7 @@ class Store(RuleBasedStateMachine):
     @precondition(lambda self: len(self.readers) < 4)
     @rule(rank=RANKS, number=st.integers(0, 63), offset=st.sampled_from((0, 5, 40)))
     def request(self, rank: int, number: int, offset: int) -> None:
+        rank %= len(self.runtimes)
         attached = self.attachable(number, offset)
         real = self.runtimes[rank].request(self.places(attached))
         self.readers.append(Reader(rank, real, attached))
@@ -364,6 +401,7 @@ class Store(RuleBasedStateMachine):
         )
         if self.done(outcomes, possible=self.fits(name, blocks, "")):
             self.docs[name] = Doc(outcomes[0], reader.rows, tokens, blocks, "")
+            self.closed |= set(blocks)
             assert outcomes[0].position == position
 
     @precondition(lambda self: any(map(self.is_live_reader, self.readers)))
@@ -395,6 +433,91 @@ class Store(RuleBasedStateMachine):
         """A step of each layer, with which all that was written arrives."""
         for layer in range(LAYERS):
             self.everywhere(lambda r: r.idle_attend(layer))  # noqa: B023
+
+    # On disk -------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.pending is None and self.closed)
+    @rule()
+    def snapshot(self) -> None:
+        self.begin_snapshot()
+        self.finish_snapshot()
+
+    @precondition(lambda self: self.pending is None and self.closed)
+    @rule()
+    def begin_snapshot(self) -> None:
+        self.everywhere(lambda r: r.begin_snapshot(self.folder))
+        self.pending = Saved(dict(self.docs), frozenset(self.closed), frozenset())
+
+    @precondition(lambda self: self.pending is not None)
+    @rule()
+    def finish_snapshot(self) -> None:
+        """What was closed then, of what is still there; the pins are those of now."""
+        assert self.pending is not None
+        self.everywhere(lambda r: r.finish_snapshot())
+        docs = {name: doc for name, doc in self.pending.docs.items() if self.is_live(doc)}
+        pinned = frozenset(self.pinned & docs.keys())
+        self.saved, self.pending = self.pending._replace(docs=docs, pinned=pinned), None
+        assert verify(self.folder).damage == ()
+
+    @precondition(lambda self: self.saved is not None and self.saved.docs)
+    @rule(size=st.integers(2, WORLD), opened=st.fixed_dictionaries(OPENED))
+    def restart(self, size: int, opened: dict[str, Any]) -> None:
+        """This world ends, with all that was not saved; another one, empty, restores."""
+        for runtime in self.runtimes:
+            runtime.close()
+        self.docs, self.pinned, self.closed = {}, set(), set()
+        self.readers, self.sights, self.pending = [], [], None
+        self.open_world(size, **opened)
+        self.restore(cleared=False)
+        assert {r._world.directory.quotas["small"] for r in self.runtimes} == {QUOTA}
+
+    @precondition(lambda self: self.saved is not None and self.pending is None)
+    @rule(cleared=st.booleans())
+    def restore(self, cleared: bool) -> None:
+        """Into the world as it is, perhaps `cleared` of documents of those names: nothing comes back
+        if any of it does not fit.
+        """
+        assert self.saved is not None
+        for name in self.docs.keys() & self.saved.docs.keys() if cleared else ():
+            self.pin(name, pinned=False)
+            self.remove(name)
+        before, held = dict(self.docs), {b for doc in self.docs.values() for b in doc.blocks}
+        possible = True
+        for name, doc in self.saved.docs.items():
+            possible = possible and self.fits(name, doc.blocks, doc.group)
+            self.docs[name] = doc
+        added, self.docs = self.docs, before
+        outcomes = self.everywhere(lambda r: r.restore(self.folder))
+        if not self.done(outcomes, possible=possible):
+            return
+        self.docs = added
+        self.pinned |= self.saved.pinned
+        self.closed |= {
+            block
+            for doc in self.saved.docs.values()
+            for block in doc.blocks
+            if block in self.saved.closed and block not in held
+        }
+        for name, doc in self.saved.docs.items():
+            real = self.runtimes[0]._world.directory.document(name)
+            closed = [block in self.closed for block in doc.blocks]
+            first = [*closed, False].index(False)
+            written = min(first * B, real.tokens)
+            if any(closed[first:]) or first < real.shared:
+                written = -1  # it waits for what another one has begun
+            self.docs[name] = Doc(real, doc.rows, written, doc.blocks, doc.group)
+            in_snapshot = [block in self.saved.closed for block in doc.blocks]
+            tokens = min([*in_snapshot, False].index(False) * B, real.tokens)
+            assert all(report.documents[name] == tokens for report in outcomes)
+
+    @rule()
+    def verify(self) -> None:
+        """Every closed block is what it was, at every holder."""
+        checks = self.everywhere(lambda r: r.verify())
+        assert checks == [checks[0]] * len(self.runtimes)
+        assert all(check.is_sound for check in checks[0])
+        for kind in ("entries", "index"):
+            assert sum(check.kind == kind for check in checks[0]) == len(self.closed)
 
     # Attention -----------------------------------------------------------------------------------
 
@@ -429,7 +552,7 @@ class Store(RuleBasedStateMachine):
     def attend(
         self, rank: int, number: int, offset: int, own: bool, keep: bool, layer: int
     ) -> None:
-        sight = self.sight(rank, number, offset, own)
+        sight = self.sight(rank % len(self.runtimes), number, offset, own)
         if sight is not None:
             self.look(sight, layer)
             if keep:
@@ -508,7 +631,7 @@ class Store(RuleBasedStateMachine):
 TestStore = Store.TestCase
 TestStore.settings = settings(
     max_examples=SEQUENCES,
-    stateful_step_count=30,
+    stateful_step_count=40,
     derandomize=True,
     database=None,
     deadline=None,

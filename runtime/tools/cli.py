@@ -1,4 +1,4 @@
-"""The command `qroam`. Exit codes: 0 done, 1 the demo's outputs differ, 2 an error."""
+"""The command `qroam`. Exit codes: 0 done, 1 outputs differ or a snapshot is damaged, 2 an error."""
 
 import json
 import sys
@@ -83,6 +83,10 @@ def demo(
     sabotage: Annotated[
         Sabotage | None, typer.Option(help="Break one answer; the demo must then exit with 1.")
     ] = None,
+    log_decisions: Annotated[
+        bool,
+        typer.Option("--log-decisions", help="Write decisions to stderr, a JSON line per group."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Decode over a codebase sharded across instances and compare with the unsharded model."""
@@ -103,6 +107,7 @@ def demo(
         seed=seed,
         mode=mode,
         sabotage=sabotage,
+        log_decisions=log_decisions,
     )
     with progress() as report:
         result = run_demo(config, report)
@@ -166,6 +171,19 @@ def explain(
             typer.echo(line)
     else:
         typer.echo(json.dumps(records) if as_json else render(records))
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="The folder of a snapshot.")], as_json: Json = False
+) -> None:
+    """Read a snapshot and compare every block with its hash; name the blocks that are lost."""
+    from ...partition.snapshot_verify import verify as verify_snapshot
+    from .verify import render_verified
+
+    result = verify_snapshot(path)
+    typer.echo(json.dumps(asdict(result)) if as_json else render_verified(result))
+    raise typer.Exit(1 if result.damage else 0)
 
 
 @app.command()

@@ -1,0 +1,158 @@
+"""Restore a snapshot into a world; the protocol is told in `snapshot.py`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..partition.directory import Directory, with_pin, with_quota
+from ..partition.hashes import split_contents
+from ..partition.records import hash_table, is_known, put_records
+from ..partition.snapshot import KINDS, Kind, Manifest, fault
+from ..partition.snapshot_disk import (
+    MANIFEST,
+    FolderLock,
+    check_files,
+    read_manifest,
+    read_verified,
+)
+from .errors import SnapshotError
+from .life import added
+from .snapshot_parts import agree_on, check_forms, store_of
+from .together import in_thread, together
+from .world import World
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreReport:
+    """What came back: of each document, the tokens up to its first block that was not closed.
+
+    read_bytes: what this rank read and compared.
+    """
+
+    sequence: int
+    documents: Mapping[str, int]
+    read_bytes: int
+
+
+def restore(world: World, folder: Path) -> RestoreReport:
+    """Add the documents of the snapshot in `folder` to the corpus, placed by this world's placement.
+
+    Raises: SnapshotError on every rank, with the same words. Unless a block's bytes are found not to
+    be those of its hash, or a file changes meanwhile, nothing has changed then.
+    """
+    lock: FolderLock | None = None
+    found: tuple[Manifest, bytes] | None = None
+    directory = world.directory
+    reason = ""
+    try:
+        if world.rank == 0:
+            lock = FolderLock(folder, exclusive=False)
+        found = read_manifest(folder)
+        if found is None:
+            raise fault(str(folder), MANIFEST, "there is none, so no snapshot")
+        check_forms(found[0], world, str(folder / MANIFEST))
+        check_files(folder, found[0])
+        directory = _with_documents(world, found[0])
+    except (ValueError, OSError) as error:
+        reason = str(error)
+    try:
+        agree_on(world, "restore", folder, found, reason, "0" * 8)
+        assert found is not None
+        manifest = found[0]
+        unused = world.directory.references == 0
+        world.adopt(directory)
+        load = in_thread(partial(_load, world, folder, manifest, unused), "qroam-restore")
+        try:
+            read_bytes = together(world, "restore", f"snapshot {folder}", load)
+        except SnapshotError as error:
+            # Not an abort: that could overtake what the others are about to hear for themselves.
+            world.transport.give_up((world.rank,), f"its corpus is half restored: {error}")
+            raise
+    finally:
+        if lock is not None:
+            lock.release()
+    return RestoreReport(
+        sequence=manifest.sequence, documents=_closed_tokens(manifest), read_bytes=read_bytes
+    )
+
+
+def _with_documents(world: World, manifest: Manifest) -> Directory:
+    """The directory with the snapshot's documents. Raises: ValueError on a name or for lack of room."""
+    directory = world.directory
+    for document in manifest.documents:
+        directory = added(
+            world,
+            directory,
+            document.name,
+            tokens=document.tokens,
+            position=document.position,
+            hashes=split_contents(document.contents),
+            group=document.group,
+        )
+        if document.is_pinned:
+            directory = with_pin(directory, document.name, True)
+    for group, blocks in manifest.quotas:
+        if group not in directory.quotas:
+            directory = with_quota(directory, group, blocks)
+    return directory
+
+
+def _load(world: World, folder: Path, manifest: Manifest, unused: Tensor) -> int:
+    """Read and store the blocks of which a copy belongs here, of those that were `unused` (blocks,);
+    returns how many bytes they have.
+    """
+    return sum(_load_kind(world, folder, manifest, kind, unused) for kind in KINDS)
+
+
+def _load_kind(world: World, folder: Path, manifest: Manifest, kind: Kind, unused: Tensor) -> int:
+    store, num_bytes = store_of(world, kind), 0
+    keys_of: dict[bytes, list[int]] = defaultdict(list)
+    tokens_of: dict[bytes, int] = {}
+    for key, name in _held(world, manifest, kind, unused).items():
+        block = key if kind == "index" else key // manifest.num_branches
+        keys_of[name].append(key)
+        tokens_of[name] = int(world.directory.tokens[block])
+    for names, records in read_verified(folder, manifest, kind, tokens_of):
+        pairs = [(at, key) for at, name in enumerate(names) for key in keys_of[name]]
+        rows = [at for at, _ in pairs]
+        keys = torch.tensor([key for _, key in pairs])
+        tokens = torch.tensor([tokens_of[names[at]] for at in rows], dtype=torch.int32)
+        chosen = records if len(rows) == len(records) else records[rows]
+        put_records(store, keys, tokens, chosen)
+        generations = store.generation[store.slot_of[keys].long()]
+        world.hashes[kind].keep(keys, generations, hash_table(b"".join(names))[rows])
+        num_bytes += records.numel()
+    return num_bytes
+
+
+def _held(world: World, manifest: Manifest, kind: Kind, unused: Tensor) -> dict[int, bytes]:
+    """The hashes of the closed blocks that have a slot here, by key; of shared ones once."""
+    branches = manifest.num_branches if kind == "entries" else 1
+    held: dict[int, bytes] = {}
+    for document in manifest.documents:
+        hashes = hash_table(document.hashes(kind))
+        blocks = torch.tensor(world.directory.documents[document.name].blocks)
+        blocks = blocks.repeat_interleave(branches)[: len(hashes)]
+        keys = blocks * branches + torch.arange(len(blocks)) % branches
+        here = (store_of(world, kind).slot_of[keys] >= 0) & is_known(hashes) & unused[blocks]
+        rows = hashes[here].numpy()
+        held |= zip(keys[here].tolist(), [row.tobytes() for row in rows], strict=True)
+    return held
+
+
+def _closed_tokens(manifest: Manifest) -> dict[str, int]:
+    tokens = {}
+    for document in manifest.documents:
+        there = is_known(hash_table(document.entries)).view(-1, manifest.num_branches).all(1)
+        if document.index:
+            there &= is_known(hash_table(document.index))
+        blocks = int(there.long().cumprod(0).sum())
+        tokens[document.name] = min(blocks * manifest.block_tokens, document.tokens)
+    return tokens
