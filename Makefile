@@ -6,7 +6,7 @@ PACKAGES := $(addprefix -p qroam.,partition indexer kernels runtime)
 # Folders are listed too: their time stamp tells of a deleted file.
 SOURCES := $(shell find partition indexer kernels runtime -not -path '*__pycache__*')
 
-.PHONY: test demo bench lint types install clean
+.PHONY: test demo bench fuzz lint types install clean
 
 test: install
 	$(BIN)/pytest
@@ -17,6 +17,9 @@ demo: install
 bench: install
 	$(BIN)/python benchmarks/step_cpu.py
 	$(BIN)/python benchmarks/service.py
+
+fuzz: install
+	$(BIN)/python tests/fuzz.py
 
 lint: install
 	$(BIN)/ruff format --check .
@@ -35,7 +38,7 @@ install: .venv/installed
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt README.md LICENSE $(SOURCES)
 	rm -rf build *.egg-info
 	$(PIP) install -c constraints.txt setuptools
-	$(PIP) install -c constraints.txt --no-build-isolation '.[models,test]'
+	$(PIP) install -c constraints.txt --no-build-isolation '.[metrics,models,test]'
 	rm -rf build *.egg-info
 	touch $@
 

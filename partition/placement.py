@@ -34,8 +34,8 @@ class Placement:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ValueError(f"unknown placement {self.policy!r}; known: {', '.join(POLICIES)}")
-        if self.run < 1 or self.copies < 1:
-            raise ValueError(f"run and copies must be at least 1, got {self}")
+        if not all(type(n) is int and 1 <= n < 2**31 for n in (self.run, self.copies)):
+            raise ValueError(f"run and copies must be whole numbers of at least 1, got {self}")
 
 
 def place(

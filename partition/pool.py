@@ -11,6 +11,7 @@ Changes exclude each other, because an engine and the server beside it append to
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Concatenate, ParamSpec
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .codec import Codec, gather_rows, scatter_rows
+from .residence import Places, Residence
 
 P = ParamSpec("P")
 
@@ -78,6 +80,8 @@ class BlockStore:
         self.slot_of = torch.full((num_keys,), -1, dtype=torch.int32)
         self.key_of = torch.full((num_slots,), -1, dtype=torch.int32)
         self.generation = torch.zeros(num_slots, dtype=torch.int32)
+        self.block_residence, self.lease_residence = Residence(), Residence()
+        self._places = Places(num_slots, self.block_residence)
 
     @property
     def num_bytes(self) -> int:
@@ -101,6 +105,7 @@ class BlockStore:
         """Give free `slots` (n,) to `keys` (n,), of these `generations` or of the slots' next."""
         assert bool((self.key_of[slots.long()] == -1).all()), "slot in use"
         self.fill[:, slots.long()] = 0
+        self._places.take(slots.long(), time.monotonic())
         if generations is not None:
             self.generation[slots.long()] = generations.to(torch.int32)
         self.key_of[slots.long()] = keys.to(torch.int32)
@@ -113,6 +118,14 @@ class BlockStore:
         self.slot_of[keys.long()] = -1
         self.key_of[slots] = -1
         self.generation[slots] += 1
+        self._places.leave(slots, time.monotonic())
+
+    @_alone
+    def touch(self, entry_index: Tensor) -> None:
+        """Count a use of the blocks of these entries (n,); leases have their own count."""
+        slots = torch.zeros(self.num_slots + 1, dtype=torch.bool)
+        slots[(entry_index // self.block_tokens).clamp(max=self.num_slots)] = True
+        self._places.use(slots[:-1].nonzero()[:, 0], time.monotonic())
 
     def holds(self, stored_ids: Tensor) -> Tensor:
         """Whether the block of each stored id has a slot here; padding (-1) does not."""
@@ -210,7 +223,7 @@ class BlockStore:
         codec = self.codecs[layer]
         assert codec is not None
         rows = self._storage[layer].view(-1, codec.entry_bytes)[self.first_lease :]
-        return Leases(rows, first=self.first_lease)
+        return Leases(rows, first=self.first_lease, residence=self.lease_residence)
 
     def _planes_beside(self, layer: int, slot: int, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The planes (B, bytes) of a slot's block, each with its columns of `rows`."""
@@ -234,7 +247,7 @@ class Leases:
     A lease is found by binary search in sorted stored ids; nothing grows after the start.
     """
 
-    def __init__(self, rows: Tensor, *, first: int) -> None:
+    def __init__(self, rows: Tensor, *, first: int, residence: Residence | None = None) -> None:
         """`rows` (capacity, entry_bytes) uint8 is where leases are kept; `first` its entry index."""
         self._rows = rows
         self._first = first
@@ -244,6 +257,7 @@ class Leases:
         self._used_at = torch.full((capacity,), -1, dtype=torch.int64)
         self._sorted_ids, self._order = self._id_at.sort(stable=True)
         self._tick = 0
+        self._places = Places(capacity, residence or Residence())
 
     def find(self, stored_ids: Tensor, generations: Tensor) -> tuple[Tensor, Tensor]:
         """Entry index (int64) of each id's lease, and whether it is leased in that generation."""
@@ -260,11 +274,15 @@ class Leases:
         """Mark the leases at these entry indices (n,) as used now."""
         self._tick += 1
         self._used_at[entry_index - self._first] = self._tick
+        used = torch.zeros(self.capacity, dtype=torch.bool)
+        used[entry_index - self._first] = True
+        self._places.use(used.nonzero()[:, 0], time.monotonic())
 
     def forget(self, gone: Tensor) -> None:
         """Give up the leases of these entries (n,) by stored id."""
         old = torch.isin(self._id_at, gone.long())
         self._id_at[old], self._used_at[old] = -1, -1
+        self._places.leave(old.nonzero()[:, 0], time.monotonic())
         self._sorted_ids, self._order = self._id_at.sort(stable=True)
 
     def admit(self, stored_ids: Tensor, generations: Tensor, rows: Tensor) -> int:
@@ -277,11 +295,15 @@ class Leases:
             return 0
         outdated = torch.isin(self._id_at, stored_ids[:count].long())  # of another generation
         self._id_at[outdated], self._used_at[outdated] = -1, -1
+        now_s = time.monotonic()
+        self._places.leave(outdated.nonzero()[:, 0], now_s)
         victims = self._used_at.argsort(stable=True)[:count]
         evicted = int((self._id_at[victims] >= 0).sum())
         self._rows[victims] = rows[:count]
         self._id_at[victims] = stored_ids[:count].long()
         self._generation_at[victims] = generations[:count].to(torch.int32)
+        self._places.leave(victims, now_s)
+        self._places.take(victims, now_s)
         self.touch(victims + self._first)
         self._sorted_ids, self._order = self._id_at.sort(stable=True)
         return evicted

@@ -36,6 +36,8 @@ def attend_local(world: World, layer: int, rows: Tensor, wanted: Wanted) -> tupl
     here = (wanted.holder == world.rank)[..., None] & wanted.visible
     ids = torch.where(here, wanted.entries, -1).flatten(1)
     index, valid = world.entries.resolve(layer, ids)
+    if layer == 0:  # one layer stands for all: a block is used by every one of them
+        world.entries.touch(index[valid])
     if world.config.lease_entries:
         lease, leased = world.leases[layer].find(ids, world.generations(ids))
         leased &= ~valid

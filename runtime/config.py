@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Literal
 
 import torch
@@ -16,11 +17,14 @@ from .cost.profile import FabricProfile, load_profile
 
 IndexPlacement = Literal["with-blocks", "replicated"]
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+_OWN_CHOICES = frozenset(
+    {"deadline_s", "log_decisions", "profile_ranges"}
+)  # in which ranks may differ
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeConfig:
-    """What every rank of a world must agree on.
+    """What every rank of a world must agree on, but for its own deadline, log and ranges.
 
     Args:
         model: the per-layer layouts.
@@ -39,6 +43,8 @@ class RuntimeConfig:
         deadline_s: the longest wait for another rank.
         workspace_bytes: bound on the temporary tensors of one attention or scoring tile.
         checked: reject duplicate, foreign and invisible ids in every selection.
+        log_decisions: log a JSON line per group of equal decisions (`decision_log.py`).
+        profile_ranges: name the phases of a step in torch's profiler, and in NVTX with CUDA.
     """
 
     model: ModelLayout
@@ -59,19 +65,23 @@ class RuntimeConfig:
     deadline_s: float = 30.0
     workspace_bytes: int = 32 << 20
     checked: bool = True
+    log_decisions: bool = False
+    profile_ranges: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, ModelLayout):
             raise ValueError(f"model must be a ModelLayout, got {type(self.model).__name__}")
+        sizes: tuple[str, ...]
         sizes = ("max_blocks", "block_tokens", "request_blocks", "workspace_bytes", "half_life")
+        if self.corpus_slots is not None:
+            sizes = (*sizes, "corpus_slots")
         for name in (*sizes, "private_blocks", "lease_entries", "seed"):
-            if not isinstance(getattr(self, name), int):
-                raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if type(value) is not int or abs(value) >= 2**63:
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.corpus_slots is not None and self.corpus_slots < 1:
-            raise ValueError(f"corpus_slots must be at least 1, got {self.corpus_slots}")
         for name in ("private_blocks", "lease_entries"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -79,10 +89,20 @@ class RuntimeConfig:
             raise ValueError(f"unknown mode {self.mode!r}; known: {', '.join(MODES)}")
         if self.index_placement not in ("with-blocks", "replicated"):
             raise ValueError(f"unknown index placement {self.index_placement!r}")
-        if not 1 <= self.reuse < math.inf:
+        for name in ("reuse", "deadline_s"):
+            if type(getattr(self, name)) not in (int, float):
+                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
+            if abs(getattr(self, name)) <= sys.float_info.max:  # 2 and 2.0 are the same choice
+                object.__setattr__(self, name, float(getattr(self, name)))
+        if not 1 <= self.reuse <= sys.float_info.max:
             raise ValueError(f"reuse must be finite and at least 1, got {self.reuse}")
         if not 0 < self.deadline_s <= 86400:
             raise ValueError(f"deadline_s must be in (0, 86400], got {self.deadline_s}")
+        if not isinstance(self.placement, Placement):
+            raise ValueError(f"placement must be a Placement, got {self.placement!r}")
+        for name in ("checked", "log_decisions", "profile_ranges"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.fabric, FabricProfile):
             raise ValueError(
                 f"fabric must be a FabricProfile (`load_profile`), got {self.fabric!r}"
@@ -118,12 +138,27 @@ class RuntimeConfig:
         return -(-copies // world_size)
 
     def described(self) -> list[str]:
-        """A line per field but the deadline: what ranks compare when they open."""
+        """A line `name=value` per leaf field that ranks must agree on; compared when they open."""
         return [
-            f"{name}={getattr(self, name)!r}" for name in self.__slots__ if name != "deadline_s"
+            f"{leaf}={value!r}"
+            for name in self.__slots__
+            if name not in _OWN_CHOICES
+            for leaf, value in _leaves(name, getattr(self, name))
         ]
 
     def fingerprint(self, world_size: int) -> int:
         """31 bits of a hash over the description, carried by every header."""
         text = "|".join([str(world_size), *self.described()])
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") & 0x7FFFFFFF
+
+
+def _leaves(name: str, value: object) -> Iterator[tuple[str, object]]:
+    """The fields of nested dataclasses, by dotted name, so that a difference is told exactly."""
+    if is_dataclass(value):
+        for inner in fields(value):
+            yield from _leaves(f"{name}.{inner.name}", getattr(value, inner.name))
+    elif isinstance(value, tuple) and any(map(is_dataclass, value)):
+        for at, item in enumerate(value):
+            yield from _leaves(f"{name}[{at}]", item)
+    else:
+        yield name, value

@@ -15,8 +15,8 @@ from torch import Tensor
 from ..kernels.reference import mix
 from ..partition.layout import Form
 from .attend import Partial
-from .errors import CoverageError, PeerError
-from .holder import tagged, take_pushes, to_int32
+from .errors import CoverageError
+from .holder import check_columns, tagged, take_pushes, to_int32
 from .messages import Header, Message
 from .plan import FetchList, RouteLists, Wanted
 from .requests import Scope, units_visible
@@ -63,7 +63,7 @@ def exchange(
     visitors = settle(world, header, columns)
     with stats.phase("answer"):
         answers = [
-            {} if visitor is None else _blaming(world, rank, answer, visitor)
+            {} if visitor is None else blaming(world, rank, answer, visitor)
             for rank, visitor in enumerate(visitors)
         ]
         reply = replace(header, kind=f"{header.kind}-answer")
@@ -71,7 +71,11 @@ def exchange(
     with stats.phase("attend own"):
         own = own_work()
     with stats.phase("wait"):
-        return own, transport.collect(reply)
+        given = transport.collect(reply)
+    for rank, message in enumerate(given):
+        if message is not None:
+            blaming(world, rank, check_columns, message)
+    return own, given
 
 
 def settle(world: World, header: Header, columns: Sequence[Column] = ()) -> list[Message | None]:
@@ -89,35 +93,9 @@ def settle(world: World, header: Header, columns: Sequence[Column] = ()) -> list
     with world.stats.phase("answer"):
         for rank, visitor in enumerate(visitors):
             if visitor is not None:
-                _blaming(world, rank, take_pushes, visitor)
+                blaming(world, rank, check_columns, visitor)
+                blaming(world, rank, take_pushes, visitor)
     return visitors
-
-
-def agree(world: World) -> None:
-    """Compare configurations when a world opens; all ranks blame the same minority and say why.
-
-    Raises: PeerError naming the ranks whose configuration is not the commonest, on every rank.
-    """
-    ours = "\n".join(world.config.described())
-    header = replace(world.header("open", layer=0), incarnation=0)
-    text = torch.frombuffer(bytearray(ours.encode()), dtype=torch.uint8)
-    world.transport.post(header, [broadcast("config", text, world)])
-    said = [ours if m is None else _config(world, m) for m in world.transport.collect(header)]
-    common = max(said, key=said.count)
-    culprits = tuple(rank for rank, text in enumerate(said) if text != common)
-    if culprits:
-        lines = zip(said[culprits[0]].splitlines(), common.splitlines(), strict=False)
-        differs = "; ".join(
-            f"{theirs[:80]} instead of {usual[:80]}" for theirs, usual in lines if theirs != usual
-        )
-        reason = f"opened with another configuration: {differs}"
-        world.transport.abort(culprits, reason)
-        raise PeerError(culprits, reason)
-
-
-def _config(world: World, message: Message) -> str:
-    text = message.columns.get("config")
-    return "" if text is None else text.view(torch.uint8).numpy().tobytes().decode(errors="replace")
 
 
 def broadcast(name: str, rows: Tensor, world: World, to: Tensor | None = None) -> Column:
@@ -204,13 +182,17 @@ def candidates(
         ordered = best.id.sort(1).values
         repeats = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
         foreign = listed & ~units_visible(best.id, scope.runs, unit_tokens)
+        foreign |= listed & (world.index_owners(best.id, unit_tokens) != rank)
         if bool(repeats.any() | foreign.any() | (listed & ~best.score.isfinite()).any()):
-            raise world.transport.accuse(rank, "sent candidates nobody may see, twice, or unscored")
+            raise world.transport.accuse(
+                rank, "sent candidates that are not its own, nobody may see, twice, or unscored"
+            )
         found.append(best)
     scored = torch.stack([best.seen for best in found])
     wrong = (scored.sum(0) != visible).nonzero()[:, 0]
     if len(wrong):
         query = int(wrong[0])
+        world.stats.failures["coverage"] += 1
         raise CoverageError(
             f"layer {layer}: query {query} sees {int(visible[query])} entries, index keys of "
             f"{int(scored[:, query].sum())} were scored ({scored[:, query].tolist()} by rank, "
@@ -281,8 +263,23 @@ def fetched_answers(
     return FetchedPart(rows, ids, ~missing), complaints
 
 
+def check_fetched(world: World, layer: int, part: Partial, fetch: FetchList, rows: Tensor) -> None:
+    """Accuse the rank whose fetched rows (F * U, entry_bytes) put NaN or infinity into a partial."""
+    codec = world.entries.codecs[layer]
+    assert codec is not None
+    if bool(part.out.isfinite().all()):
+        return
+    unsound = ~codec.decode(rows, world.compute_dtype).isfinite().all(1)
+    per_unit = len(rows) // max(int(fetch.counts.sum()), 1)
+    holder = torch.arange(world.world_size).repeat_interleave(fetch.counts * per_unit)
+    if bool(unsound.any()):
+        culprit = int(holder[unsound.nonzero()[0, 0]])
+        raise world.transport.accuse(culprit, f"sent rows of layer {layer} with NaN or infinity")
+
+
 def coverage_error(world: World, layer: int, complaints: list[Complaint]) -> CoverageError:
     """Names layer, queries and holders; the first few in words."""
+    world.stats.failures["coverage"] += 1
     branches = world.config.num_branches
     said = [
         f"query {item // branches} at rank {holder} {what}" for item, holder, what in complaints[:4]
@@ -315,9 +312,9 @@ def _gathered(
     return torch.cat(parts)
 
 
-def _blaming(world: World, rank: int, work: Callable[[World, Message], T], message: Message) -> T:
+def blaming(world: World, rank: int, work: Callable[[World, Message], T], message: Message) -> T:
     """Do the work a peer asked for; what is wrong with its message is its fault."""
     try:
         return work(world, message)
     except ValueError as error:
-        raise world.transport.accuse(rank, f"asked for the impossible: {error}") from error
+        raise world.transport.accuse(rank, f"sent what cannot be: {error}") from error

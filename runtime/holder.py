@@ -2,7 +2,8 @@
 
 Letters: P routed pairs of one message, h heads of a branch, U listed units, F units to fetch.
 Everything that arrives is checked against the layout before it is used; a bad message names its
-sender. Ids that are not here (or not written) add nothing, and the coverage says so.
+sender, and so do ids that no honest rank sends. Ids of the corpus that are not here (or not written)
+add nothing, and the coverage says so.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..kernels import reference
 from ..partition.layout import Form
+from ..partition.pool import BlockStore
 from .attend import attend_at, by_branch, entry_offsets, padded_lists, pool_reader
 from .messages import Message
 from .plan import unit_entries
@@ -25,19 +27,64 @@ from .world import World
 MAX_TOP_K = 1 << 20
 _LISTED_BYTES = 128  # ids, indices, masks and their sorts, for one listed entry
 FORMS: tuple[Form, ...] = get_args(Form)
+# What a message of each kind may carry. A column that nobody reads would be a misunderstanding.
+_PUSHED = frozenset({"push.ids", "push.rows", "push_index.ids", "push_index.rows"})
+_AGREED = frozenset({"reason", "digest", "token"})
+_ROUTED = ("item", "count", "units", "query", "hidden", "offsets")
+KNOWN_COLUMNS: Mapping[str, frozenset[str]] = {
+    "select": _PUSHED | {"index.query", "index.weights", "index.runs", "index.offsets"},
+    "select-answer": frozenset({"score", "id", "seen"}),
+    "attend": _PUSHED | {"fetch"} | {f"{form}.{part}" for form in FORMS for part in _ROUTED},
+    "attend-answer": frozenset({"fetch.rows", "fetch.mark"})
+    | {f"{form}.{part}" for form in FORMS for part in ("out", "lse", "covered")},
+    "lease": _PUSHED | {"lease", "lease_index"},
+    "lease-answer": frozenset(
+        f"{name}.{part}" for name in ("lease", "lease_index") for part in ("rows", "marks")
+    ),
+    "publish": _PUSHED | {"publish", "hashes"},
+    "evict": _PUSHED | {"last", "heat", "held"},
+    "snapshot-begin": _PUSHED | _AGREED,
+    "snapshot-write": _PUSHED | {"state"},
+    "snapshot-parts": _PUSHED
+    | {"files.kind", "files.rows", "files.hashes"}
+    | {f"{kind}.{part}" for kind in ("entries", "index") for part in ("keys", "hashes")},
+    "snapshot-commit": _PUSHED | {"state"},
+    "restore": _PUSHED | _AGREED | {"state"},
+    "verify": _PUSHED | {"state", "at", "hashes", "changed"},
+}
+
+
+def check_columns(_world: World, message: Message) -> None:
+    """Raise ValueError for a column that messages of this kind do not have."""
+    kind = message.header.kind
+    unknown = sorted(message.columns.keys() - KNOWN_COLUMNS.get(kind, frozenset()))
+    if unknown:
+        raise ValueError(f"{kind!r} messages have no column {', '.join(unknown)[:80]}")
 
 
 def take_pushes(world: World, message: Message) -> None:
     """Write the rows that a peer computed for blocks (or index keys) held here."""
     columns, layer = message.columns, _layer(world, message)
     for name, store in (("push", world.entries), ("push_index", world.index)):
-        if f"{name}.ids" in columns:
-            codec = store.codecs[layer]
+        if f"{name}.ids" in columns or f"{name}.rows" in columns:
             ids = _column(columns, f"{name}.ids", torch.int32, 1)
             rows = _column(columns, f"{name}.rows", torch.uint8, 2)
-            if codec is None or bool((ids >= _corpus_ids(world, store is world.index)).any()):
-                raise ValueError("rows were pushed that this rank does not store")
+            _check_pushed(world, store, layer, ids, rows)
             store.write(layer, ids, rows)
+
+
+def _check_pushed(world: World, store: BlockStore, layer: int, ids: Tensor, rows: Tensor) -> None:
+    """Entries of documents, and numbers: what is stored is read without another look."""
+    codec, branches = store.codecs[layer], _branches(world, store is world.index)
+    if codec is None or rows.shape != (len(ids), codec.entry_bytes):
+        raise ValueError(f"rows {tuple(rows.shape)} were pushed that this rank does not store")
+    _check_ids(ids, _corpus_ids(world, store is world.index), 1)
+    block, offset = ids // (world.config.block_tokens * branches), ids % world.config.block_tokens
+    if bool((offset >= world.directory.tokens[block]).any()):
+        raise ValueError("rows were pushed beyond the end of their document")
+    step = max(world.config.workspace_bytes // (16 * codec.dim), 1)
+    if not all(codec.decode(tile, torch.float64).isfinite().all() for tile in rows.split(step)):
+        raise ValueError("rows were pushed that hold NaN or infinity")
 
 
 def answer_attend(world: World, message: Message) -> dict[str, Tensor]:
@@ -45,7 +92,7 @@ def answer_attend(world: World, message: Message) -> dict[str, Tensor]:
     columns, layer = message.columns, _layer(world, message)
     answer: dict[str, Tensor] = {}
     for form in FORMS:
-        if f"{form}.item" in columns:
+        if any(name.startswith(f"{form}.") for name in columns):
             answer |= _routed(world, layer, form, message)
     if "fetch" in columns:
         answer |= _fetched(world, layer, message)
@@ -69,19 +116,26 @@ def _routed(world: World, layer: int, form: Form, message: Message) -> dict[str,
         raise ValueError("unit counts do not add up to the listed units")
     hidden = torch.zeros(pairs, 2, dtype=torch.int32)
     unit_tokens = _unit_tokens(world, message)
-    if unit_tokens > 1:
+    if unit_tokens > 1 or f"{form}.hidden" in columns:
         hidden = _column(columns, f"{form}.hidden", torch.int32, 2)
     offsets = None
     if f"{form}.offsets" in columns:
         offsets = _column(columns, f"{form}.offsets", torch.int32, 1)
         _check_offsets(offsets, count)
 
+    _check_ids(units, _corpus_ids(world, of_index=False), unit_tokens)
     capacity = _corpus_ids(world, of_index=False) // unit_tokens
     longest = int(count.max()) if pairs else 0
     if longest > capacity or hidden.shape != (pairs, 2):
         raise ValueError(f"a pair lists {longest} units of {capacity}, or `hidden` is malformed")
+    if not bool(query.isfinite().all()):
+        raise ValueError("routed query rows are not finite")
     rows = query.to(world.compute_dtype)
     branch = item.long() % config.num_branches
+    if not torch.equal(
+        units // config.block_tokens % config.num_branches, branch.repeat_interleave(count)
+    ):
+        raise ValueError("a pair lists units of another branch than its own")
     weights = world.weights[layer]
     if form == "B":
         assert weights is not None
@@ -131,6 +185,8 @@ def _attended(
     ids, seen = ids.flatten(1), seen.flatten(1)
     index, here = world.entries.resolve(layer, ids)
     valid = here & seen & (ids < _corpus_ids(world, of_index=False))
+    if layer == 0:
+        world.entries.touch(index[valid])
     covered = reference.coverage(*world.entries.identify(index), valid)
     at = entry_offsets(offsets, unit_tokens)
     read = pool_reader(world, layer)
@@ -150,13 +206,14 @@ def _check_offsets(offsets: Tensor, count: Tensor) -> None:
 
 def _fetched(world: World, layer: int, message: Message) -> dict[str, Tensor]:
     units = _column(message.columns, "fetch", torch.int32, 1)
+    unit_tokens = _unit_tokens(world, message)
+    _check_ids(units, _corpus_ids(world, of_index=False), unit_tokens)
     if len(units) > len(units.unique()):
         raise ValueError("units to fetch repeat")
-    ids = units[:, None] + torch.arange(_unit_tokens(world, message), dtype=torch.int32)
-    ids = torch.where(units[:, None] < 0, -1, ids).reshape(-1)
-    index, here = world.entries.resolve(
-        layer, torch.where(ids < _corpus_ids(world, False), ids, -1)
-    )
+    ids = (units[:, None] + torch.arange(unit_tokens, dtype=torch.int32)).reshape(-1)
+    index, here = world.entries.resolve(layer, ids)
+    if layer == 0:
+        world.entries.touch(index[here])
     mark = torch.where(here, reference.mix(*world.entries.identify(index)), 0)
     return {"fetch.rows": world.entries.rows(layer, index), "fetch.mark": to_int32(mark)}
 
@@ -166,7 +223,7 @@ def answer_select(world: World, message: Message) -> dict[str, Tensor]:
     and `seen` (Q,), how many entries were scored.
     """
     columns, layer = message.columns, _layer(world, message)
-    if "index.query" not in columns:
+    if not any(name.startswith("index.") for name in columns):
         return {}
     query = _column(columns, "index.query", world.config.dtype, 3)
     weights = _column(columns, "index.weights", world.compute_dtype, 2)
@@ -177,7 +234,7 @@ def answer_select(world: World, message: Message) -> dict[str, Tensor]:
     finite = bool(query.isfinite().all()) and bool(weights.isfinite().all())
     if not finite or weights.shape != query.shape[:2]:
         raise ValueError("index queries or weights are malformed or not finite")
-    if len(runs) != len(query) or runs.shape[2] != 2 or bool((runs[..., 1] < 0).any()):
+    if len(runs) != len(query) or runs.shape[2] != 2 or bool((runs < 0).any()):
         raise ValueError("index weights or scope do not fit the index queries")
     top_k, unit_tokens = message.header.top_k, _unit_tokens(world, message)
     if not 0 < top_k <= MAX_TOP_K:
@@ -211,8 +268,22 @@ def to_int32(unsigned: Tensor) -> Tensor:
 
 def _corpus_ids(world: World, of_index: bool) -> int:
     """Ids below this belong to the corpus; those above are private and never leave home."""
-    branches = 1 if of_index else world.config.num_branches
-    return world.config.max_blocks * world.config.block_tokens * branches
+    return world.config.max_blocks * world.config.block_tokens * _branches(world, of_index)
+
+
+def _branches(world: World, of_index: bool) -> int:
+    return 1 if of_index else world.config.num_branches
+
+
+def _check_ids(ids: Tensor, end: int, unit_tokens: int) -> None:
+    """Ids in [0, end), each the first of a unit."""
+    if len(ids) == 0:
+        return
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= end:
+        raise ValueError(f"ids must lie in [0, {end}), got {low}..{high}")
+    if unit_tokens > 1 and bool((ids % unit_tokens != 0).any()):
+        raise ValueError(f"ids must be multiples of {unit_tokens}, the first entries of units")
 
 
 def _layer(world: World, message: Message) -> int:
@@ -223,7 +294,7 @@ def _layer(world: World, message: Message) -> int:
 
 def _unit_tokens(world: World, message: Message) -> int:
     unit_tokens = message.header.unit_tokens
-    if not 1 <= unit_tokens <= world.config.block_tokens:
+    if unit_tokens < 1 or world.config.block_tokens % unit_tokens:
         raise ValueError(f"units of {unit_tokens} tokens do not fit the blocks")
     return unit_tokens
 

@@ -2,7 +2,8 @@
 
     u32 magic | u32 header bytes | header (msgpack) | columns, each padded to 16 bytes
 
-Nothing received is trusted: `decode` bounds every size before it looks at a column.
+Nothing received is trusted: `decode` bounds every size before it looks at a column. A message has
+one encoding and `decode` takes no other, so nothing in a buffer can be read in two ways, or ignored.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import msgpack
 import torch
 from torch import Tensor
 
-MAGIC = 0x716F6101  # "qoa", wire version 1
+MAGIC = 0x716F6101  # "qoa", and the wire version in the lowest byte
 MAX_HEADER_BYTES = 1 << 16
 MAX_COLUMNS = 32
+MAX_NAME_CHARS = 64
+MAX_FIELD = 1 << 63
 _PREFIX = struct.Struct("<II")
 _ALIGN = 16
 _DTYPES = {
@@ -77,7 +80,8 @@ def decode(buffer: Tensor) -> Message:
         raise ValueError(f"message of {len(buffer)} bytes is shorter than its prefix")
     magic, head_bytes = _PREFIX.unpack(buffer[: _PREFIX.size].numpy().tobytes())
     if magic != MAGIC:
-        raise ValueError(f"message starts with {magic:#x}, expected {MAGIC:#x}")
+        skew = f" (wire version {magic & 0xFF})" if magic >> 8 == MAGIC >> 8 else ""
+        raise ValueError(f"message starts with {magic:#x}{skew}, expected {MAGIC:#x}")
     if head_bytes > min(MAX_HEADER_BYTES, len(buffer) - _PREFIX.size):
         raise ValueError(f"message header of {head_bytes} bytes does not fit the message")
     offset = _PREFIX.size + head_bytes
@@ -93,6 +97,9 @@ def decode(buffer: Tensor) -> Message:
         if num_bytes > len(buffer) - offset or name in columns:
             raise ValueError(f"column {name!r} of shape {shape} repeats or exceeds the message")
         columns[name] = buffer[offset : offset + num_bytes].clone().view(dtype).view(shape)
+        padding = buffer[offset + num_bytes : offset + _padded(num_bytes)]
+        if len(padding) and bool(padding.any()):
+            raise ValueError(f"column {name!r} is followed by padding that is not zero")
         offset += _padded(num_bytes)
     if offset != len(buffer):
         raise ValueError(f"message has {len(buffer)} bytes, its columns end at {offset}")
@@ -112,15 +119,29 @@ def _unpack(raw: bytes) -> dict[str, object]:
     if not isinstance(head, dict) or head.keys() != expected.keys():
         raise ValueError(f"message header must have the fields {sorted(expected)}")
     for name, kind in expected.items():
-        if type(head[name]).__name__ != kind:
-            raise ValueError(f"message header field {name!r} must be {kind}, got {head[name]!r}")
+        value = head[name]
+        if type(value).__name__ != kind:
+            raise ValueError(f"message header field {name!r} must be {kind}, got {_cut(value)}")
+        if isinstance(value, int) and not 0 <= value < MAX_FIELD:
+            raise ValueError(f"message header field {name!r} must be in [0, 2**63), got {value}")
+        if isinstance(value, str) and len(value) > MAX_NAME_CHARS:
+            raise ValueError(f"message header field {name!r} has over {MAX_NAME_CHARS} characters")
+    if list(head) != list(expected) or msgpack.packb(head) != raw:
+        raise ValueError("message header is not encoded as this version encodes it")
     return head
 
 
 def _column(entry: object) -> tuple[str, torch.dtype, list[int]]:
     match entry:
-        case [str(name), str(dtype), [*sizes]] if dtype in _DTYPES and len(sizes) <= 4:
+        case [str(name), str(dtype), [*sizes]] if (
+            dtype in _DTYPES and len(sizes) <= 4 and len(name) <= MAX_NAME_CHARS
+        ):
             shape = [size for size in sizes if type(size) is int and 0 <= size < 2**31]
             if len(shape) == len(sizes):
                 return name, _DTYPES[dtype], shape
-    raise ValueError(f"malformed column description {str(entry)[:80]}")
+    raise ValueError(f"malformed column description {_cut(entry)}")
+
+
+def _cut(value: object) -> str:
+    """What a peer wrote, short enough for an error."""
+    return repr(value)[:80]

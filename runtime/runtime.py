@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,9 +32,9 @@ from .door import (
     check_writable,
 )
 from .errors import CoverageError, PeerError, SnapshotError
-from .exchange import agree
 from .explain import DecisionLine, explain_last, predicted_last
 from .holder import MAX_TOP_K
+from .lanes import join_lane
 from .lease import lease
 from .requests import Attached, Request, Scope, scope_of, stacked
 from .restore import RestoreReport, restore
@@ -63,22 +64,40 @@ class Runtime:
         self._snapshot: PendingSnapshot | None = None
 
     @classmethod
-    def open(cls, config: RuntimeConfig, transport: Transport | None = None) -> Runtime:
+    def open(
+        cls,
+        config: RuntimeConfig,
+        transport: Transport | None = None,
+        *,
+        heads: tuple[int, int] | None = None,
+    ) -> Runtime:
         """Open this rank. Without a transport: the default process group, one made from torchrun's
         environment, or a world of one that needs no launcher. A transport that is given serves one
         runtime after another; whoever made it closes it.
 
-        Raises: PeerError if another rank opened with another config.
+        Args:
+            config: of the whole model, on every rank the same.
+            heads: (start, count) of the query heads that this rank has, where the ranks of an instance
+                share them (tensor-parallel lanes); None: all. Ranks with the same heads are a lane,
+                and the runtime is one of that lane: its ranks are the instances, its config's layouts
+                have the lane's heads, and so have queries, outputs, sinks and weights.
+        Raises:
+            PeerError if another rank opened with another config. ValueError on every rank if the
+            lanes do not cover all heads once, or instances are of unequal sizes.
         """
-        world = World(config, transport or connect(config.deadline_s))
-        runtime = cls(world, owns_transport=transport is None)
+        whole = transport or connect(config.deadline_s)
+        lane, sent_before = whole, whole.counted()
         try:
-            with runtime._in_step():
-                agree(world)
-        except BaseException:
-            runtime.close()
+            config, lane = join_lane(config, whole, heads, owned=transport is None)
+            if lane is not whole:  # it numbers receivers anew
+                sent_before = sent_before._replace(bytes_to=Counter())
+            return cls(World(config, lane, sent_before), owns_transport=lane is not transport)
+        except BaseException as error:
+            if not isinstance(error, (PeerError, ValueError)):  # these are raised on every rank
+                lane.abort((lane.rank,), f"raised {type(error).__name__}: {error}")
+            if lane is not transport:
+                lane.close()
             raise
-        return runtime
 
     def __enter__(self) -> Runtime:
         return self

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .errors import PeerError
-from .holder import answer_attend, answer_select, take_pushes
+from .holder import answer_attend, answer_select, check_columns, take_pushes
 from .inbox import MAX_OWED, Inbox
 from .messages import Header, Message, decode
 from .transport import Column, Frame, Purpose, deal
@@ -218,6 +218,7 @@ class Service:
                 asked_at = expiry - self._world.transport.deadline_s
                 self._silent |= dict.fromkeys(missing, asked_at)
                 self._world.transport.suspects.update(missing)
+                self._world.transport.expiries += 1
                 deadline_s = self._world.transport.deadline_s
                 raise PeerError(tuple(sorted(missing)), f"no answer within {deadline_s:g} s")
             peer, buffer = arrived
@@ -256,6 +257,10 @@ class Service:
             raise PeerError((peer,), f"refused what rank {self._world.rank} asked: {_text(reason)}")
         if theirs != replace(header, kind=f"{header.kind}-answer"):
             raise PeerError((peer,), f"answered {header.kind!r} with another header: {theirs}")
+        try:
+            check_columns(self._world, message)
+        except ValueError as error:
+            raise PeerError((peer,), f"sent what cannot be: {error}") from error
         return message
 
     def _paid(self, peer: int) -> None:
@@ -337,6 +342,7 @@ class Service:
         if header.epoch <= self._heard[peer]:
             raise ValueError(f"epoch {header.epoch} comes after epoch {self._heard[peer]}")
         self._heard[peer] = header.epoch
+        check_columns(world, message)
         take_pushes(world, message)
         return ANSWERS[header.kind](world, message)
 

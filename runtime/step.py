@@ -24,9 +24,11 @@ from .attend import (
     merge_parts,
 )
 from .cost.predicate import Mode, Way, decide, way_of
+from .decision_log import log_decisions
 from .exchange import (
     broadcast,
     candidates,
+    check_fetched,
     coverage_error,
     exchange,
     fetched_answers,
@@ -154,7 +156,9 @@ def attend_step(
     parts = {"A": [own]}
     if len(fetched.rows):
         with stats.phase("attend fetched"):
-            parts["A"].append(attend_fetched(world, layer, absorbed, wanted, fetch, fetched.rows))
+            part = attend_fetched(world, layer, absorbed, wanted, fetch, fetched.rows)
+            check_fetched(world, layer, part, fetch, fetched.rows)
+            parts["A"].append(part)
             keep_leases(world, layer, fetched.ids, fetched.came, fetched.rows)
     for form, lists in routes.items():
         part, wrong = routed_answers(world, layer, form, lists, answers)
@@ -166,6 +170,8 @@ def attend_step(
         out = combine(layout, *merge_parts(world, layer, parts, len(rows)), sink)
     stats.count(decision, len(query))
     world.last = LastStep(layer, unit_tokens, wanted.demand, decision, wanted.offsets is not None)
+    if config.log_decisions:
+        log_decisions(world)
     if complaints:
         raise coverage_error(world, layer, complaints)
     return out.to(config.dtype)

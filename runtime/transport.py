@@ -89,6 +89,14 @@ class Receiver(Protocol):
         ...
 
 
+class Sent(NamedTuple):
+    """What was handed to the carrier: bytes and messages by kind, bytes by receiver."""
+
+    bytes: Counter[str]
+    messages: Counter[str]
+    bytes_to: Counter[int]
+
+
 class Transport(ABC):
     """A rank's end of the exchange. Bytes are counted where they are handed to the carrier."""
 
@@ -103,6 +111,7 @@ class Transport(ABC):
         self.bytes_sent: Counter[str] = Counter()
         self.messages_sent: Counter[str] = Counter()
         self.bytes_to: Counter[int] = Counter()
+        self.expiries = 0  # waits that ended at the deadline
         self._arrived: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self._waiting: list[deque[Frame]] = [deque() for _ in range(world_size)]
         self._gone: dict[int, str] = {}
@@ -140,23 +149,19 @@ class Transport(ABC):
         self._send(peer, buffer, purpose)
         self._count(peer, header.kind, len(buffer))
 
-    def counted(self) -> tuple[Counter[str], Counter[str], Counter[int]]:
-        """Bytes and messages sent so far, by kind, and bytes by receiver."""
+    def counted(self) -> Sent:
+        """What was sent so far, a copy."""
         with self._counting:
-            return Counter(self.bytes_sent), Counter(self.messages_sent), Counter(self.bytes_to)
+            return Sent(
+                Counter(self.bytes_sent), Counter(self.messages_sent), Counter(self.bytes_to)
+            )
 
     def divert(self, inbox: Receiver) -> None:
         """Give `inbox` what arrives from now on, and what arrived already."""
         if self._failure:
             raise self._failure
         with self._handover:
-            frames = [frame for waiting in self._waiting for frame in waiting]
-            while not self._arrived.empty():
-                frames.append(self._arrived.get_nowait())
-            frames += [Frame(peer, None, reason) for peer, reason in self._gone.items()]
-            for waiting in self._waiting:
-                waiting.clear()
-            for frame in frames:
+            for frame in self._drain():
                 inbox.put(frame)
             self._inbox = inbox
 
@@ -229,6 +234,15 @@ class Transport(ABC):
             else:
                 self._inbox.put(frame)
 
+    def _drain(self) -> list[Frame]:
+        """What arrived and was not collected, and who is gone; under `_handover`."""
+        frames = [frame for waiting in self._waiting for frame in waiting]
+        while not self._arrived.empty():
+            frames.append(self._arrived.get_nowait())
+        for waiting in self._waiting:
+            waiting.clear()
+        return frames + [Frame(peer, None, reason) for peer, reason in self._gone.items()]
+
     def _make_room(self, peer: int, num_bytes: int, timeout_s: float | None) -> bool:
         """Hold back a request until there is room for it; outside service nothing is held back."""
         inbox = self._inbox
@@ -263,6 +277,7 @@ class Transport(ABC):
             if now >= verdict_at:
                 if lost:
                     raise self._fail(tuple(lost), next(iter(lost.values())))
+                self.expiries += 1
                 raise self._fail(missing, f"no answer within {self.deadline_s:g} s")
             try:
                 frame = self._arrived.get(

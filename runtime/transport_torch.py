@@ -23,9 +23,10 @@ from .transport import Frame, Purpose, Transport
 
 _FRAME_MAGIC = 0x716F_6672
 _ABORT, _BYE = 1, 2  # beside the values of Purpose
-_KINDS = frozenset(Purpose) | {_ABORT, _BYE}
 _MAX_BODY_BYTES = 1 << 32
 _MAX_ABORT_BYTES = 1 << 14
+_LIMITS = {**dict.fromkeys(map(int, Purpose), _MAX_BODY_BYTES), _ABORT: _MAX_ABORT_BYTES, _BYE: 0}
+_MAX_REASON_CHARS = 2000
 _NEVER_SENT = 0x6E6F  # a tag that no message uses
 _FOREVER = timedelta(days=30)
 # gloo reads a send until it is over. To a peer that has not answered yet there are at most three
@@ -101,9 +102,9 @@ class TorchTransport(Transport):
             self._deliver(Frame(peer, None, f"connection lost: {_first_line(error)}"))
 
     def _send_abort(self, peer: int, culprits: tuple[int, ...], reason: str) -> None:
-        body = msgpack.packb([list(culprits), reason[:2000]])
+        body = bytearray(abort_body(culprits, reason))
         try:
-            self._send_frame(peer, _ABORT, torch.frombuffer(bytearray(body), dtype=torch.uint8))
+            self._send_frame(peer, _ABORT, torch.frombuffer(body, dtype=torch.uint8))
         except RuntimeError:
             return  # the peer is gone; the others still hear of it
 
@@ -126,17 +127,16 @@ class TorchTransport(Transport):
             while True:
                 frame = self._receive(peer, torch.empty(3, dtype=torch.int64))
                 magic, size, kind = frame.tolist()
-                if magic != _FRAME_MAGIC or not 0 <= size <= _MAX_BODY_BYTES:
-                    raise RuntimeError(f"malformed frame {frame.tolist()}")
+                read_frame(magic, size, kind)
                 if kind == _BYE:
                     self._deliver(Frame(peer, None, "closed its runtime"))
                     return
-                if kind not in _KINDS or (kind == _ABORT and size > _MAX_ABORT_BYTES):
-                    raise RuntimeError(f"malformed frame {frame.tolist()}")
                 has_room = kind == Purpose.ASK and self._make_room(peer, size, None)
                 body = self._receive(peer, torch.empty(size, dtype=torch.uint8))
                 if kind == _ABORT:
-                    self._deliver(self._abort_frame(peer, body))
+                    said = body.numpy().tobytes()
+                    blame, reason = read_abort(said, world_size=self.world_size)
+                    self._deliver(Frame(peer, None, reason, blame))
                     return
                 self._deliver(Frame(peer, body, purpose=Purpose(kind), has_room=has_room))
         except (RuntimeError, ValueError) as error:
@@ -149,13 +149,32 @@ class TorchTransport(Transport):
             work.wait(_FOREVER)
         return into
 
-    def _abort_frame(self, peer: int, body: Tensor) -> Frame:
-        match msgpack.unpackb(body.numpy().tobytes(), max_array_len=self.world_size):
-            case [[*culprits], str(reason)] if culprits and all(
-                type(rank) is int and 0 <= rank < self.world_size for rank in culprits
-            ):
-                return Frame(peer, None, reason, tuple(culprits))
-        raise ValueError("malformed abort")
+
+def read_frame(magic: int, size: int, kind: int) -> None:
+    """Raise ValueError unless this announces a body that a peer may send."""
+    limit = _LIMITS.get(kind, -1)
+    if magic != _FRAME_MAGIC or not 0 <= size <= limit:
+        raise ValueError(f"malformed frame {[magic, size, kind]}")
+
+
+def abort_body(culprits: tuple[int, ...], reason: str) -> bytes:
+    text = reason[:_MAX_REASON_CHARS].encode(errors="replace").decode()
+    return bytes(msgpack.packb([list(culprits), text]))
+
+
+def read_abort(body: bytes, *, world_size: int) -> tuple[tuple[int, ...], str]:
+    """(culprits, reason) of an abort. Raises: ValueError unless it blames ranks of this world."""
+    try:
+        said = msgpack.unpackb(body, max_array_len=max(world_size, 2), max_map_len=0)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise ValueError(f"malformed abort: {error}") from error
+    match said:
+        case [[*culprits], str(reason)] if culprits and all(
+            type(rank) is int and 0 <= rank < world_size for rank in culprits
+        ):
+            if abort_body(tuple(culprits), reason) == body:
+                return tuple(culprits), reason
+    raise ValueError("malformed abort")
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,7 +26,8 @@ from .config import RuntimeConfig
 from .cost.model import LayerFacts
 from .cost.predicate import Decision, Demand, Way
 from .messages import Header
-from .transport import Column, LoopbackTransport, Transport
+from .ranges import named_range
+from .transport import Column, LoopbackTransport, Sent, Transport
 from .transport_torch import TorchTransport
 from .usage import Usage
 
@@ -90,6 +91,9 @@ class Served:
     most_bytes: int = 0
 
 
+_NO_RANGE = nullcontext()
+
+
 @dataclass(slots=True)
 class Stats:
     """Counters since the runtime was opened. `ways[h, w]` counts (item, holder) decisions."""
@@ -99,6 +103,8 @@ class Stats:
     queries: int = 0
     phase_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     leases: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
+    profile_ranges: bool = False
 
     def count(self, decision: Decision, queries: int) -> None:
         """Add one attention step and its decisions by holder."""
@@ -110,7 +116,8 @@ class Stats:
     def phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            yield
+            with named_range(name) if self.profile_ranges else _NO_RANGE:
+                yield
         finally:
             self.phase_s[name] += time.perf_counter() - start
 
@@ -118,11 +125,17 @@ class Stats:
 class World:
     """A rank's transport, directory, pool, leases and weights. Made by `Runtime.open`."""
 
-    def __init__(self, config: RuntimeConfig, transport: Transport) -> None:
+    def __init__(
+        self,
+        config: RuntimeConfig,
+        transport: Transport,
+        sent_before: Sent | None = None,
+    ) -> None:
+        """`sent_before`: what `transport` had counted when opening began; None: it begins now."""
         self.config = config
         self.transport = transport
         self.rank, self.world_size = transport.rank, transport.world_size
-        self._sent_before = transport.counted()
+        self._sent_before = sent_before or transport.counted()
         self.service: Service | None = None
         self.served = Served()
         # (W,) bool: whom a plan may ask. Of a unit without such a holder the preferred one is asked.
@@ -176,7 +189,8 @@ class World:
         self.epoch = 0
         self._weights_mark = 0
         self._incarnation = config.fingerprint(self.world_size)
-        self.stats = Stats(torch.zeros(self.world_size, len(Way), dtype=torch.int64))
+        ways = torch.zeros(self.world_size, len(Way), dtype=torch.int64)
+        self.stats = Stats(ways, profile_ranges=config.profile_ranges)
         self.last: LastStep | None = None
         self.usage = Usage(config.half_life)
 
@@ -189,6 +203,11 @@ class World:
         generations = self.directory.generations
         keys = stored_ids.long() // self.config.block_tokens
         return generations[keys.clamp(0, len(generations) - 1)]
+
+    def index_owners(self, units: Tensor, unit_tokens: int) -> Tensor:
+        """The rank that scores each unit when index keys live with their blocks; -1 for private ones."""
+        block = units.long() * unit_tokens // self.config.block_tokens
+        return self._owners(block * self.config.num_branches)[..., 0]
 
     def forms(self, layer: int) -> tuple[Form, ...]:
         """Payload forms that can be executed: B with the projection weights, which headers compare."""
@@ -351,10 +370,10 @@ class World:
         self._stage(self.index_pushes[layer], holders, ids, rows)
 
     def _owners(self, keys: Tensor) -> Tensor:
-        """Ranks (n, R) of the copies of keys (n,); -1 for private ones, which are only here."""
+        """Ranks (*, R) of the copies of keys (*); -1 for private ones, which are only here."""
         owners = self.directory.owners
-        corpus = keys < len(owners)
-        return torch.where(corpus[:, None], owners[torch.where(corpus, keys, 0).long()], -1)
+        corpus = (keys >= 0) & (keys < len(owners))
+        return torch.where(corpus[..., None], owners[torch.where(corpus, keys, 0).long()], -1)
 
     def _stage(self, pushes: list[Push], holders: Tensor, ids: Tensor, rows: Tensor) -> None:
         for copy in holders.unbind(1):
@@ -365,8 +384,8 @@ class World:
     def snapshot(self) -> dict[str, Any]:
         """The counters as plain values."""
         stats, served = self.stats, self.served
-        bytes_before, messages_before, bytes_to_before = self._sent_before
-        num_bytes, messages, bytes_to = self.transport.counted()
+        sent, before = self.transport.counted(), self._sent_before
+        blocks, leases = self.entries.block_residence, self.entries.lease_residence
         return {
             "rank": self.rank,
             "steps": stats.steps,
@@ -375,9 +394,9 @@ class World:
                 rank: {way.name.lower(): int(ways[way]) for way in Way if way != Way.NONE}
                 for rank, ways in enumerate(stats.ways)
             },
-            "bytes_sent": dict(num_bytes - bytes_before),
-            "messages_sent": dict(messages - messages_before),
-            "bytes_to": dict(bytes_to - bytes_to_before),
+            "bytes_sent": dict(sent.bytes - before.bytes),
+            "messages_sent": dict(sent.messages - before.messages),
+            "bytes_to": dict(sent.bytes_to - before.bytes_to),
             "served": {
                 "answered": dict(served.answered),
                 "refused": dict(served.refused),
@@ -385,7 +404,10 @@ class World:
                 "most_requests": served.most_requests,
                 "most_bytes": served.most_bytes,
             },
-            "leases": dict(stats.leases),
+            "leases": {"hit": 0, "evicted": 0, **stats.leases},
+            "failures": {"coverage": 0, "deadline": self.transport.expiries, **stats.failures},
+            "lifetime": {"block": blocks.lifetime.plain(), "lease": leases.lifetime.plain()},
+            "reuse_gap": {"block": blocks.reuse_gap.plain(), "lease": leases.reuse_gap.plain()},
             "phase_s": dict(stats.phase_s),
             "pool_bytes": self.entries.num_bytes + self.index.num_bytes,
             "lease_bytes": self.entries.lease_bytes,

@@ -165,6 +165,7 @@ def answering(
 
 WRONG: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
     "nothing": lambda columns: {},
+    "a column nobody reads": lambda columns: columns | {"C.out": torch.ones(1)},
     "a row short": lambda columns: {name: rows[1:] for name, rows in columns.items()},
     "NaN": lambda columns: columns | {"A.out": columns["A.out"] * torch.nan},
     "other entries": lambda columns: columns | {"A.covered": columns["A.covered"] ^ 1},
@@ -228,6 +229,7 @@ def test_a_late_answer_is_named_in_time_once_waited_for_and_forgiven(
         for _ in range(3):
             world.check()
         assert not world.runtime._world.transport.suspects
+        assert world.runtime.stats()["failures"]["deadline"] == 1
 
     serving(3, work, deadline_s=deadline_s)
 
@@ -298,6 +300,10 @@ def test_what_is_wrong_is_refused_with_its_reason(change: dict[str, Any], reason
             answer = raw.ask(wrong, {"fetch": torch.zeros(1, dtype=torch.int32)})
             assert answer.header == replace(wrong, kind="refused")
             assert reason in bytes(answer.columns["reason"].tolist()).decode()
+            wrong = replace(raw.header, epoch=4)
+            answer = raw.ask(wrong, {"C.query": torch.ones(1)})
+            assert answer.header == replace(wrong, kind="refused")
+            assert b"no column C.query" in bytes(answer.columns["reason"].tolist())
             good = replace(raw.header, epoch=5)
             assert raw.ask(good).header.kind == "attend-answer"
             assert raw.ask(good).header.kind == "refused"  # of a former life
@@ -306,7 +312,7 @@ def test_what_is_wrong_is_refused_with_its_reason(change: dict[str, Any], reason
         assert served.wait(20.0)
         return world.runtime.stats()["served"]["refused"]
 
-    assert serving(3, work, **ONE_HOLDER)[0] == {1: 2}
+    assert serving(3, work, **ONE_HOLDER)[0] == {1: 3}
 
 
 def test_a_refusal_is_raised_where_it_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:

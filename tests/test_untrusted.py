@@ -84,11 +84,19 @@ def on(kind: str, column: str, change: Callable[[Tensor], Tensor]) -> Spoil:
         (on("attend-answer", "A.out", lambda rows: rows[1:]), "always-route"),
         (on("attend-answer", "fetch.rows", lambda rows: rows[:, 1:]), "always-fetch"),
         (on("attend", "fetch", torch.zeros_like), "always-fetch"),
+        (on("attend-answer", "fetch.rows", lambda rows: rows * 0 + 255), "always-fetch"),
+        (on("attend", "A.query", lambda rows: rows * torch.nan), "always-route"),
+        (on("attend", "A.units", lambda rows: rows + 2**20), "always-route"),
+        (on("attend", "A.item", lambda rows: -rows - 1), "always-route"),
+        (on("attend", "fetch", lambda rows: -rows - 1), "always-fetch"),
+        (on("select-answer", "id", lambda ids: (ids + 64).clamp(max=499)), "auto"),
     ],
     ids=[
         "foreign candidates", "repeated candidates", "NaN scores", "NaN index queries",
         "negative runs", "absurd counts", "zero counts", "too few heads", "another dtype",
         "infinite output", "a row short", "short rows", "units fetched twice",
+        "fetched NaN", "NaN queries", "units beyond the corpus", "negative items",
+        "negative units to fetch", "another rank's candidates",
     ],
 )  # fmt: skip
 def test_a_wrong_message_names_its_sender(spoil: Spoil, mode: str) -> None:
@@ -192,3 +200,21 @@ def test_weights_that_differ_are_noticed() -> None:
             return str(caught.value)
 
     assert all("tables" in told for told in run_loopback(2, work))
+
+
+def test_a_column_nobody_reads_names_its_sender() -> None:
+    class Adding(LoopbackTransport):
+        def post_shares(self, header: Header, shares: Sequence[Mapping[str, Tensor]]) -> None:
+            if self.rank == 1 and header.kind == "attend":
+                shares = [{**share, "C.query": torch.ones(1)} for share in shares]
+            super().post_shares(header, shares)
+
+    config = RuntimeConfig(model=uniform_model(named_layout("mla-tiny"), 1), max_blocks=8)
+
+    def work(end: Transport) -> str:
+        with Runtime.open(config, end) as runtime, pytest.raises(PeerError) as caught:
+            runtime.idle_attend(0)
+        return str(caught.value)
+
+    told, _ = run_loopback(2, work, transports=Adding.world(2, deadline_s=10.0))
+    assert told == "rank 1: sent what cannot be: 'attend' messages have no column C.query"

@@ -6,16 +6,18 @@ TOML keys are in human units (`probe_us`, `push_gb_per_s`, `flop_tera_per_s`), f
 
 from __future__ import annotations
 
-import math
+import reprlib
+import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, cast
 
 PROFILE_NAMES = ("ibgda-ndr200", "nvlink4", "loopback")
 MAX_FILE_BYTES = 64 << 10
+MAX_LINE_CHARS = 512  # tomllib takes quadratic time for a long dotted key
 MAX_GRANULE_BYTES = 1 << 40
 
 
@@ -178,8 +180,12 @@ def parse_profile(raw: bytes, *, where: str) -> FabricProfile:
     if len(raw) > MAX_FILE_BYTES:
         raise ValueError(f"{where}: larger than the allowed {MAX_FILE_BYTES} bytes")
     try:
-        top = tomllib.loads(raw.decode())
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        text = raw.decode()
+        longest = max(map(len, text.split("\n")))
+        if longest > MAX_LINE_CHARS:
+            raise ValueError(f"a line has {longest} characters, allowed are {MAX_LINE_CHARS}")
+        top = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not TOML: {error}") from error
     _expect_keys(top, {"name", "description", "path", "device", "sources"}, where)
     path, device = (_table(top, section, where) for section in ("path", "device"))
@@ -215,21 +221,22 @@ def _expect_keys(table: Mapping[str, Any], allowed: set[str], where: str) -> Non
 
 def _table(table: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     if not isinstance(table[key], dict):
-        raise ValueError(f"{where}: {key} must be a table [{key}], got {table[key]!r}")
+        raise ValueError(f"{where}: {key} must be a table [{key}], got {reprlib.repr(table[key])}")
     return dict(table[key])
 
 
 def _text(table: Mapping[str, Any], key: str, where: str) -> str:
     value = table[key]
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: {key} must be a non-empty string, got {value!r}")
+        raise ValueError(f"{where}: {key} must be a non-empty string, got {reprlib.repr(value)}")
     return value
 
 
 def _number(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{where} must be a finite number, got {value!r}")
-    return float(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not abs(cast(float, value)) <= sys.float_info.max:
+        raise ValueError(f"{where} must be a finite number, got {reprlib.repr(value)}")
+    return float(cast(float, value))
 
 
 def _numbers(table: Mapping[str, Any], kind: type, where: str) -> dict[str, float]:
@@ -247,13 +254,15 @@ def _pull(value: object, where: str) -> tuple[tuple[int, float], ...]:
     if not isinstance(value, list) or not all(isinstance(point, dict) for point in value):
         raise ValueError(
             f"{where} must be a list of {{granule_bytes, gb_per_s}}, empty where ranks cannot "
-            f"read each other's memory, got {value!r}"
+            f"read each other's memory, got {reprlib.repr(value)}"
         )
     points = []
     for point in value:
         _expect_keys(point, {"granule_bytes", "gb_per_s"}, where)
         granule = point["granule_bytes"]
         if isinstance(granule, bool) or not isinstance(granule, int):
-            raise ValueError(f"{where}: granule_bytes must be an integer, got {granule!r}")
+            raise ValueError(
+                f"{where}: granule_bytes must be an integer, got {reprlib.repr(granule)}"
+            )
         points.append((granule, _number(point["gb_per_s"], f"{where}: gb_per_s") * 1e9))
     return tuple(points)

@@ -83,6 +83,10 @@ def demo(
     sabotage: Annotated[
         Sabotage | None, typer.Option(help="Break one answer; the demo must then exit with 1.")
     ] = None,
+    log_decisions: Annotated[
+        bool,
+        typer.Option("--log-decisions", help="Write decisions to stderr, a JSON line per group."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Decode over a codebase sharded across instances and compare with the unsharded model."""
@@ -103,6 +107,7 @@ def demo(
         seed=seed,
         mode=mode,
         sabotage=sabotage,
+        log_decisions=log_decisions,
     )
     with progress() as report:
         result = run_demo(config, report)
@@ -129,10 +134,14 @@ def explain(
     lines: Annotated[
         bool, typer.Option("--lines", help="Print one line per query and holder.")
     ] = False,
+    lanes: Annotated[
+        int, typer.Option(min=1, help="Ranks of an instance that share the heads.")
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Show the decisions of a hypothetical step, and why."""
     from ...partition.codec import make_codec
+    from ...partition.lanes import lane_layout
     from ...partition.layout import named_layout
     from ..cost.profile import load_profile
     from .explain import explain_step, render, render_lines
@@ -140,6 +149,9 @@ def explain(
     if lines and as_json:
         raise ValueError("--lines and --json exclude each other")
     chosen = named_layout(layout)
+    if chosen.heads % lanes:
+        raise ValueError(f"{chosen.heads} heads cannot be shared equally by {lanes} lanes")
+    chosen = lane_layout(chosen, 0, chosen.heads // lanes)
     codec = make_codec(chosen.codec, dim=chosen.entry_dim, rope_dim=chosen.rope_dim)
     records = explain_step(
         layout=chosen,

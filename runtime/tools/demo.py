@@ -61,6 +61,7 @@ class DemoConfig:
     seed: int = 0
     mode: Mode = "auto"
     sabotage: Sabotage | None = None
+    log_decisions: bool = False
 
     def __post_init__(self) -> None:
         for name in ("files", "bytes_per_file", "instances", "agents", "decode_tokens", "layers"):
@@ -123,6 +124,7 @@ def run_demo(config: DemoConfig, report: Report) -> DemoReport:
         workspace_bytes=16 << 20,
         mode=config.mode,
         seed=config.seed,
+        log_decisions=config.log_decisions,
     )
     with tempfile.TemporaryDirectory(prefix="qroam-demo-") as folder:
         reference_path = str(Path(folder) / "reference.safetensors")

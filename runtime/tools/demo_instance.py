@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -62,6 +64,8 @@ def run_instance(job: Job, pipe: Connection) -> None:
     """Process entry. Reports ("progress", phase, done, total), then ("done", result) or
     ("failed", kind, why), where kind is "coverage" if an answer's coverage was wrong, else "other"."""
     torch.set_num_threads(1)
+    if job.runtime.log_decisions:
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         pipe.send(("done", _Instance(job, pipe).run()))
     except (CoverageError, PeerError, RuntimeError, ValueError) as error:
