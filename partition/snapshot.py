@@ -283,6 +283,8 @@ def decode_manifest(raw: bytes, where: str) -> Manifest:
         quotas=tuple(quotas),
     )
     check_located(manifest, where)
+    if encode_manifest(manifest) != raw:
+        raise fault(where, "header", "is not encoded as this version encodes it")
     return manifest
 
 

@@ -72,11 +72,11 @@ def lease(world: World, document: Document | None, ids: Tensor, offset: int) -> 
         for want, mine in zip(wants, own, strict=True)
     ]
     layouts = world.config.model.layers
-    entries = _decoded(world, world.entries, found[0], document.tokens)
+    entries = _decoded(world, document, wants[0], found[0])
     _turn(entries, [layout.rope for layout in layouts], offset)
     keys: dict[int, Tensor] = {}
     if world.has_index:
-        keys = _decoded(world, world.index, found[1], document.tokens)
+        keys = _decoded(world, document, wants[1], found[1])
         _turn_index(world, keys, offset)
     for layer, rows in entries.items():
         index_keys = keys[layer].flatten(0, 1) if layer in keys else None
@@ -183,15 +183,33 @@ def _lines(tokens: int, branches: int, block_tokens: int) -> Tensor:
     return (key * block_tokens + token % block_tokens).reshape(-1)
 
 
-def _decoded(world: World, store: BlockStore, rows: Tensor, tokens: int) -> dict[int, Tensor]:
-    """The rows (T * G, bytes) as numbers (T, G, D) of each layer that has any."""
+def _decoded(world: World, document: Document, want: _Want, rows: Tensor) -> dict[int, Tensor]:
+    """The rows (T * G, bytes) as numbers (T, G, D) of each layer that has any.
+
+    Raises: PeerError naming a holder whose rows hold NaN or infinity.
+    """
     decoded, start = {}, 0
-    for layer, codec in enumerate(store.codecs):
+    for layer, codec in enumerate(want.store.codecs):
         if codec is not None:
             part = codec.decode(rows[:, start : start + codec.entry_bytes], world.compute_dtype)
-            decoded[layer] = part.view(tokens, -1, codec.dim)
+            _check_sound(world, document, want, layer, part)
+            decoded[layer] = part.view(document.tokens, -1, codec.dim)
             start += codec.entry_bytes
     return decoded
+
+
+def _check_sound(
+    world: World, document: Document, want: _Want, layer: int, entries: Tensor
+) -> None:
+    """Accuse another rank whose entries (T * G, D) are not finite."""
+    unsound = ~entries.isfinite().all(1)
+    if not bool(unsound.any()):
+        return
+    block_tokens, branches = world.config.block_tokens, len(want.keys) // document.num_blocks
+    lines = _lines(document.tokens, branches, block_tokens)
+    holders = want.holder[lines // block_tokens][unsound]
+    for holder in holders[holders != world.rank][:1].tolist():
+        raise world.transport.accuse(holder, f"sent rows of layer {layer} with NaN or infinity")
 
 
 def _turn(entries: dict[int, Tensor], ropes: Sequence[Rope | None], offset: int) -> None:

@@ -734,7 +734,7 @@ class Runtime:
 
     def stats(self) -> dict[str, Any]:
         """Counters since `open`: bytes as counted in the transport's send, decisions, phases, memory."""
-        return self._world.snapshot()
+        return self._world.counted()
 
     # The door ------------------------------------------------------------------------------------
 

@@ -381,7 +381,7 @@ class World:
             if bool(away.any()):
                 pushes.append(Push(copy[away], ids[away], rows[away]))
 
-    def snapshot(self) -> dict[str, Any]:
+    def counted(self) -> dict[str, Any]:
         """The counters as plain values."""
         stats, served = self.stats, self.served
         sent, before = self.transport.counted(), self._sent_before

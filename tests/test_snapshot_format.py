@@ -398,6 +398,21 @@ def test_hashes_that_do_not_belong_are_refused(tmp_path: Path) -> None:
     assert f"{tmp_path / file}: record 1: its bytes are not those of its hash" in said(tmp_path)
 
 
+def test_a_manifest_has_one_encoding(tmp_path: Path) -> None:
+    manifest = written(tmp_path)
+    short, long = b"sequence\x03", b"sequence\xcd\x00\x03"  # 3 in one byte, and in three
+
+    def longer(head: dict[str, Any]) -> None:
+        packed = msgpack.packb(head)
+        assert packed.count(short) == 1
+        head["raw"] = packed.replace(short, long)
+
+    assert read_manifest(tmp_path) is not None
+    forged(tmp_path, longer)
+    assert said(tmp_path).endswith("header: is not encoded as this version encodes it")
+    assert decode_manifest(encode_manifest(manifest), "here") == manifest
+
+
 def test_blocks_that_say_the_same_must_be_the_same(tmp_path: Path) -> None:
     """They would be stored once, so one document would get the other's."""
     manifest = written(tmp_path)

@@ -148,6 +148,8 @@ SPOILED_LIFE: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "lease-twice": ("lease", torch.zeros_like),
     "lease-answer": ("lease.rows", lambda rows: rows[:, 1:]),
     "lease-marks": ("lease.marks", lambda rows: rows.long()),
+    "lease-NaN": ("lease.rows", lambda rows: rows * 0 + 255),
+    "lease-index-NaN": ("lease_index.rows", lambda rows: rows * 0 + 255),
 }
 
 
