@@ -18,7 +18,7 @@ import torch
 from gpu import DEVICE, Bench, Variant
 from torch import Tensor
 
-from qroam.kernels.decide import FETCH, ROUTE, Mode, Prices, decide
+from qroam.kernels.decide import FETCH, ROUTE, Mode, PriceTable, decide
 from qroam.kernels.plan import Directory, Plan, Workspace, plan
 from qroam.partition.layout import named_layout
 from qroam.runtime import load_profile
@@ -53,11 +53,11 @@ CASES = (
 )
 
 
-def prices() -> Prices:
+def prices() -> PriceTable:
     """Of 128 heads of MLA in bf16, form A, over NVLink."""
     facts = LayerFacts.of(named_layout("mla-v3.2"), entry_bytes=1152, element_bytes=2)
     model = CostModel(facts=facts, profile=load_profile("nvlink4"), unit_tokens=1)
-    return prices_of(model, world=WORLD)
+    return prices_of(model, world=WORLD, device=DEVICE)
 
 
 def directory() -> Directory:
@@ -97,8 +97,8 @@ def wanted(units: Tensor, tables: Directory) -> definition.Wanted:
 def lists(
     want: definition.Wanted, way: Tensor, tables: Directory
 ) -> tuple[definition.RouteLists, definition.FetchList]:
-    routed = definition.route(want, way, ROUTE.value, tables.generations, block_tokens=BLOCK_TOKENS)
-    return routed, definition.fetch(want, way, FETCH.value)
+    routed = definition.route(want, way, ROUTE, tables.generations, block_tokens=BLOCK_TOKENS)
+    return routed, definition.fetch(want, way, FETCH)
 
 
 def checked(
@@ -120,7 +120,7 @@ def checked(
                 results[call].pairs_units,
                 results[call].unique_units,
                 results[call].fair_units,
-                prices().table(DEVICE),
+                prices(),
                 rank=RANK,
                 mode=case.mode,
             )
@@ -168,7 +168,7 @@ def _same(name: str, found: Tensor, want: Tensor) -> None:
 def main() -> int:
     bench = Bench("plan", __doc__)
     torch.manual_seed(0)
-    tables, table = directory(), prices().table(DEVICE)
+    tables, table = directory(), prices()
     for case in CASES:
         if not bench.wants(case.name):
             continue

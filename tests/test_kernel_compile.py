@@ -20,8 +20,12 @@ from typing import Any, cast
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from qroam.kernels.cuda import compiled
+from qroam.kernels.decide import SOURCE, Fixed
 
 _USED = re.compile(
     r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
@@ -129,28 +133,6 @@ def rope(*, layers: int) -> None:
     )
 
 
-def plan(*, items: int) -> None:
-    from qroam.kernels.decide import PriceTable
-    from qroam.kernels.plan import Directory, Workspace, plan
-
-    prices = PriceTable(on_gpu(64, dtype=torch.float64), 8, 1, 2)
-    directory = Directory(
-        on_gpu(4096, 1), on_gpu(4096), on_gpu(4096), on_gpu(4096), block_tokens=64, num_branches=1
-    )
-    workspace = Workspace.make(
-        num_items=items, num_branches=1, num_units=262144, world_size=8, device=_GPU
-    )
-    plan(on_gpu(items, 2048), directory, prices, workspace, rank=0, hidden=on_gpu(items, 2))
-
-
-def decide(*, items: int) -> None:
-    from qroam.kernels.decide import PriceTable, decide
-
-    prices = PriceTable(on_gpu(64, dtype=torch.float64), 8, 2, 2)
-    fair_units = on_gpu(items, 8, dtype=torch.float64)
-    decide(on_gpu(items, 8), on_gpu(8), fair_units, prices, rank=0)
-
-
 @dataclass(frozen=True)
 class Launch:
     run: Callable[..., None]
@@ -183,10 +165,6 @@ LAUNCHES = {
         for verb in ("encode_latent", "decode_latent", "encode_index", "decode_index")
     },
     "rope": launch(rope, "_rotate_kernel", layers=61),
-    "plan 1": launch(plan, "_plan_kernel", items=1),
-    # Spills once a launch; docs/performance.md says what else is to be shortened here.
-    "plan 64": launch(plan, "_plan_kernel", items=64, spilled=340),
-    "decide 1024": launch(decide, "_decide_kernel", items=1024),
 }
 
 
@@ -281,6 +259,49 @@ def test_compiles_for_hopper(name: str, reports: dict[str, str]) -> None:
     for kernel, (_, stores, loads, _) in kernels.items():
         most = LAUNCHES[name].spilled
         assert max(stores, loads) <= most, f"{kernel}: {stores} and {loads} bytes spilled"
+
+
+PLANS = {
+    "plan of 1 item": Fixed(
+        threads=1024, per_thread=2, block_tokens=64, world_size=8, num_forms=2, mode="auto", stages=31
+    ),
+    "plan of 8 items": Fixed(
+        threads=1024, per_thread=2, block_tokens=64, world_size=8, num_forms=1, mode="auto",
+        stages=31, together=1,
+    ),
+    "plan of 256 items": Fixed(
+        threads=512, per_thread=4, block_tokens=64, world_size=8, words=8, num_forms=1, mode="auto",
+        stages=31, together=2,
+    ),
+    "a stage of a plan": Fixed(
+        threads=512, per_thread=8, block_tokens=64, num_branches=4, world_size=64, words=8,
+        num_forms=2, mode="given", stages=2,
+    ),
+}  # fmt: skip
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_cuda_compiles_for_hopper(name: str, tmp_path: Path) -> None:
+    code, symbol = compiled(SOURCE, PLANS[name].name("plan"))
+    (tmp_path / "plan.cubin").write_bytes(code)
+    command = [str(_CUOBJDUMP), "-res-usage", "-sass", str(tmp_path / "plan.cubin")]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    used = re.search(rf"Function {symbol}:\s+REG:(\d+) STACK:(\d+)", told)
+    assert used, told
+    registers, stack = map(int, used.groups())
+    assert registers <= 64, "two blocks of 512 threads, or one of 1024, share an SM"
+    assert stack == 0, "something spills, or the arguments are copied"
+    # Without contraction, as the definition on the host computes.
+    assert "DMUL" in told
+    assert "DFMA" not in told
+
+
+def test_a_cuda_kernel_that_does_not_compile_says_why(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.cu"
+    wrong.write_text("template <int T> __global__ void wrong(int* at) { *at = nothing; }")
+    with pytest.raises(RuntimeError, match=r'wrong.cu, wrong<1>: .*identifier "nothing"'):
+        compiled(wrong, "wrong<1>")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@
     step      = plan + max(own work, max over holders of its exchange) + merge
 
 After arXiv 2606.01502, with reuse, payload forms and listed units added. An item is one (query,
-branch). N items, W ranks. Everything is elementwise float64 torch on broadcastable tensors and
+branch). N items, W ranks. Every part is a `Line`: so much once, per item, per unit. Lines are added
+before anything is multiplied, so a decision takes a few products, on a device (`prices.py`) the
+same ones in the same order. Everything is elementwise float64 torch on broadcastable tensors and
 reads nothing back to the host.
 """
 
@@ -15,7 +17,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -32,6 +33,8 @@ QUERY_META_BYTES = 16  # item, number of units, and the span of hidden entries, 
 COVERAGE_BYTES = 8  # entries that went in, and a 32-bit mix of their ids
 MARK_BYTES = 4  # with each packed entry, a 32-bit mix of its id
 HEADER_BYTES = 208  # of a message, its columns described
+
+Number = float | Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,38 +105,99 @@ class LayerFacts:
         )
 
 
-class RouteParts(NamedTuple):
-    """Seconds of a routed exchange."""
+class Asked(NamedTuple):
+    """What an exchange asks of a holder, float64: `used` and `found` are 0 or 1.
 
-    probe: Tensor
-    send: Tensor
-    wait: Tensor
-    project: Tensor
-    turn: Tensor
-    attend: Tensor
-    back: Tensor
-    merge: Tensor
+    used: is anything asked. units: listed by all items. unique: different ones that would be
+    copied. found: is there any of those. weights: items that still have to load a branch's weights.
+    """
+
+    used: Tensor
+    items: Tensor
+    units: Tensor
+    unique: Tensor
+    found: Tensor
+    weights: Tensor
+
+    @staticmethod
+    def of(items: Tensor, units: Tensor, unique: Tensor, *, branches: int) -> Asked:
+        items, unique = items.double(), unique.double()
+        return Asked(
+            used=(items > 0).double(),
+            items=items,
+            units=units.double(),
+            unique=unique,
+            found=(unique > 0).double(),
+            weights=torch.clamp(items, max=branches),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """Seconds of each of what is `Asked`."""
+
+    used: Number = 0.0
+    items: Number = 0.0
+    units: Number = 0.0
+    unique: Number = 0.0
+    found: Number = 0.0
+    weights: Number = 0.0
 
     @property
-    def total(self) -> Tensor:
-        return _sum(self)
+    def coefficients(self) -> tuple[Number, ...]:
+        return (self.used, self.items, self.units, self.unique, self.found, self.weights)
+
+    def __add__(self, other: Line) -> Line:
+        pairs = zip(self.coefficients, other.coefficients, strict=True)
+        return _line(*(a + b for a, b in pairs))
+
+    def __mul__(self, factor: Number) -> Line:
+        return _line(*(a * factor for a in self.coefficients))
+
+    def __truediv__(self, divisor: Number) -> Line:
+        return _line(*(a / divisor for a in self.coefficients))
+
+    def of(self, asked: Asked) -> Tensor:
+        products = zip(asked, self.coefficients, strict=True)
+        return reduce(operator.add, (amount * seconds for amount, seconds in products))
 
 
-class FetchParts(NamedTuple):
-    """Seconds of a fetching exchange; up to the splice they are already divided by the reuse."""
+def _line(*coefficients: Number) -> Line:
+    return Line(**dict(zip(Asked._fields, coefficients, strict=True)))
 
-    probe: Tensor
-    request: Tensor
-    pack: Tensor
-    transfer: Tensor
-    splice: Tensor
-    turn: Tensor
-    attend: Tensor
-    merge: Tensor
+
+class RouteLines(NamedTuple):
+    """Parts of a routed exchange."""
+
+    probe: Line
+    send: Line
+    project: Line
+    turn: Line
+    attend: Line
+    back: Line
+    merge: Line
+    wait: Line
 
     @property
-    def total(self) -> Tensor:
-        return _sum(self)
+    def total(self) -> Line:
+        return reduce(operator.add, self)
+
+
+class FetchLines(NamedTuple):
+    """Parts of a fetching exchange; up to the splice they are already divided by the reuse."""
+
+    probe: Line
+    request: Line
+    pack: Line
+    transfer: Line
+    splice: Line
+    turn: Line
+    attend: Line
+    merge: Line
+
+    @property
+    def total(self) -> Line:
+        return reduce(operator.add, self)
 
 
 class StepParts(NamedTuple):
@@ -163,17 +227,21 @@ class Load(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    routes: tuple[RouteParts, ...]
-    fetch: FetchParts
+    """Lines with what each of them asks, of every form and of the fetch."""
+
+    routes: tuple[tuple[RouteLines, Asked], ...]
+    fetch: tuple[FetchLines, Asked]
 
     @property
     def total(self) -> Tensor:
-        return _sum(route.total for route in self.routes) + self.fetch.total
+        """(W,) seconds."""
+        priced = [lines.total.of(asked) for lines, asked in (*self.routes, self.fetch)]
+        return reduce(operator.add, priced)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostModel:
-    """The formulas for one layer on one fabric; every method is a pure function of its tensors.
+    """The formulas for one layer on one fabric; every method is a pure function.
 
     Args:
         unit_tokens: entries of one unit.
@@ -197,108 +265,107 @@ class CostModel:
         if not (math.isfinite(self.reuse) and self.reuse >= 1):
             raise ValueError(f"reuse must be finite and at least 1, got {self.reuse}")
 
-    def route(
-        self, form: FormFacts, items: Tensor, units: Tensor, *, wait_s: Tensor, sharers: Tensor
-    ) -> RouteParts:
-        """Routing `items` that list `units` in all to one holder; nothing if there are none.
+    def route(self, form: FormFacts, *, wait_s: Tensor, sharers: Tensor) -> RouteLines:
+        """Routing items to one holder.
 
         Args:
             wait_s: what the holder is busy with before it starts.
             sharers: holders that this rank talks to at once; they share its egress and ingress.
         """
-        items, units, device = items.double(), units.double(), self.profile.device
-        used = (items > 0).double()
+        device = self.profile.device
         listed_bytes = UNIT_ID_BYTES + OFFSET_BYTES * self.shifted
-        lists = items * QUERY_META_BYTES + units * listed_bytes
-        weights = torch.clamp(items, max=self.facts.branches) * form.weight_bytes
-        return RouteParts(
-            probe=used * self.profile.path.probe_s,
-            send=(used * HEADER_BYTES + items * form.out_bytes + lists) / self._out_rate(sharers),
-            wait=used * wait_s,
-            project=weights / device.memory_bytes_per_s
-            + items * form.project_flop / device.flop_per_s,
-            turn=self.turn(items),
-            attend=self.attend(items, units),
-            back=(used * HEADER_BYTES + items * (form.back_bytes + COVERAGE_BYTES))
-            / self._in_rate(sharers),
-            merge=self.merge(form, items),
+        sent = Line(used=HEADER_BYTES, items=form.out_bytes + QUERY_META_BYTES, units=listed_bytes)
+        answered = Line(used=HEADER_BYTES, items=form.back_bytes + COVERAGE_BYTES)
+        return RouteLines(
+            probe=Line(used=self.profile.path.probe_s),
+            send=sent / self._out_rate(sharers),
+            project=Line(
+                items=form.project_flop / device.flop_per_s,
+                weights=form.weight_bytes / device.memory_bytes_per_s,
+            ),
+            turn=self.turn(),
+            attend=self.attend(),
+            back=answered / self._in_rate(sharers),
+            merge=self.merge(form),
+            wait=Line(used=wait_s),
         )
 
-    def fetch(
-        self, items: Tensor, units: Tensor, unique: Tensor, *, mixed: Tensor, sharers: Tensor
-    ) -> FetchParts:
-        """Copying `unique` units from one holder for `items` that list `units` in all.
+    def fetch(self, *, mixed: Tensor, sharers: Tensor) -> FetchLines:
+        """Copying units from one holder.
 
         A path that can pull reads them one by one; otherwise their ids are sent and the holder
         packs them. `mixed`: others are routed to this holder, so a partial of its own is merged.
         """
-        items, unique, device = items.double(), unique.double(), self.profile.device
-        used, path, entries = (items > 0).double(), self.profile.path, unique * self.unit_tokens
+        device, path, facts = self.profile.device, self.profile.path, self.facts
         if path.can_pull:
-            granule = self.unit_tokens * self.facts.entry_bytes
-            request = pack = torch.zeros_like(unique)
+            granule = self.unit_tokens * facts.entry_bytes
+            request = pack = Line()
             in_rate = torch.clamp(path.ingress_bytes_per_s / sharers, max=path.pull_rate(granule))
-            reply = entries * self.facts.entry_bytes
+            reply = Line(unique=granule)
         else:
-            request = (used * HEADER_BYTES + unique * UNIT_ID_BYTES) / self._out_rate(sharers)
-            reply = used * HEADER_BYTES + entries * (self.facts.entry_bytes + MARK_BYTES)
-            pack = used * device.pack_s + reply / device.pack_bytes_per_s
+            request = Line(used=HEADER_BYTES, unique=UNIT_ID_BYTES) / self._out_rate(sharers)
+            reply = Line(
+                used=HEADER_BYTES, unique=self.unit_tokens * (facts.entry_bytes + MARK_BYTES)
+            )
+            pack = Line(used=device.pack_s) + reply / device.pack_bytes_per_s
             in_rate = self._in_rate(sharers)
-        rotated = 2 * entries * self.facts.rope_bytes if self.splice else torch.zeros_like(unique)
-        splice = (rotated > 0) * device.splice_s + rotated / device.splice_bytes_per_s
-        return FetchParts(
-            probe=used * path.probe_s / self.reuse,
+        splice = Line()
+        if self.splice and facts.rope_bytes:
+            rotated = 2 * self.unit_tokens * facts.rope_bytes
+            splice = Line(found=device.splice_s, unique=rotated / device.splice_bytes_per_s)
+        return FetchLines(
+            probe=Line(used=path.probe_s) / self.reuse,
             request=request / self.reuse,
             pack=pack / self.reuse,
             transfer=reply / in_rate / self.reuse,
             splice=splice / self.reuse,
-            turn=self.turn(items),
-            attend=self.attend(items, units),
-            merge=mixed.double() * self.merge(self.facts.forms[0], items),
+            turn=self.turn(),
+            attend=self.attend(),
+            merge=self.merge(facts.forms[0]) * mixed.double(),
         )
+
+    def asked(self, items: Tensor, units: Tensor, unique: Tensor) -> Asked:
+        """Of one way at a holder; `unique` units are copied, so none where items are routed."""
+        return Asked.of(items, units, unique, branches=self.facts.branches)
 
     def exchange(self, load: Load, *, wait_s: Tensor, sharers: Tensor) -> Exchange:
         """Both ways at one holder. Their times add up: they share the path and both probe it."""
-        routed = _sum(load.routed_items)
+        routed = reduce(operator.add, load.routed_items)
+        none = torch.zeros_like(load.fetched_unique)
         return Exchange(
             routes=tuple(
-                self.route(form, items, units, wait_s=wait_s, sharers=sharers)
+                (
+                    self.route(form, wait_s=wait_s, sharers=sharers),
+                    self.asked(items, units, none),
+                )
                 for form, items, units in zip(
                     self.facts.forms, load.routed_items, load.routed_units, strict=True
                 )
             ),
-            fetch=self.fetch(
-                load.fetched_items,
-                load.fetched_units,
-                load.fetched_unique,
-                mixed=routed > 0,
-                sharers=sharers,
+            fetch=(
+                self.fetch(mixed=routed > 0, sharers=sharers),
+                self.asked(load.fetched_items, load.fetched_units, load.fetched_unique),
             ),
         )
 
-    def turn(self, items: Tensor) -> Tensor:
-        """Rotating the queries of `items` back by an offset, as the attention reads them."""
+    def turn(self) -> Line:
+        """Rotating queries back by an offset, as the attention reads them."""
         read = 2 * self.facts.turn_bytes / self.profile.device.splice_bytes_per_s
-        return items.double() * (read if self.shifted else 0.0)
+        return Line(items=read if self.shifted else 0.0)
 
-    def attend(self, items: Tensor, units: Tensor) -> Tensor:
-        """Attention of `items` over `units` listed units in all; each reads its own entries."""
+    def attend(self) -> Line:
+        """Attention over listed units; each item reads its own entries."""
         device = self.profile.device
         per_entry = max(
             self.facts.attend_flop / device.flop_per_s,
             self.facts.entry_bytes / device.memory_bytes_per_s,
         )
-        return (items > 0).double() * device.attend_s + units.double() * (
-            self.unit_tokens * per_entry
-        )
+        return Line(used=device.attend_s, units=self.unit_tokens * per_entry)
 
-    def merge(self, form: FormFacts, items: Tensor) -> Tensor:
-        """Merging one partial of each of `items`."""
+    def merge(self, form: FormFacts) -> Line:
+        """Merging one partial of each item."""
         device = self.profile.device
-        items = items.double()
-        return (items > 0).double() * device.merge_s + items * (
-            form.back_bytes / device.merge_bytes_per_s
-        )
+        return Line(used=device.merge_s, items=form.back_bytes / device.merge_bytes_per_s)
 
     def recompute(self, tokens: Tensor, *, layers: int, token_layer_s: float) -> Tensor:
         """Prefilling `tokens` here by the engine's callback, measured at `token_layer_s` each."""
@@ -306,11 +373,12 @@ class CostModel:
 
     def step(self, own: Tensor, exchanges: Tensor, items: Tensor) -> StepParts:
         """A step whose local attention takes `own` and whose holders take `exchanges`, (W,)."""
+        none = torch.zeros_like(items)
         return StepParts(
             plan=torch.full_like(own, self.profile.device.plan_s),
             own=own,
             exchange=exchanges.amax(),
-            merge=self.merge(self.facts.forms[0], items),
+            merge=self.merge(self.facts.forms[0]).of(self.asked(items, none, none)),
         )
 
     def _out_rate(self, sharers: Tensor) -> Tensor:
@@ -320,7 +388,3 @@ class CostModel:
     def _in_rate(self, sharers: Tensor) -> Tensor:
         path = self.profile.path
         return torch.clamp(path.ingress_bytes_per_s / sharers, max=path.push_bytes_per_s)
-
-
-def _sum(parts: Iterable[Tensor]) -> Tensor:
-    return reduce(operator.add, parts)

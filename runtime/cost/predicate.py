@@ -204,7 +204,9 @@ def predict_step(
     holders = _Holders.of(demand, model, rank=rank, wait_s=wait_s)
     local = demand.pairs_units[:, rank]
     return model.step(
-        own=model.attend((local > 0).sum(), local.sum()) + model.turn((local > 0).sum()),
+        own=(model.attend() + model.turn()).of(
+            model.asked((local > 0).sum(), local.sum(), torch.zeros_like(local.sum()))
+        ),
         exchanges=holders.exchange(way).total,
         items=(demand.pairs_units > 0).any(1).sum(),
     )
@@ -304,17 +306,15 @@ class _Holders:
         items, units = self.remote.sum(0), torch.where(self.remote, self.demand.pairs_units, 0)
         listed, unique = units.sum(0), self.demand.unique_units.double()
 
-        def route(items: Tensor, listed: Tensor) -> Tensor:
-            parts = self.model.route(form, items, listed, wait_s=self.wait_s, sharers=self.sharers)
-            return parts.total
-
-        def fetch(items: Tensor, listed: Tensor, unique: Tensor) -> Tensor:
-            parts = self.model.fetch(items, listed, unique, mixed=items < 0, sharers=self.sharers)
-            return parts.total
-
+        alone = torch.zeros_like(self.sharers)
+        route = self.model.route(form, wait_s=self.wait_s, sharers=self.sharers).total
+        fetch = self.model.fetch(mixed=alone, sharers=self.sharers).total
         others = (unique - self.demand.fair_units).clamp(min=0)
-        route_s = route(items, listed) - route(items - 1, listed - units)
-        fetch_s = fetch(items, listed, unique) - fetch(items - 1, listed - units, others)
+        with_it = self.model.asked(items, listed, unique)
+        without = self.model.asked(items - 1, listed - units, others)
+        # Routed items copy nothing, and a route's line has no term for it.
+        route_s = route.of(with_it) - route.of(without)
+        fetch_s = fetch.of(with_it) - fetch.of(without)
         return self.remote & (route_s < fetch_s)
 
     def flipped(self, way: Tensor, home: Tensor) -> Tensor:
@@ -362,11 +362,11 @@ class _Holders:
 
 def _groups(exchange: Exchange) -> Tensor:
     """(3, W) seconds in the order of LATENCY, WIRE, WORK."""
-    fetch = exchange.fetch
-    latency, wire = fetch.probe, fetch.request + fetch.transfer
-    for route in exchange.routes:
-        latency = latency + route.probe + route.wait
-        wire = wire + route.send + route.back
+    fetch, copied = exchange.fetch
+    latency, wire = fetch.probe.of(copied), (fetch.request + fetch.transfer).of(copied)
+    for route, asked in exchange.routes:
+        latency = latency + (route.probe + route.wait).of(asked)
+        wire = wire + (route.send + route.back).of(asked)
     return torch.stack([latency, wire, exchange.total - latency - wire])
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
 
 from ...partition.layout import Form, Layout
-from ..cost.model import CostModel, LayerFacts, StepParts
+from ..cost.model import Asked, CostModel, FetchLines, LayerFacts, RouteLines, StepParts
 from ..cost.predicate import Decision, Demand, Mode, Reason, Way, decide, predict_step
 from ..cost.profile import FabricProfile
 
@@ -119,18 +119,19 @@ class _Case:
         no_wait, not_mixed = torch.zeros_like(sharers), torch.tensor(False)
         found: list[Candidate] = []
         for form in model.facts.forms:
-            route = model.route(form, items, items * each, wait_s=no_wait, sharers=sharers)
+            route = model.route(form, wait_s=no_wait, sharers=sharers)
+            asked = model.asked(items, items * each, torch.zeros_like(each))
             blocked = None if form.form in self.forms else _why_not(form.form)
-            found.append(_priced(f"route {form.form}", route, route.total, blocked))
+            found.append(_priced(f"route {form.form}", route, asked, blocked))
         if len(model.facts.forms) == 1:
             found.append(_unpriced("route B", "this layout has no projection to leave to a holder"))
-        unique = self._unique(each)
-        fetch = model.fetch(items, items * each, unique, mixed=not_mixed, sharers=sharers)
-        found.append(_priced("fetch", fetch, fetch.total, None))
+        asked = model.asked(items, items * each, self._unique(each))
+        fetch = model.fetch(mixed=not_mixed, sharers=sharers)
+        found.append(_priced("fetch", fetch, asked, None))
         if model.shifted:
             moved = replace(model, splice=True, shifted=False)
-            lease = moved.fetch(items, items * each, unique, mixed=not_mixed, sharers=sharers)
-            found.append(_priced("lease", lease, lease.total, "asked for by `Runtime.lease`"))
+            lease = moved.fetch(mixed=not_mixed, sharers=sharers)
+            found.append(_priced("lease", lease, asked, "asked for by `Runtime.lease`"))
         found.append(_unpriced("recompute", "no prefill callback, so its cost is unknown"))
         return found
 
@@ -291,11 +292,13 @@ def _why_not(form: Form) -> str:
     return "the holders have no W_UK and W_UV"
 
 
-def _priced(way: str, parts: NamedTuple, total: Tensor, blocked: str | None) -> Candidate:
+def _priced(
+    way: str, lines: RouteLines | FetchLines, asked: Asked, blocked: str | None
+) -> Candidate:
     return Candidate(
         way=way,
-        parts_us={name: float(part) * 1e6 for name, part in parts._asdict().items()},
-        total_us=float(total) * 1e6,
+        parts_us={name: float(line.of(asked)) * 1e6 for name, line in lines._asdict().items()},
+        total_us=float(lines.total.of(asked)) * 1e6,
         blocked=blocked,
     )
 

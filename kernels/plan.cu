@@ -1,0 +1,652 @@
+// From selected units to who is asked for what; the launcher, and what each table is: plan.py.
+//
+// Letters: Q queries, G branches, N = Q * G items, K units of an item, W ranks, B tokens of a block,
+// U tokens of a unit. A thread block is an item. It sorts its units by holder in shared memory, once;
+// whatever follows walks them in that order. What items must know of one another goes through small
+// matrices (N, W), and through one bit per (unit, query) in `listers`: from its unit's bits an item
+// knows how many list it (the fair share), whether it is the first of them (a unit is counted, and
+// fetched, by its first lister), and with the ways at hand whether it is the first that fetches. So
+// counts and shares are exact, and the order of all lists follows from the input alone.
+//
+// All wait for all (1) after bits and counts, (2) after the shares; then every block decides for every
+// holder itself, which costs less than to ask; (3) only where a holder's items are partly fetched, and
+// (4) only where units are fetched. Up to 8 blocks are one cluster and wait in hardware; more wait at
+// a gate in memory; more than are resident take one launch for each stage instead. Loops are not
+// unrolled where that only adds code: it runs once a launch, from a cold instruction cache.
+
+#ifndef QROAM_ON_CPU  // tests/on_cpu.h runs this file with fibers for threads
+
+typedef unsigned long long u64;
+#define SHARED_BYTES extern __shared__ __align__(16) unsigned char shared[]
+
+__forceinline__ u64 add_release(u64* gate, u64 step) {
+    u64 before;
+    asm volatile("atom.add.release.gpu.global.u64 %0, [%1], %2;"
+                 : "=l"(before) : "l"(gate), "l"(step) : "memory");
+    return before;
+}
+
+__forceinline__ u64 load_acquire(u64* gate) {
+    u64 now;
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(now) : "l"(gate) : "memory");
+    return now;
+}
+
+__forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+__forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+#endif
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+
+enum Way { NOTHING = 0, LOCAL = 1, ROUTE = 2, FETCH = 4 };
+enum Mode { AUTO, ALWAYS_ROUTE, ALWAYS_FETCH, GIVEN };
+enum Stage { COUNT = 1, SHARE = 2, FIRST = 4, LIST = 8, PLACE = 16, ALL = 31 };
+enum Together { ALONE, CLUSTER, GRID };
+
+// What is the same for every launch of a deployment: threads, units of a thread, the sizes that letters
+// stand for, words of a unit's bits, forms that may be chosen; then the mode, stages, and how all wait.
+template <
+    int T_, int PER_, int B_, int U_, int G_, int W_, int WORDS_, int FORMS_, int MODE_, int STAGES_,
+    int TOGETHER_>
+struct Fixed {
+    static constexpr int T = T_, PER = PER_, B = B_, U = U_, G = G_, W = W_, WORDS = WORDS_;
+    static constexpr int FORMS = FORMS_, MODE = MODE_, STAGES = STAGES_, TOGETHER = TOGETHER_;
+    static constexpr int WARPS = T / 32, CAPACITY = T * PER;
+};
+
+constexpr u32 EVERYONE = 0xffffffffu;
+constexpr u32 ONE_SHARE = 1u << 28;  // fair shares are rounded to 2**-28 of a unit
+constexpr int MOST_FORMS = 2;
+constexpr int PRICES = 16;  // of one row: two routes of 4, fetch of 5, merge of 2, branches
+
+struct Step {
+    const int *units, *hidden, *owners, *generations, *tokens, *slot_of, *fill;
+    const double *wait_s, *prices;
+    int *pairs_units, *unique_units;
+    double *fair_units;
+    signed char *way;
+    int *expected, *items, *units_of, *items_expected, *route_units, *pairs, *listed;
+    int *fetch_units, *counts, *place, *local_units, *local_lengths;
+    u32 *listers;
+    int *seats, *first, *reps;
+    u64 *gate;
+    int rank, copy, copies, N, K, num_keys, num_blocks, num_pool_keys, first_way;
+};
+
+// What is asked of a holder by all items, how, and where its lists start.
+struct Column {
+    int items, listed, unique;
+    int choice, mixed;  // a way for all; if mixed only for items that prefer it, others are fetched
+    int way;            // of this item
+    int asked, fetchers;  // items that ask, and those of them that fetch
+    int pairs[MOST_FORMS], units[MOST_FORMS], fetched;                       // in all
+    int pairs_before[MOST_FORMS], units_before[MOST_FORMS], fetched_before;  // of items before this one
+    int pairs_at[MOST_FORMS], units_at[MOST_FORMS], fetched_at;              // of holders before this one
+    u32 entries, mix;  // coverage of what this item lists
+    u32 low, high;     // its shares, in 14 bits and the rest
+};
+
+__forceinline__ int lane() { return threadIdx.x & 31; }
+__forceinline__ int warp() { return threadIdx.x >> 5; }
+__forceinline__ u32 lanes_before() { return (1u << lane()) - 1; }
+
+__forceinline__ u32 mix(u32 id, u32 generation) {  // reference.mix
+    u32 x = id * 0x9E3779B1u + generation * 0x85EBCA77u + 0x165667B1u;
+    x = (x ^ (x >> 15)) * 0x2C1B3C6Du;
+    x = (x ^ (x >> 12)) * 0x297A2D39u;
+    return x ^ (x >> 15);
+}
+
+__forceinline__ double sum_of_warp(double value) {
+    for (int far = 16; far; far >>= 1) value += __shfl_xor_sync(EVERYONE, value, far);
+    return value;
+}
+
+// Exclusive prefix sums over the warp's lanes; `total` of all.
+__forceinline__ int lanes_scan(int value, int& total) {
+    int upto = value;
+    for (int far = 1; far < 32; far <<= 1) {
+        int other = __shfl_up_sync(EVERYONE, upto, far);
+        if (lane() >= far) upto += other;
+    }
+    total = __shfl_sync(EVERYONE, upto, 31);
+    return upto - value;
+}
+
+// Make this block's writes known and say so; `wait` takes the ticket. The gate's upper half counts
+// how often all have arrived, its lower half is zero between: block 0 adds what the others leave to
+// be carried, so it never needs to be reset.
+template <class F>
+__forceinline__ u64 arrive(const Step& s) {
+    __syncthreads();
+    u64 ticket = 0;
+    if constexpr (F::TOGETHER == CLUSTER) cluster_arrive();
+    if (F::TOGETHER == GRID && threadIdx.x == 0)
+        ticket = add_release(s.gate, blockIdx.x ? 1 : (1ull << 32) + 1 - gridDim.x);
+    return ticket;
+}
+
+template <class F>
+__forceinline__ void wait(const Step& s, u64 ticket) {
+    if constexpr (F::TOGETHER == CLUSTER) cluster_wait();
+    if constexpr (F::TOGETHER == GRID) {
+        if (threadIdx.x == 0)
+            while (load_acquire(s.gate) >> 32 == ticket >> 32) {}
+        __syncthreads();
+    }
+}
+
+// The closed form of the cost model, product by product in its order, without contraction.
+__forceinline__ double route_s(
+    const double* p, int form, double wait_s, double items, double units
+) {
+    const double* line = p + 4 * form;
+    double used = items > 0 ? 1.0 : 0.0, weights = items < p[15] ? items : p[15];
+    return used * (line[0] + wait_s) + items * line[1] + units * line[2] + weights * line[3];
+}
+
+__forceinline__ double fetch_s(
+    const double* p, double mixed, double items, double units, double unique
+) {
+    double used = items > 0 ? 1.0 : 0.0, found = unique > 0 ? 1.0 : 0.0;
+    return used * (p[8] + mixed * p[13]) + items * (p[9] + mixed * p[14]) + units * p[10]
+        + unique * p[11] + found * p[12];
+}
+
+// Whether routing one more item adds less than fetching its fair share, all else equal.
+__noinline__ bool prefers_route(
+    const double* p, int form, double wait_s, const Column& c, int mine, double fair
+) {
+    double others = c.unique - fair > 0 ? c.unique - fair : 0.0;
+    double route = route_s(p, form, wait_s, c.items, c.listed)
+        - route_s(p, form, wait_s, c.items - 1, c.listed - mine);
+    double fetch = fetch_s(p, 0, c.items, c.listed, c.unique)
+        - fetch_s(p, 0, c.items - 1, c.listed - mine, others);
+    return route < fetch;
+}
+
+// One holder's choice, by one warp: the cheapest of fetch all, route all, and the marginal mixes.
+template <class F>
+__forceinline__ void choose(const Step& s, const double* p, int holder, Column& c) {
+    double wait_s = s.wait_s ? s.wait_s[holder] : 0.0;
+    double fetch = fetch_s(p, 0, c.items, c.listed, c.unique < c.listed ? c.unique : c.listed);
+    int choice = FETCH, mixed = 0, home = s.first_way;
+    double route = 0;
+#pragma unroll 1
+    for (int f = 0; f < F::FORMS; ++f) {
+        double here = route_s(p, f, wait_s, c.items, c.listed);
+        if (f == 0 || here < route) route = here, home = s.first_way + f;
+    }
+    if (F::MODE == ALWAYS_ROUTE || (F::MODE == AUTO && route < fetch)) choice = home;
+    if (F::MODE == AUTO) {
+        double best = route < fetch ? route : fetch;
+#pragma unroll 1
+        for (int f = 0; f < F::FORMS; ++f) {
+            int items = 0, units = 0;
+            double own = 0;  // units of routed items that nobody else lists, at least
+#pragma unroll 1
+            for (int first = 0; first < s.N; first += 32) {
+                int n = first + lane(), mine = n < s.N ? s.pairs_units[n * F::W + holder] : 0;
+                double fair = n < s.N ? s.fair_units[n * F::W + holder] : 0.0;
+                bool routed = mine > 0 && prefers_route(p, f, wait_s, c, mine, fair);
+                items += __popc(__ballot_sync(EVERYONE, routed));
+                units += __reduce_add_sync(EVERYONE, routed ? mine : 0);
+                own += sum_of_warp(routed && 2 * fair > mine ? 2 * fair - mine : 0.0);
+            }
+            double left = c.listed - units, unique = c.unique - own;
+            double both = route_s(p, f, wait_s, items, units)
+                + fetch_s(p, items > 0 ? 1.0 : 0.0, c.items - items, left,
+                          unique < left ? unique : left);
+            if (both < best) best = both, choice = s.first_way + f, mixed = 1;
+        }
+    }
+    if (lane() == 0) c.choice = choice, c.mixed = mixed;
+}
+
+template <class F>
+__forceinline__ int way_of(
+    const Step& s, const double* p, const Column& c, int n, int holder, int mine
+) {
+    if (mine == 0) return NOTHING;
+    if (holder == s.rank) return LOCAL;
+    if (F::MODE == GIVEN) return s.way[n * F::W + holder];
+    if (!c.mixed) return c.choice;
+    double wait_s = s.wait_s ? s.wait_s[holder] : 0.0;
+    double fair = s.fair_units[n * F::W + holder];
+    return prefers_route(p, c.choice - s.first_way, wait_s, c, mine, fair) ? c.choice : FETCH;
+}
+
+// What is asked of every holder, and the row of prices for so many of them.
+template <class F>
+__forceinline__ const double* ask(const Step& s, Column* columns, const int* unique_units) {
+#pragma unroll 1
+    for (int h = warp(); h < F::W; h += F::WARPS) {
+        int items = 0, listed = 0, unique = unique_units ? unique_units[h] : 0;
+#pragma unroll 1
+        for (int first = 0; first < s.N; first += 32) {
+            int n = first + lane(), mine = n < s.N ? s.pairs_units[n * F::W + h] : 0;
+            items += __popc(__ballot_sync(EVERYONE, mine > 0));
+            listed += __reduce_add_sync(EVERYONE, mine);
+            if (!unique_units)
+                unique += __reduce_add_sync(EVERYONE, n < s.N ? s.first[n * F::W + h] : 0);
+        }
+        if (lane() == 0) {
+            Column& c = columns[h];
+            c.items = items, c.listed = listed, c.unique = unique;
+        }
+    }
+    __syncthreads();
+    int holders = 0;
+#pragma unroll 1
+    for (int first = 0; first < F::W; first += 32) {
+        int h = first + lane();
+        holders += __popc(__ballot_sync(EVERYONE, h < F::W && h != s.rank && columns[h].items > 0));
+    }
+    return s.prices + (holders ? holders - 1 : 0) * PRICES;
+}
+
+// Decide for every holder, and count what is routed and fetched, in all and by items before this
+// one; item < 0 only stores all ways.
+template <class F>
+__forceinline__ void decide_columns(
+    const Step& s, int item, Column* columns, u32* fetchers, const int* unique_units
+) {
+    const double* p = ask<F>(s, columns, unique_units);
+#pragma unroll 1
+    for (int h = warp(); h < F::W; h += F::WARPS) {
+        Column& c = columns[h];
+        if (F::MODE != GIVEN && h != s.rank) choose<F>(s, p, h, c);
+        __syncwarp();
+        int asked = 0, fetching = 0, fetched = 0, fetched_before = 0, own = NOTHING;
+        int pairs[F::FORMS] = {}, units[F::FORMS] = {};
+        int pairs_before[F::FORMS] = {}, units_before[F::FORMS] = {};
+#pragma unroll 1
+        for (int first = 0; first < s.N; first += 32) {
+            int n = first + lane(), mine = n < s.N ? s.pairs_units[n * F::W + h] : 0;
+            int way = way_of<F>(s, p, c, n, h, mine);
+            if (item < 0) {
+                if (n < s.N) s.way[n * F::W + h] = way;
+                continue;
+            }
+            bool remote = mine > 0 && h != s.rank, fetches = remote && way == FETCH;
+            asked += __popc(__ballot_sync(EVERYONE, remote));
+            fetching += __popc(__ballot_sync(EVERYONE, fetches));
+#pragma unroll
+            for (int f = 0; f < F::FORMS; ++f) {
+                bool routed = remote && way == s.first_way + f;
+                pairs[f] += __popc(__ballot_sync(EVERYONE, routed));
+                pairs_before[f] += __popc(__ballot_sync(EVERYONE, routed && n < item));
+                units[f] += __reduce_add_sync(EVERYONE, routed ? mine : 0);
+                units_before[f] += __reduce_add_sync(EVERYONE, routed && n < item ? mine : 0);
+            }
+            // If all of them fetch, a unit's first lister is the first to fetch it.
+            int reps = fetches ? s.first[n * F::W + h] : 0;
+            fetched += __reduce_add_sync(EVERYONE, reps);
+            fetched_before += __reduce_add_sync(EVERYONE, n < item ? reps : 0);
+            if (fetches && n % F::G == item % F::G)
+                atomicOr(&fetchers[h * F::WORDS + n / F::G / 32], 1u << (n / F::G % 32));
+            if (n == item) own = way;
+        }
+        own = __reduce_add_sync(EVERYONE, own);
+        if (item >= 0 && lane() == 0) {
+#pragma unroll
+            for (int f = 0; f < F::FORMS; ++f) {
+                c.pairs[f] = pairs[f], c.pairs_before[f] = pairs_before[f];
+                c.units[f] = units[f], c.units_before[f] = units_before[f];
+            }
+            c.asked = asked, c.fetchers = fetching, c.way = own;
+            c.fetched = fetched, c.fetched_before = fetched_before;
+        }
+    }
+    __syncthreads();
+}
+
+// What is fetched of every holder, where its items had to agree on who fetches what.
+template <class F>
+__forceinline__ void count_fetched(const Step& s, int item, Column* columns) {
+#pragma unroll 1
+    for (int h = warp(); h < F::W; h += F::WARPS) {
+        int fetched = 0, before = 0;
+#pragma unroll 1
+        for (int first = 0; first < s.N; first += 32) {
+            int n = first + lane(), reps = n < s.N ? s.reps[n * F::W + h] : 0;
+            fetched += __reduce_add_sync(EVERYONE, reps);
+            before += __reduce_add_sync(EVERYONE, n < item ? reps : 0);
+        }
+        if (lane() == 0) columns[h].fetched = fetched, columns[h].fetched_before = before;
+    }
+    __syncthreads();
+}
+
+// Where each holder's lists start.
+template <class F>
+__forceinline__ void place_columns(const Step& s, Column* columns) {
+    int h = threadIdx.x;
+    if (h < F::W) {
+        int fetched = 0, pairs[F::FORMS] = {}, units[F::FORMS] = {};
+#pragma unroll 1
+        for (int other = 0; other < h; ++other) {
+            fetched += columns[other].fetched;
+            for (int f = 0; f < F::FORMS; ++f)
+                pairs[f] += columns[other].pairs[f], units[f] += columns[other].units[f];
+        }
+        columns[h].fetched_at = fetched;
+        for (int f = 0; f < F::FORMS; ++f)
+            columns[h].pairs_at[f] = pairs[f], columns[h].units_at[f] = units[f];
+    }
+    __syncthreads();
+}
+
+template <class F>
+struct Shared {
+    Column columns[F::W + 1];
+    u32 fetchers[F::W * F::WORDS];  // bits of the queries of this item's branch that fetch there
+    int starts[F::W + 2];           // of each holder's units in sorted order; nobody's come last
+    int counts[F::WARPS][F::W + 1];
+    int totals[F::WARPS];
+    int ids[F::CAPACITY];
+    u16 holders[F::CAPACITY], at[F::CAPACITY];  // of a sorted unit; where in the row it stood
+    u16 before[F::CAPACITY + 1];                // flagged units before it
+};
+
+template <class F>
+__global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant__ Step s) {
+    constexpr int PER = F::PER, B = F::B, U = F::U, G = F::G, W = F::W, WORDS = F::WORDS;
+    constexpr int STAGES = F::STAGES;
+    constexpr bool together = STAGES == ALL;
+    SHARED_BYTES;
+    Shared<F>& m = *(Shared<F>*)shared;
+
+    const int item = blockIdx.x, query = item / G, first_unit = warp() * 32 * PER + lane();
+    const long row = (long)item * s.K;
+    const bool shared_units = !(together && F::TOGETHER == ALONE) && s.N > G;
+    int hidden_from = 0, hidden_to = 0;
+    if (s.hidden) hidden_from = s.hidden[item * 2], hidden_to = s.hidden[item * 2 + 1];
+
+    // Holders, and the place of each unit among those of its holder.
+#pragma unroll 1
+    for (int i = threadIdx.x; i < (int)sizeof(m.columns) / 4; i += F::T) ((u32*)m.columns)[i] = 0;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < W * WORDS; i += F::T) m.fetchers[i] = 0;
+#pragma unroll 1
+    for (int h = lane(); h <= W; h += 32) m.counts[warp()][h] = 0;
+    int id[PER], holder[PER], rank_in[PER];
+#pragma unroll
+    for (int j = 0; j < PER; ++j) {
+        int k = first_unit + 32 * j;
+        id[j] = k < s.K ? s.units[row + k] : -1;
+    }
+#pragma unroll
+    for (int j = 0; j < PER; ++j) {
+        int key = id[j] / B, slot = -1, owner = -1;
+        if (id[j] >= 0 && key < s.num_pool_keys) slot = s.slot_of[key];
+        if (id[j] >= 0 && key < s.num_keys) owner = s.owners[key * s.copies + s.copy];
+        holder[j] = slot >= 0 ? s.rank : (u32)owner < W ? owner : W;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < PER; ++j) {
+        bool listed = first_unit + 32 * j < s.K;
+        u32 alike = __match_any_sync(EVERYONE, listed ? holder[j] : W + 1);
+        int* count = &m.counts[warp()][holder[j]];
+        int earlier = *count;
+        rank_in[j] = earlier + __popc(alike & lanes_before());
+        __syncwarp();
+        if (listed && (alike & lanes_before()) == 0) *count = earlier + __popc(alike);
+        __syncwarp();
+        if ((STAGES & COUNT) && shared_units && listed && holder[j] < W && holder[j] != s.rank)
+            atomicOr(&s.listers[(long)(id[j] / U) * WORDS + query / 32], 1u << (query % 32));
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int h = warp(); h <= W; h += F::WARPS) {
+        int count = lane() < F::WARPS ? m.counts[lane()][h] : 0, total;
+        int earlier = lanes_scan(count, total);
+        if (lane() < F::WARPS) m.counts[lane()][h] = earlier;
+        if (lane() == 0) m.starts[h] = total;
+    }
+    __syncthreads();
+    if (warp() == 0) {
+        int carried = 0, total;
+#pragma unroll 1
+        for (int first = 0; first <= W; first += 32) {
+            int h = first + lane(), start = carried + lanes_scan(h <= W ? m.starts[h] : 0, total);
+            if ((STAGES & COUNT) && h < W) {
+                int mine = m.starts[h], remote = h != s.rank ? mine : 0;
+                s.pairs_units[item * W + h] = mine;
+                s.first[item * W + h] = remote;  // unless others list the same
+                s.fair_units[item * W + h] = remote;
+            }
+            __syncwarp();
+            if (h <= W) m.starts[h] = start;
+            carried += total;
+        }
+        if (lane() == 0) m.starts[W + 1] = carried;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < PER; ++j) {
+        int k = first_unit + 32 * j;
+        if (k < s.K) {
+            int to = m.starts[holder[j]] + m.counts[warp()][holder[j]] + rank_in[j];
+            m.ids[to] = id[j], m.holders[to] = holder[j], m.at[to] = k;
+        }
+    }
+    u64 ticket = arrive<F>(s);
+
+    // From here on a thread's units are those at its places in the sorted order.
+#pragma unroll
+    for (int j = 0; j < PER; ++j) {
+        int to = first_unit + 32 * j;
+        id[j] = to < s.K ? m.ids[to] : -1, holder[j] = to < s.K ? m.holders[to] : W;
+    }
+    auto each = [&](auto&& what) {
+#pragma unroll
+        for (int j = 0; j < PER; ++j) what(j, first_unit + 32 * j, id[j], holder[j]);
+    };
+    // Sum two numbers of each unit by holder: in sorted order a warp has few different ones.
+    auto by_holder = [&](int h, bool some, u32 a, u32 b, u32 Column::*sum_a, u32 Column::*sum_b) {
+        u32 left = __ballot_sync(EVERYONE, some);
+        while (left) {
+            int leader = __ffs(left) - 1, which = __shfl_sync(EVERYONE, h, leader);
+            bool among = some && h == which;
+            u32 all_a = __reduce_add_sync(EVERYONE, among ? a : 0);
+            u32 all_b = __reduce_add_sync(EVERYONE, among ? b : 0);
+            if (lane() == leader) {
+                atomicAdd(&(m.columns[which].*sum_a), all_a);
+                atomicAdd(&(m.columns[which].*sum_b), all_b);
+            }
+            left &= ~__ballot_sync(EVERYONE, among);
+        }
+    };
+    // How many of the flagged units come before each; flags are bits, one for each of a thread's units.
+    auto rank_flagged = [&](u32 flags) {
+        int mine = 0, total;
+#pragma unroll
+        for (int j = 0; j < PER; ++j) {
+            u32 who = __ballot_sync(EVERYONE, flags >> j & 1);
+            m.before[first_unit + 32 * j] = mine + __popc(who & lanes_before());
+            mine += __popc(who);
+        }
+        __syncthreads();  // nobody reads `totals` of an earlier call any more
+        if (lane() == 0) m.totals[warp()] = mine;
+        __syncthreads();
+        int earlier = lanes_scan(lane() < F::WARPS ? m.totals[lane()] : 0, total);
+        earlier = __shfl_sync(EVERYONE, earlier, warp());
+#pragma unroll
+        for (int j = 0; j < PER; ++j) m.before[first_unit + 32 * j] += earlier;
+        if (threadIdx.x == 0) m.before[F::CAPACITY] = total;
+        __syncthreads();
+    };
+    auto flagged_of = [&](int h) { return m.before[m.starts[h + 1]] - m.before[m.starts[h]]; };
+    auto earlier_listers = [&](int word) {  // bits of the queries before this one
+        return word * 32 + 32 <= query ? ~0u : word * 32 > query ? 0u : (1u << (query % 32)) - 1;
+    };
+
+    if (STAGES & COUNT) {
+        each([&](int, int, int unit, int h) {
+            u32 entries = 0, mixed = 0;
+            if (h < W) {
+                int key = unit / B, block = key / G, offset = unit % B;
+                u32 generation = key < s.num_keys ? s.generations[key] : 0;
+                int tokens = block < s.num_blocks ? s.tokens[block] : 0;
+#pragma unroll 1
+                for (int u = 0; u < U; ++u) {
+                    int entry = block * B + offset + u;
+                    bool seen = entry < hidden_from || entry >= hidden_to;
+                    if (seen && offset + u < tokens) entries += 1, mixed += mix(unit + u, generation);
+                }
+            }
+            by_holder(h, h < W, entries, mixed, &Column::entries, &Column::mix);
+        });
+        __syncthreads();
+        if (int h = threadIdx.x; h < W) {
+            s.expected[(item * W + h) * 2] = m.columns[h].entries;
+            s.expected[(item * W + h) * 2 + 1] = m.columns[h].mix;
+        }
+    }
+    wait<F>(s, ticket);  // 1
+
+    u32 firsts = 0;
+    if (shared_units && (STAGES & SHARE)) {
+        each([&](int j, int, int unit, int h) {
+            bool remote = h < W && h != s.rank;
+            u32 listers = 0, earlier = 0, share = 0;
+            if (remote) {
+                const u32* bits = s.listers + (long)(unit / U) * WORDS;
+#pragma unroll
+                for (int word = 0; word < WORDS; ++word) {
+                    u32 these = __ldcg(bits + word);
+                    listers += __popc(these), earlier |= these & earlier_listers(word);
+                }
+                share = (ONE_SHARE + listers / 2) / listers;
+                if (!earlier) firsts |= 1u << j;
+            }
+            by_holder(h, remote, share & 0x3fff, share >> 14, &Column::low, &Column::high);
+        });
+        rank_flagged(firsts);
+        if (int h = threadIdx.x; h < W) {
+            s.first[item * W + h] = flagged_of(h);
+            s.fair_units[item * W + h] =
+                ((double)m.columns[h].high * 16384 + m.columns[h].low) / ONE_SHARE;
+        }
+        ticket = arrive<F>(s);
+    }
+    if (STAGES & LIST) {
+        if (threadIdx.x == 0) s.local_lengths[item] = m.starts[s.rank + 1] - m.starts[s.rank];
+        each([&](int, int to, int unit, int h) {
+            if (h != s.rank) return;
+            int local = unit;
+            if (s.fill) {
+                int key = unit / B, offset = unit % B, entry = key / G * B + offset;
+                int slot = key < s.num_pool_keys ? s.slot_of[key] : -1;
+                bool there = slot >= 0 && offset < s.fill[slot];
+                if (U == 1) there = there && (entry < hidden_from || entry >= hidden_to);
+                local = there ? slot * B + offset : -1;
+            }
+            s.local_units[row + to - m.starts[h]] = local;
+        });
+    }
+    if (shared_units && (STAGES & SHARE)) wait<F>(s, ticket);  // 2
+
+    bool fetching = false, mixing = false;
+    if (STAGES & (FIRST | LIST)) {
+        decide_columns<F>(s, item, m.columns, m.fetchers, nullptr);
+#pragma unroll 1
+        for (int h = 0; h < W; ++h) {
+            int some = m.columns[h].fetchers;
+            fetching |= some > 0, mixing |= some > 0 && some < m.columns[h].asked;
+        }
+        mixing = shared_units && (mixing || !together);  // a launch of its own is made anyway
+    } else {
+        if (int h = threadIdx.x; h < W) m.columns[h].way = s.way[item * W + h];
+        __syncthreads();
+    }
+
+    // A unit's first lister may route it; then the first that fetches it counts and seats it.
+    u32 chosen = 0;
+    if (mixing || fetching) {
+        each([&](int j, int, int unit, int h) {
+            if (h == W || h == s.rank || m.columns[h].way != FETCH) return;
+            bool first = !shared_units || (firsts >> j & 1);
+            if (mixing) {
+                u32 clash = 0;
+                const u32* bits = s.listers + (long)(unit / U) * WORDS;
+#pragma unroll
+                for (int word = 0; word < WORDS; ++word)
+                    clash |= __ldcg(bits + word) & earlier_listers(word) & m.fetchers[h * WORDS + word];
+                first = clash == 0;
+            }
+            if (first) chosen |= 1u << j;
+        });
+        rank_flagged(chosen);
+    }
+    if (mixing) {
+        if (STAGES & FIRST)
+            if (int h = threadIdx.x; h < W) s.reps[item * W + h] = flagged_of(h);
+        if (together) wait<F>(s, arrive<F>(s));  // 3
+        if (STAGES & LIST) count_fetched<F>(s, item, m.columns);
+    }
+
+    if (STAGES & LIST) {
+        place_columns<F>(s, m.columns);
+        if (int h = threadIdx.x; h < W) {
+            const Column& c = m.columns[h];
+            if (F::MODE != GIVEN) s.way[item * W + h] = c.way;
+#pragma unroll
+            for (int f = 0; f < F::FORMS; ++f) {
+                if (h != s.rank && c.way == s.first_way + f) {
+                    int pair = f * W * s.N + c.pairs_at[f] + c.pairs_before[f];
+                    s.items[pair] = item;
+                    s.units_of[pair] = m.starts[h + 1] - m.starts[h];
+                    s.items_expected[pair * 2] = s.expected[(item * W + h) * 2];
+                    s.items_expected[pair * 2 + 1] = s.expected[(item * W + h) * 2 + 1];
+                }
+                if (item == s.N - 1) {
+                    s.pairs[f * W + h] = c.pairs[f];
+                    s.listed[f * W + h] = c.units[f];
+                }
+            }
+            if (item == s.N - 1) s.counts[h] = c.fetched, s.unique_units[h] = c.unique;
+        }
+        each([&](int j, int to, int unit, int h) {
+            if (to >= s.K) return;
+            const Column& c = m.columns[h];
+            int seat = -1;
+            if (h < W && h != s.rank) {
+                int form = c.way == FETCH ? -1 : c.way - s.first_way;
+                if (form >= 0 && form < F::FORMS)
+                    s.route_units[form * s.N * s.K + c.units_at[form] + c.units_before[form]
+                                  + to - m.starts[h]] = unit;
+                if (chosen >> j & 1) {
+                    seat = c.fetched_at + c.fetched_before + m.before[to] - m.before[m.starts[h]];
+                    s.fetch_units[seat] = unit;
+                    if (shared_units) s.seats[unit / U] = seat;
+                }
+            }
+            s.place[row + m.at[to]] = seat;
+        });
+    }
+    if (together && shared_units && fetching) wait<F>(s, arrive<F>(s));  // 4
+    if (shared_units && (STAGES & PLACE)) {
+        each([&](int, int to, int unit, int h) {
+            if (h == W || h == s.rank) return;
+            if (m.columns[h].way == FETCH) s.place[row + m.at[to]] = __ldcg(&s.seats[unit / U]);
+            s.listers[(long)(unit / U) * WORDS + query / 32] = 0;
+        });
+    }
+}
+
+// The decision alone, with the number of different units at hand.
+template <class F>
+__global__ void __launch_bounds__(F::T) decide(const __grid_constant__ Step s) {
+    SHARED_BYTES;
+    decide_columns<F>(s, -1, (Column*)shared, nullptr, s.unique_units);
+}
