@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from gpu import DEVICE, Bench, Variant
@@ -60,22 +61,31 @@ def prices() -> PriceTable:
     return prices_of(model, world=WORLD, device=DEVICE)
 
 
-def directory() -> Directory:
+class Tables(NamedTuple):
+    """What `runtime/plan.py` reads, and `Directory.of` takes."""
+
+    owners: Tensor
+    generations: Tensor
+    tokens: Tensor
+    slot_of: Tensor
+
+    def directory(self) -> Directory:
+        return Directory.of(*self, rank=RANK, block_tokens=BLOCK_TOKENS, num_branches=1)
+
+
+def tables() -> Tables:
     blocks = CORPUS // BLOCK_TOKENS
     owners = torch.randint(0, WORLD, (blocks, 1), dtype=torch.int32, device=DEVICE)
     here = owners[:, 0] == RANK
-    slots = torch.where(here, here.cumsum(0) - 1, -1).to(torch.int32)
-    return Directory(
+    return Tables(
         owners=owners,
         generations=torch.randint(0, 99, (blocks,), dtype=torch.int32, device=DEVICE),
         tokens=torch.full((blocks,), BLOCK_TOKENS, dtype=torch.int32, device=DEVICE),
-        slot_of=slots,
-        block_tokens=BLOCK_TOKENS,
-        num_branches=1,
+        slot_of=torch.where(here, here.cumsum(0) - 1, -1).to(torch.int32),
     )
 
 
-def wanted(units: Tensor, tables: Directory) -> definition.Wanted:
+def wanted(units: Tensor, tables: Tables) -> definition.Wanted:
     """`runtime/plan.py` up to the demand; nothing is hidden and every entry exists."""
     hidden = torch.zeros(len(units), 2, dtype=torch.int32)
     entries, visible = definition.unit_entries(
@@ -95,21 +105,16 @@ def wanted(units: Tensor, tables: Directory) -> definition.Wanted:
 
 
 def lists(
-    want: definition.Wanted, way: Tensor, tables: Directory
+    want: definition.Wanted, way: Tensor, tables: Tables
 ) -> tuple[definition.RouteLists, definition.FetchList]:
     routed = definition.route(want, way, ROUTE, tables.generations, block_tokens=BLOCK_TOKENS)
     return routed, definition.fetch(want, way, FETCH)
 
 
 def checked(
-    case: Case, given: Sequence[Tensor], tables: Directory
+    case: Case, given: Sequence[Tensor], tables: Tables
 ) -> Callable[[Sequence[Plan]], None]:
-    on_host = tables._replace(
-        owners=tables.owners.cpu(),
-        generations=tables.generations.cpu(),
-        tokens=tables.tokens.cpu(),
-        slot_of=tables.slot_of.cpu(),
-    )
+    on_host = Tables(*(table.cpu() for table in tables))
 
     def check(results: Sequence[Plan]) -> None:
         for call in (0, len(results) - 1):
@@ -168,7 +173,8 @@ def _same(name: str, found: Tensor, want: Tensor) -> None:
 def main() -> int:
     bench = Bench("plan", __doc__)
     torch.manual_seed(0)
-    tables, table = directory(), prices()
+    stored, table = tables(), prices()
+    directory = stored.directory()
     for case in CASES:
         if not bench.wants(case.name):
             continue
@@ -194,19 +200,19 @@ def main() -> int:
                 num_forms=1,
                 device=DEVICE,
             )
-            return lambda: plan(units, tables, table, workspace, rank=RANK, mode=case.mode, out=out)
+            return lambda: plan(units, directory, table, workspace, rank=RANK, mode=case.mode, out=out)
 
         ours = Variant(
             name="qroam",
             calls=[call(units) for units in given],
-            check=checked(case, given, tables),
+            check=checked(case, given, stored),
         )
         ways = [ours.calls[n]().way.clone() for n in range(min(_DEFINED_CALLS, len(given)))]
 
         def defined(units: Tensor, way: Tensor) -> Callable[[], object]:
             def run() -> object:
                 with torch.device(DEVICE):
-                    routed, fetched = lists(wanted(units, tables), way, tables)
+                    routed, fetched = lists(wanted(units, stored), way, stored)
                 return tuple(routed), tuple(fetched)
 
             return run

@@ -366,17 +366,3 @@ def _check_floats(name: str, entries: Tensor, num: int, dim: int, rows: Tensor) 
         )
     if entries.device != rows.device:
         raise ValueError(f"floats on {entries.device} and bytes on {rows.device}")
-
-
-def _check_list(index: Tensor | None, count: Tensor | None, entries: Tensor) -> None:
-    shapes = (("index", index, (len(entries),)), ("count", count, (1,)))
-    for name, tensor, shape in shapes:
-        if tensor is None:
-            continue
-        if tensor.shape != shape or tensor.dtype != torch.int32 or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be {shape} int32, contiguous, "
-                f"got {tuple(tensor.shape)} {tensor.dtype} with strides {tensor.stride()}"
-            )
-        if tensor.device != entries.device:
-            raise ValueError(f"{name} must be on {entries.device}, got {tensor.device}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import cuda
+from .checks import check_tensor
 
 Mode = Literal["auto", "always-route", "always-fetch", "given"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -23,7 +24,7 @@ LOCAL, ROUTE, FETCH = 1, 2, 4  # ROUTE + 1: form B
 MAX_ITEMS = 1024
 MAX_WORLD = 256
 SOURCE = Path(__file__).with_name("plan.cu")
-COLUMN_BYTES = 4 * 29  # of plan.cu's Column
+COLUMN_BYTES = 4 * 27  # of plan.cu's Column
 _PRICES = 16
 
 
@@ -47,15 +48,14 @@ class PriceTable:
 
 
 _TENSORS = (
-    *("units", "hidden", "owners", "generations", "tokens", "slot_of", "fill", "wait_s", "prices"),
+    *("units", "hidden", "records", "fill", "wait_s", "prices"),
     *("pairs_units", "unique_units", "fair_units", "way", "expected"),
     *("items", "units_of", "items_expected", "route_units", "pairs", "listed"),
     *("fetch_units", "counts", "place", "local_units", "local_lengths"),
     *("listers", "seats", "first", "reps", "gate"),
 )
 _NUMBERS = (
-    *("rank", "copy", "copies", "num_items", "num_listed"),
-    *("num_keys", "num_blocks", "num_pool_keys", "first_way"),
+    *("rank", "num_items", "num_listed", "num_keys", "first_way"),
 )
 
 
@@ -130,14 +130,11 @@ def decide(
     (num_items, world), device = pairs_units.shape, pairs_units.device
     if out is None:
         out = torch.empty(num_items, world, dtype=torch.int8, device=device)
-    check_tensors(
-        device,
-        pairs_units=(pairs_units, (num_items, world), torch.int32),
-        unique_units=(unique_units, (world,), torch.int32),
-        fair_units=(fair_units, (num_items, world), torch.float64),
-        wait_s=(wait_s, (world,), torch.float64),
-        out=(out, (num_items, world), torch.int8),
-    )
+    check_tensor(pairs_units, "pairs_units", (num_items, world), torch.int32, device)
+    check_tensor(unique_units, "unique_units", (world,), torch.int32, device)
+    check_tensor(fair_units, "fair_units", (num_items, world), torch.float64, device)
+    check_tensor(wait_s, "wait_s", (world,), torch.float64, device)
+    check_tensor(out, "out", (num_items, world), torch.int8, device)
     check_choice(prices, device, world_size=world, rank=rank, mode=mode)
     if mode == "given":
         raise ValueError("mode 'given' leaves nothing to decide")
@@ -163,24 +160,6 @@ def decide(
     return out
 
 
-def check_tensors(
-    device: torch.device, **expected: tuple[Tensor | None, tuple[int, ...], torch.dtype]
-) -> None:
-    """Raise ValueError unless each tensor (None is left out) is contiguous, on `device` and so."""
-    for name, (tensor, shape, dtype) in expected.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise ValueError(
-                f"{name} must be {shape} {dtype}, got {tuple(tensor.shape)} {tensor.dtype}"
-            )
-        if not tensor.is_contiguous() or tensor.device != device:
-            raise ValueError(
-                f"{name} must be contiguous on {device}, got strides {tensor.stride()} "
-                f"on {tensor.device}"
-            )
-
-
 def check_choice(
     prices: PriceTable, device: torch.device, *, world_size: int, rank: int, mode: Mode
 ) -> None:
@@ -191,4 +170,4 @@ def check_choice(
         raise ValueError(f"there may be 1 to {MAX_WORLD} ranks, got {world_size}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
-    check_tensors(device, prices=(prices.numbers, (world_size, _PRICES), torch.float64))
+    check_tensor(prices.numbers, "prices", (world_size, _PRICES), torch.float64, device)

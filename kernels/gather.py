@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import check_ids, check_tensor
+
 _WARPS = 4
 # Up to as many words as an H100 or H200 holds threads, each is in flight at once; a longer copy
 # needs four a thread to cover DRAM's latency at full rate.
@@ -38,7 +40,12 @@ def _gather_kernel(
 
 
 def gather(
-    rows: Tensor, index: Tensor, *, count: Tensor | None = None, out: Tensor | None = None
+    rows: Tensor,
+    index: Tensor,
+    *,
+    count: Tensor | None = None,
+    out: Tensor | None = None,
+    checked: bool = False,
 ) -> Tensor:
     """Copy rows[index[i]] to out[i].
 
@@ -48,23 +55,21 @@ def gather(
         index: (N,) int32, below S; where it is negative, `out` is left as it was.
         count: (1,) int32, how many of the N are in use; what lies behind may hold anything.
         out: (N, ...) like `rows`; distances from row to row may differ.
+        checked: read `index` back and refuse what is out of range.
     Raises:
         ValueError: on shapes, dtypes, strides or devices other than these.
     """
-    if index.dim() != 1 or index.dtype != torch.int32 or not index.is_contiguous():
-        raise ValueError(
-            f"index must be (N,) int32, contiguous, got {tuple(index.shape)} {index.dtype} "
-            f"with strides {index.stride()}"
-        )
-    if count is not None and (count.shape != (1,) or count.dtype != torch.int32):
-        raise ValueError(f"count must be (1,) int32, got {tuple(count.shape)} {count.dtype}")
+    check_tensor(index, "index", (None,), torch.int32, rows.device)
+    check_tensor(count, "count", (1,), torch.int32, rows.device)
     shape = (len(index), *rows.shape[1:])
     if out is None:
         out = rows.new_empty(shape)
     if out.shape != shape or out.dtype != rows.dtype:
         raise ValueError(f"out must be {shape} {rows.dtype}, got {tuple(out.shape)} {out.dtype}")
-    if any(t is not None and t.device != rows.device for t in (index, count, out)):
-        raise ValueError(f"rows, index, count and out must all be on {rows.device}")
+    if out.device != rows.device:
+        raise ValueError(f"out must be on {rows.device}, got {out.device}")
+    if checked:
+        check_ids(index, "index", len(rows), count=count)
     if len(index) == 0:
         return out
     words_in, words_out = _as_int32("rows", rows), _as_int32("out", out)

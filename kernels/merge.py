@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import check_ids, check_tensor
+
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_COLUMNS = 2048
 _MAX_ITEMS = 65535  # the second dimension of a grid
@@ -120,6 +122,7 @@ def merge(
     fault: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    checked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Merge each item's partials; an empty partial (lse -inf) may hold anything, NaN stays NaN.
 
@@ -134,6 +137,7 @@ def merge(
             item with a difference gets NaN in `out` and `lse`.
         fault: (N,) int32, needed with `expected`: 0, or 1 + the last differing partial of the item.
         out: (N, H, C) bf16, fp16 or fp32, `outs.dtype` by default. lse: (N, H) fp32.
+        checked: read `offsets` back and refuse what does not rise from 0 or more to at most P.
     Returns:
         out and lse; an item without entries is 0 and -inf.
     Raises:
@@ -166,15 +170,20 @@ def merge(
     if out.dtype not in _FLOATS:
         raise ValueError(f"out must be bf16, fp16 or fp32, got {out.dtype}")
     pairs = (*outs.shape[:-2], 2)
-    _check("lses", lses, outs.shape[:-1], torch.float32, outs, dense=1)
-    _check("offsets", offsets, (count + 1,), torch.int32, outs)
-    _check("num_items", num_items, (1,), torch.int32, outs)
-    _check("sink", sink, (num_heads,), torch.float32, outs)
-    _check("covered", covered, pairs, torch.int32, outs, dense=1)
-    _check("expected", expected, pairs, torch.int32, outs, dense=1)
-    _check("fault", fault, (count,), torch.int32, outs)
-    _check("out", out, (count, num_heads, columns), out.dtype, outs)
-    _check("lse", lse, (count, num_heads), torch.float32, outs)
+    check_tensor(lses, "lses", outs.shape[:-1], torch.float32, outs.device, columns=True)
+    check_tensor(offsets, "offsets", (count + 1,), torch.int32, outs.device)
+    check_tensor(num_items, "num_items", (1,), torch.int32, outs.device)
+    check_tensor(sink, "sink", (num_heads,), torch.float32, outs.device)
+    check_tensor(covered, "covered", pairs, torch.int32, outs.device, columns=True)
+    check_tensor(expected, "expected", pairs, torch.int32, outs.device, columns=True)
+    check_tensor(fault, "fault", (count,), torch.int32, outs.device)
+    check_tensor(out, "out", (count, num_heads, columns), out.dtype, outs.device)
+    check_tensor(lse, "lse", (count, num_heads), torch.float32, outs.device)
+    if checked and offsets is not None:
+        used = offsets if num_items is None else offsets[: int(num_items) + 1]
+        if bool((used.diff() < 0).any()) or int(used[0]) < 0:
+            raise ValueError(f"offsets must rise from 0 or more, got {used.tolist()[:16]} ...")
+        check_ids(used, "offsets", len(outs) + 1)
     if count == 0:
         return out, lse
 
@@ -192,25 +201,3 @@ def merge(
         num_warps=tiling.num_warps, num_stages=1,
     )  # fmt: skip
     return out, lse
-
-
-def _check(
-    name: str,
-    tensor: Tensor | None,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    like: Tensor,
-    *,
-    dense: int | None = None,
-) -> None:
-    """A given tensor has this shape, dtype and device; its last `dense` dimensions (all by default)
-    are contiguous."""
-    if tensor is None:
-        return
-    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != like.device:
-        raise ValueError(
-            f"{name} must be {tuple(shape)} {dtype} on {like.device}, "
-            f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-        )
-    if not (tensor.is_contiguous() if dense is None else tensor.stride(-1) == 1):
-        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")

@@ -40,6 +40,10 @@ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+__forceinline__ void prefetch(const void* at) {
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(at));
+}
+
 #endif
 
 typedef unsigned int u32;
@@ -63,11 +67,14 @@ struct Fixed {
 
 constexpr u32 EVERYONE = 0xffffffffu;
 constexpr u32 ONE_SHARE = 1u << 28;  // fair shares are rounded to 2**-28 of a unit
+constexpr u32 FETCHING = 1, MIXING = 2;
 constexpr int MOST_FORMS = 2;
 constexpr int PRICES = 16;  // of one row: two routes of 4, fetch of 5, merge of 2, branches
 
 struct Step {
-    const int *units, *hidden, *owners, *generations, *tokens, *slot_of, *fill;
+    const int *units, *hidden;
+    const int4* records;
+    const int* fill;
     const double *wait_s, *prices;
     int *pairs_units, *unique_units;
     double *fair_units;
@@ -77,7 +84,7 @@ struct Step {
     u32 *listers;
     int *seats, *first, *reps;
     u64 *gate;
-    int rank, copy, copies, N, K, num_keys, num_blocks, num_pool_keys, first_way;
+    int rank, N, K, num_keys, first_way;
 };
 
 // What is asked of a holder by all items, how, and where its lists start.
@@ -85,7 +92,6 @@ struct Column {
     int items, listed, unique;
     int choice, mixed;  // a way for all; if mixed only for items that prefer it, others are fetched
     int way;            // of this item
-    int asked, fetchers;  // items that ask, and those of them that fetch
     int pairs[MOST_FORMS], units[MOST_FORMS], fetched;                       // in all
     int pairs_before[MOST_FORMS], units_before[MOST_FORMS], fetched_before;  // of items before this one
     int pairs_at[MOST_FORMS], units_at[MOST_FORMS], fetched_at;              // of holders before this one
@@ -192,14 +198,14 @@ __forceinline__ void choose(const Step& s, const double* p, int holder, Column& 
             int items = 0, units = 0;
             double own = 0;  // units of routed items that nobody else lists, at least
 #pragma unroll 1
-            for (int first = 0; first < s.N; first += 32) {
-                int n = first + lane(), mine = n < s.N ? s.pairs_units[n * F::W + holder] : 0;
-                double fair = n < s.N ? s.fair_units[n * F::W + holder] : 0.0;
-                bool routed = mine > 0 && prefers_route(p, f, wait_s, c, mine, fair);
-                items += __popc(__ballot_sync(EVERYONE, routed));
-                units += __reduce_add_sync(EVERYONE, routed ? mine : 0);
-                own += sum_of_warp(routed && 2 * fair > mine ? 2 * fair - mine : 0.0);
+            for (int n = lane(); n < s.N; n += 32) {
+                int mine = s.pairs_units[n * F::W + holder];
+                double fair = s.fair_units[n * F::W + holder];
+                if (mine == 0 || !prefers_route(p, f, wait_s, c, mine, fair)) continue;
+                items += 1, units += mine, own += 2 * fair > mine ? 2 * fair - mine : 0.0;
             }
+            items = __reduce_add_sync(EVERYONE, items), units = __reduce_add_sync(EVERYONE, units);
+            own = sum_of_warp(own);  // of multiples of 2**-28: exact in any order
             double left = c.listed - units, unique = c.unique - own;
             double both = route_s(p, f, wait_s, items, units)
                 + fetch_s(p, items > 0 ? 1.0 : 0.0, c.items - items, left,
@@ -228,23 +234,21 @@ template <class F>
 __forceinline__ const double* ask(const Step& s, Column* columns, const int* unique_units) {
 #pragma unroll 1
     for (int h = warp(); h < F::W; h += F::WARPS) {
-        int items = 0, listed = 0, unique = unique_units ? unique_units[h] : 0;
-#pragma unroll 1
-        for (int first = 0; first < s.N; first += 32) {
-            int n = first + lane(), mine = n < s.N ? s.pairs_units[n * F::W + h] : 0;
-            items += __popc(__ballot_sync(EVERYONE, mine > 0));
-            listed += __reduce_add_sync(EVERYONE, mine);
-            if (!unique_units)
-                unique += __reduce_add_sync(EVERYONE, n < s.N ? s.first[n * F::W + h] : 0);
+        int items = 0, listed = 0, unique = 0;
+#pragma unroll 4
+        for (int n = lane(); n < s.N; n += 32) {
+            int mine = s.pairs_units[n * F::W + h];
+            items += mine > 0, listed += mine;
+            if (!unique_units) unique += s.first[n * F::W + h];
+            if (F::MODE == AUTO) prefetch(&s.fair_units[n * F::W + h]);
         }
-        if (lane() == 0) {
-            Column& c = columns[h];
-            c.items = items, c.listed = listed, c.unique = unique;
-        }
+        Column& c = columns[h];
+        items = __reduce_add_sync(EVERYONE, items), listed = __reduce_add_sync(EVERYONE, listed);
+        unique = unique_units ? unique_units[h] : __reduce_add_sync(EVERYONE, unique);
+        if (lane() == 0) c.items = items, c.listed = listed, c.unique = unique;
     }
     __syncthreads();
     int holders = 0;
-#pragma unroll 1
     for (int first = 0; first < F::W; first += 32) {
         int h = first + lane();
         holders += __popc(__ballot_sync(EVERYONE, h < F::W && h != s.rank && columns[h].items > 0));
@@ -253,56 +257,60 @@ __forceinline__ const double* ask(const Step& s, Column* columns, const int* uni
 }
 
 // Decide for every holder, and count what is routed and fetched, in all and by items before this
-// one; item < 0 only stores all ways.
+// one. `flags` tells whether anything is fetched, and whether of some holder by some items only.
 template <class F>
 __forceinline__ void decide_columns(
-    const Step& s, int item, Column* columns, u32* fetchers, const int* unique_units
+    const Step& s, int item, Column* columns, u32* fetchers, u32* flags
 ) {
-    const double* p = ask<F>(s, columns, unique_units);
+    const double* p = ask<F>(s, columns, nullptr);
 #pragma unroll 1
     for (int h = warp(); h < F::W; h += F::WARPS) {
         Column& c = columns[h];
-        if (F::MODE != GIVEN && h != s.rank) choose<F>(s, p, h, c);
+        if (h == s.rank) {
+            if (lane() == 0) c.way = s.pairs_units[item * F::W + h] ? LOCAL : NOTHING;
+            continue;
+        }
+        if (F::MODE != GIVEN) choose<F>(s, p, h, c);
         __syncwarp();
-        int asked = 0, fetching = 0, fetched = 0, fetched_before = 0, own = NOTHING;
-        int pairs[F::FORMS] = {}, units[F::FORMS] = {};
-        int pairs_before[F::FORMS] = {}, units_before[F::FORMS] = {};
+        // Numbers of items: of all in the lower half, of those before this one in the upper.
+        int pairs[F::FORMS] = {}, units[F::FORMS] = {}, units_before[F::FORMS] = {};
+        int fetching = 0, fetched = 0, fetched_before = 0, own = NOTHING;
 #pragma unroll 1
-        for (int first = 0; first < s.N; first += 32) {
-            int n = first + lane(), mine = n < s.N ? s.pairs_units[n * F::W + h] : 0;
+        for (int n = lane(); n < s.N; n += 32) {
+            int mine = s.pairs_units[n * F::W + h], earlier = n < item;
             int way = way_of<F>(s, p, c, n, h, mine);
-            if (item < 0) {
-                if (n < s.N) s.way[n * F::W + h] = way;
-                continue;
-            }
-            bool remote = mine > 0 && h != s.rank, fetches = remote && way == FETCH;
-            asked += __popc(__ballot_sync(EVERYONE, remote));
-            fetching += __popc(__ballot_sync(EVERYONE, fetches));
 #pragma unroll
-            for (int f = 0; f < F::FORMS; ++f) {
-                bool routed = remote && way == s.first_way + f;
-                pairs[f] += __popc(__ballot_sync(EVERYONE, routed));
-                pairs_before[f] += __popc(__ballot_sync(EVERYONE, routed && n < item));
-                units[f] += __reduce_add_sync(EVERYONE, routed ? mine : 0);
-                units_before[f] += __reduce_add_sync(EVERYONE, routed && n < item ? mine : 0);
+            for (int f = 0; f < F::FORMS; ++f)
+                if (mine && way == s.first_way + f) {
+                    pairs[f] += 1 + (earlier << 16);
+                    units[f] += mine, units_before[f] += earlier ? mine : 0;
+                }
+            if (mine && way == FETCH) {
+                // If all of them fetch, a unit's first lister is the first to fetch it.
+                int reps = s.first[n * F::W + h];
+                fetching += 1, fetched += reps, fetched_before += earlier ? reps : 0;
+                if (n % F::G == item % F::G)
+                    atomicOr(&fetchers[h * F::WORDS + n / F::G / 32], 1u << (n / F::G % 32));
             }
-            // If all of them fetch, a unit's first lister is the first to fetch it.
-            int reps = fetches ? s.first[n * F::W + h] : 0;
-            fetched += __reduce_add_sync(EVERYONE, reps);
-            fetched_before += __reduce_add_sync(EVERYONE, n < item ? reps : 0);
-            if (fetches && n % F::G == item % F::G)
-                atomicOr(&fetchers[h * F::WORDS + n / F::G / 32], 1u << (n / F::G % 32));
             if (n == item) own = way;
         }
-        own = __reduce_add_sync(EVERYONE, own);
-        if (item >= 0 && lane() == 0) {
+        fetching = __reduce_add_sync(EVERYONE, fetching), own = __reduce_add_sync(EVERYONE, own);
+        fetched = __reduce_add_sync(EVERYONE, fetched);
+        fetched_before = __reduce_add_sync(EVERYONE, fetched_before);
+#pragma unroll
+        for (int f = 0; f < F::FORMS; ++f) {
+            pairs[f] = __reduce_add_sync(EVERYONE, pairs[f]);
+            units[f] = __reduce_add_sync(EVERYONE, units[f]);
+            units_before[f] = __reduce_add_sync(EVERYONE, units_before[f]);
+        }
+        if (lane() == 0) {
+            c.way = own, c.fetched = fetched, c.fetched_before = fetched_before;
 #pragma unroll
             for (int f = 0; f < F::FORMS; ++f) {
-                c.pairs[f] = pairs[f], c.pairs_before[f] = pairs_before[f];
+                c.pairs[f] = pairs[f] & 0xffff, c.pairs_before[f] = pairs[f] >> 16;
                 c.units[f] = units[f], c.units_before[f] = units_before[f];
             }
-            c.asked = asked, c.fetchers = fetching, c.way = own;
-            c.fetched = fetched, c.fetched_before = fetched_before;
+            if (fetching) atomicOr(flags, fetching < c.items ? FETCHING | MIXING : FETCHING);
         }
     }
     __syncthreads();
@@ -314,12 +322,12 @@ __forceinline__ void count_fetched(const Step& s, int item, Column* columns) {
 #pragma unroll 1
     for (int h = warp(); h < F::W; h += F::WARPS) {
         int fetched = 0, before = 0;
-#pragma unroll 1
-        for (int first = 0; first < s.N; first += 32) {
-            int n = first + lane(), reps = n < s.N ? s.reps[n * F::W + h] : 0;
-            fetched += __reduce_add_sync(EVERYONE, reps);
-            before += __reduce_add_sync(EVERYONE, n < item ? reps : 0);
+#pragma unroll 4
+        for (int n = lane(); n < s.N; n += 32) {
+            int reps = s.reps[n * F::W + h];
+            fetched += reps, before += n < item ? reps : 0;
         }
+        fetched = __reduce_add_sync(EVERYONE, fetched), before = __reduce_add_sync(EVERYONE, before);
         if (lane() == 0) columns[h].fetched = fetched, columns[h].fetched_before = before;
     }
     __syncthreads();
@@ -328,18 +336,18 @@ __forceinline__ void count_fetched(const Step& s, int item, Column* columns) {
 // Where each holder's lists start.
 template <class F>
 __forceinline__ void place_columns(const Step& s, Column* columns) {
-    int h = threadIdx.x;
-    if (h < F::W) {
-        int fetched = 0, pairs[F::FORMS] = {}, units[F::FORMS] = {};
-#pragma unroll 1
-        for (int other = 0; other < h; ++other) {
-            fetched += columns[other].fetched;
-            for (int f = 0; f < F::FORMS; ++f)
-                pairs[f] += columns[other].pairs[f], units[f] += columns[other].units[f];
+    if (warp() == 0) {
+        int fetched = 0, pairs[F::FORMS] = {}, units[F::FORMS] = {}, total;
+        for (int first = 0; first < F::W; first += 32) {
+            int h = first + lane();
+            Column& c = columns[h < F::W ? h : F::W];  // the last is of nobody and asked nothing
+            c.fetched_at = fetched + lanes_scan(c.fetched, total), fetched += total;
+#pragma unroll
+            for (int f = 0; f < F::FORMS; ++f) {
+                c.pairs_at[f] = pairs[f] + lanes_scan(c.pairs[f], total), pairs[f] += total;
+                c.units_at[f] = units[f] + lanes_scan(c.units[f], total), units[f] += total;
+            }
         }
-        columns[h].fetched_at = fetched;
-        for (int f = 0; f < F::FORMS; ++f)
-            columns[h].pairs_at[f] = pairs[f], columns[h].units_at[f] = units[f];
     }
     __syncthreads();
 }
@@ -348,13 +356,32 @@ template <class F>
 struct Shared {
     Column columns[F::W + 1];
     u32 fetchers[F::W * F::WORDS];  // bits of the queries of this item's branch that fetch there
-    int starts[F::W + 2];           // of each holder's units in sorted order; nobody's come last
+    u32 flags;
+    int starts[F::W + 2];  // of each holder's units in sorted order; nobody's come last
     int counts[F::WARPS][F::W + 1];
     int totals[F::WARPS];
     int ids[F::CAPACITY];
-    u16 holders[F::CAPACITY], at[F::CAPACITY];  // of a sorted unit; where in the row it stood
-    u16 before[F::CAPACITY + 1];                // flagged units before it
+    u32 mixes[F::CAPACITY];  // of a sorted unit's coverage; later places, in the row's order
+    u16 entries[F::CAPACITY], holders[F::CAPACITY];
+    u16 at[F::CAPACITY];          // where in the row a sorted unit stood
+    u16 before[F::CAPACITY + 1];  // flagged units before it
 };
+
+// The bits of a unit's listers.
+template <class F>
+__forceinline__ void load_listers(const Step& s, int unit, u32* bits) {
+    const u32* at = s.listers + (long)(unit / F::U) * F::WORDS;
+    if constexpr (F::WORDS >= 4) {
+#pragma unroll
+        for (int word = 0; word < F::WORDS; word += 4) {
+            uint4 four = __ldcg((const uint4*)(at + word));
+            bits[word] = four.x, bits[word + 1] = four.y, bits[word + 2] = four.z, bits[word + 3] = four.w;
+        }
+    } else {
+#pragma unroll
+        for (int word = 0; word < F::WORDS; ++word) bits[word] = __ldcg(at + word);
+    }
+}
 
 template <class F>
 __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant__ Step s) {
@@ -371,24 +398,34 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
     if (s.hidden) hidden_from = s.hidden[item * 2], hidden_to = s.hidden[item * 2 + 1];
 
     // Holders, and the place of each unit among those of its holder.
+    int id[PER], holder[PER], rank_in[PER], entries[PER];
+    u32 mixes[PER];
+#pragma unroll
+    for (int j = 0; j < PER; ++j) {
+        int k = first_unit + 32 * j;
+        id[j] = k < s.K ? s.units[row + k] : -1;
+    }
 #pragma unroll 1
     for (int i = threadIdx.x; i < (int)sizeof(m.columns) / 4; i += F::T) ((u32*)m.columns)[i] = 0;
 #pragma unroll 1
     for (int i = threadIdx.x; i < W * WORDS; i += F::T) m.fetchers[i] = 0;
 #pragma unroll 1
     for (int h = lane(); h <= W; h += 32) m.counts[warp()][h] = 0;
-    int id[PER], holder[PER], rank_in[PER];
+    if (threadIdx.x == 0) m.flags = 0;
 #pragma unroll
     for (int j = 0; j < PER; ++j) {
-        int k = first_unit + 32 * j;
-        id[j] = k < s.K ? s.units[row + k] : -1;
-    }
-#pragma unroll
-    for (int j = 0; j < PER; ++j) {
-        int key = id[j] / B, slot = -1, owner = -1;
-        if (id[j] >= 0 && key < s.num_pool_keys) slot = s.slot_of[key];
-        if (id[j] >= 0 && key < s.num_keys) owner = s.owners[key * s.copies + s.copy];
-        holder[j] = slot >= 0 ? s.rank : (u32)owner < W ? owner : W;
+        int key = id[j] / B;
+        int4 found = {-1, -1, 0, 0};  // owner, slot, generation, tokens
+        if (id[j] >= 0 && key < s.num_keys) found = __ldg(s.records + key);
+        holder[j] = found.y >= 0 ? s.rank : (u32)found.x < W ? found.x : W;
+        entries[j] = 0, mixes[j] = 0;
+        if (STAGES & COUNT) {
+            int offset = id[j] % B, first = key / G * B;
+#pragma unroll 1
+            for (int u = offset; u < offset + U && u < found.w; ++u)
+                if (first + u < hidden_from || first + u >= hidden_to)
+                    entries[j] += 1, mixes[j] += mix(id[j] + u - offset, found.z);
+        }
     }
     __syncwarp();
 #pragma unroll
@@ -437,6 +474,7 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
         if (k < s.K) {
             int to = m.starts[holder[j]] + m.counts[warp()][holder[j]] + rank_in[j];
             m.ids[to] = id[j], m.holders[to] = holder[j], m.at[to] = k;
+            if (STAGES & COUNT) m.mixes[to] = mixes[j], m.entries[to] = entries[j];
         }
     }
     u64 ticket = arrive<F>(s);
@@ -491,20 +529,10 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
     };
 
     if (STAGES & COUNT) {
-        each([&](int, int, int unit, int h) {
-            u32 entries = 0, mixed = 0;
-            if (h < W) {
-                int key = unit / B, block = key / G, offset = unit % B;
-                u32 generation = key < s.num_keys ? s.generations[key] : 0;
-                int tokens = block < s.num_blocks ? s.tokens[block] : 0;
-#pragma unroll 1
-                for (int u = 0; u < U; ++u) {
-                    int entry = block * B + offset + u;
-                    bool seen = entry < hidden_from || entry >= hidden_to;
-                    if (seen && offset + u < tokens) entries += 1, mixed += mix(unit + u, generation);
-                }
-            }
-            by_holder(h, h < W, entries, mixed, &Column::entries, &Column::mix);
+        each([&](int j, int to, int, int h) {
+            bool some = h < W;
+            u32 all = some ? m.entries[to] : 0;
+            by_holder(h, some, all, some ? m.mixes[to] : 0, &Column::entries, &Column::mix);
         });
         __syncthreads();
         if (int h = threadIdx.x; h < W) {
@@ -514,20 +542,21 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
     }
     wait<F>(s, ticket);  // 1
 
-    u32 firsts = 0;
+    u32 firsts = 0, alone = 0;  // bits of units that nobody before, or nobody else, lists
     if (shared_units && (STAGES & SHARE)) {
+        u32 bits[PER][WORDS];
+        each([&](int j, int, int unit, int h) {
+            if (h < W && h != s.rank) load_listers<F>(s, unit, bits[j]);
+        });
         each([&](int j, int, int unit, int h) {
             bool remote = h < W && h != s.rank;
             u32 listers = 0, earlier = 0, share = 0;
             if (remote) {
-                const u32* bits = s.listers + (long)(unit / U) * WORDS;
 #pragma unroll
-                for (int word = 0; word < WORDS; ++word) {
-                    u32 these = __ldcg(bits + word);
-                    listers += __popc(these), earlier |= these & earlier_listers(word);
-                }
+                for (int word = 0; word < WORDS; ++word)
+                    listers += __popc(bits[j][word]), earlier |= bits[j][word] & earlier_listers(word);
                 share = (ONE_SHARE + listers / 2) / listers;
-                if (!earlier) firsts |= 1u << j;
+                firsts |= (earlier == 0) << j, alone |= (listers == 1) << j;
             }
             by_holder(h, remote, share & 0x3fff, share >> 14, &Column::low, &Column::high);
         });
@@ -546,8 +575,8 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
             int local = unit;
             if (s.fill) {
                 int key = unit / B, offset = unit % B, entry = key / G * B + offset;
-                int slot = key < s.num_pool_keys ? s.slot_of[key] : -1;
-                bool there = slot >= 0 && offset < s.fill[slot];
+                int slot = s.records[key].y;
+                bool there = offset < s.fill[slot];
                 if (U == 1) there = there && (entry < hidden_from || entry >= hidden_to);
                 local = there ? slot * B + offset : -1;
             }
@@ -556,32 +585,36 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
     }
     if (shared_units && (STAGES & SHARE)) wait<F>(s, ticket);  // 2
 
-    bool fetching = false, mixing = false;
     if (STAGES & (FIRST | LIST)) {
-        decide_columns<F>(s, item, m.columns, m.fetchers, nullptr);
-#pragma unroll 1
-        for (int h = 0; h < W; ++h) {
-            int some = m.columns[h].fetchers;
-            fetching |= some > 0, mixing |= some > 0 && some < m.columns[h].asked;
-        }
-        mixing = shared_units && (mixing || !together);  // a launch of its own is made anyway
-    } else {
+        decide_columns<F>(s, item, m.columns, m.fetchers, &m.flags);
+    } else if (STAGES & PLACE) {
         if (int h = threadIdx.x; h < W) m.columns[h].way = s.way[item * W + h];
         __syncthreads();
     }
+    const bool fetching = m.flags & FETCHING;
+    const bool mixing = shared_units && (together ? m.flags & MIXING : fetching);
+    auto clear = [&] {
+        each([&](int, int, int unit, int h) {
+            if (h < W && h != s.rank) s.listers[(long)(unit / U) * WORDS + query / 32] = 0;
+        });
+    };
+    if (together && shared_units && !mixing) clear();  // everyone has read them
 
     // A unit's first lister may route it; then the first that fetches it counts and seats it.
     u32 chosen = 0;
+    int seat[PER];
+#pragma unroll
+    for (int j = 0; j < PER; ++j) seat[j] = -1;
     if (mixing || fetching) {
         each([&](int j, int, int unit, int h) {
             if (h == W || h == s.rank || m.columns[h].way != FETCH) return;
             bool first = !shared_units || (firsts >> j & 1);
             if (mixing) {
-                u32 clash = 0;
-                const u32* bits = s.listers + (long)(unit / U) * WORDS;
+                u32 clash = 0, bits[WORDS];
+                load_listers<F>(s, unit, bits);
 #pragma unroll
                 for (int word = 0; word < WORDS; ++word)
-                    clash |= __ldcg(bits + word) & earlier_listers(word) & m.fetchers[h * WORDS + word];
+                    clash |= bits[word] & earlier_listers(word) & m.fetchers[h * WORDS + word];
                 first = clash == 0;
             }
             if (first) chosen |= 1u << j;
@@ -617,30 +650,31 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
             if (item == s.N - 1) s.counts[h] = c.fetched, s.unique_units[h] = c.unique;
         }
         each([&](int j, int to, int unit, int h) {
-            if (to >= s.K) return;
+            if (h == W || h == s.rank) return;
             const Column& c = m.columns[h];
-            int seat = -1;
-            if (h < W && h != s.rank) {
-                int form = c.way == FETCH ? -1 : c.way - s.first_way;
-                if (form >= 0 && form < F::FORMS)
-                    s.route_units[form * s.N * s.K + c.units_at[form] + c.units_before[form]
-                                  + to - m.starts[h]] = unit;
-                if (chosen >> j & 1) {
-                    seat = c.fetched_at + c.fetched_before + m.before[to] - m.before[m.starts[h]];
-                    s.fetch_units[seat] = unit;
-                    if (shared_units) s.seats[unit / U] = seat;
-                }
+            int form = c.way == FETCH ? -1 : c.way - s.first_way;
+            if (form >= 0 && form < F::FORMS)
+                s.route_units[form * s.N * s.K + c.units_at[form] + c.units_before[form] + to
+                              - m.starts[h]] = unit;
+            if (chosen >> j & 1) {
+                seat[j] = c.fetched_at + c.fetched_before + m.before[to] - m.before[m.starts[h]];
+                s.fetch_units[seat[j]] = unit;
+                if (shared_units && !(together && alone >> j & 1)) s.seats[unit / U] = seat[j];
             }
-            s.place[row + m.at[to]] = seat;
         });
     }
     if (together && shared_units && fetching) wait<F>(s, arrive<F>(s));  // 4
-    if (shared_units && (STAGES & PLACE)) {
-        each([&](int, int to, int unit, int h) {
-            if (h == W || h == s.rank) return;
-            if (m.columns[h].way == FETCH) s.place[row + m.at[to]] = __ldcg(&s.seats[unit / U]);
-            s.listers[(long)(unit / U) * WORDS + query / 32] = 0;
+    if (STAGES & (shared_units ? PLACE : LIST)) {
+        each([&](int j, int to, int unit, int h) {
+            if (h < W && h != s.rank && m.columns[h].way == FETCH && seat[j] < 0)
+                seat[j] = __ldcg(&s.seats[unit / U]);
+            if (to < s.K) m.mixes[m.at[to]] = seat[j];
         });
+        __syncthreads();
+#pragma unroll
+        for (int j = 0; j < PER; ++j)
+            if (int k = first_unit + 32 * j; k < s.K) s.place[row + k] = m.mixes[k];
+        if (shared_units && (!together || mixing)) clear();
     }
 }
 
@@ -648,5 +682,16 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
 template <class F>
 __global__ void __launch_bounds__(F::T) decide(const __grid_constant__ Step s) {
     SHARED_BYTES;
-    decide_columns<F>(s, -1, (Column*)shared, nullptr, s.unique_units);
+    Column* columns = (Column*)shared;
+    const double* p = ask<F>(s, columns, s.unique_units);
+#pragma unroll 1
+    for (int h = warp(); h < F::W; h += F::WARPS) {
+        if (h != s.rank) choose<F>(s, p, h, columns[h]);
+        __syncwarp();
+#pragma unroll 1
+        for (int n = lane(); n < s.N; n += 32) {
+            int at = n * F::W + h;
+            s.way[at] = way_of<F>(s, p, columns[h], n, h, s.pairs_units[at]);
+        }
+    }
 }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import cuda
+from .checks import check_tensor
 from .decide import (
     COLUMN_BYTES,
     MAX_ITEMS,
@@ -22,7 +23,6 @@ from .decide import (
     Mode,
     PriceTable,
     check_choice,
-    check_tensors,
     step_of,
 )
 
@@ -35,18 +35,53 @@ _MAX_CLUSTER = 8
 
 
 class Directory(NamedTuple):
-    """Where blocks are: the tables of the corpus and of this rank's pool. Keys are block * G + g.
+    """Where blocks are, as this rank sees it: a record of four numbers a key, block * G + g.
 
-    owners: (keys, R) int32, rank of each copy or -1. generations: (keys,) int32. tokens: (blocks,)
-    int32, entries of each block. slot_of: (pool keys,) int32, -1 where a block is not here.
+    records: (keys, 4) int32: the rank to ask or -1, the slot here or -1, generation, and entries of
+    the block. One 16-byte load tells all of a unit; four tables took four.
     """
 
-    owners: Tensor
-    generations: Tensor
-    tokens: Tensor
-    slot_of: Tensor
+    records: Tensor
     block_tokens: int
     num_branches: int
+
+    @staticmethod
+    def of(
+        owners: Tensor,
+        generations: Tensor,
+        tokens: Tensor,
+        slot_of: Tensor,
+        *,
+        rank: int,
+        block_tokens: int,
+        num_branches: int,
+    ) -> Directory:
+        """Of the tables of the corpus and of the pool of `rank`; copy `rank % R` is asked.
+
+        Args:
+            owners: (keys, R) int32, rank of each copy or -1. generations: (keys,) int32.
+            tokens: (keys // G,) int32, entries of each block.
+            slot_of: (pool keys,) int32, -1 where a block is not here; missing keys are not.
+        Raises: ValueError for tables that do not fit together.
+        """
+        keys = len(generations)
+        if owners.dim() != 2 or len(owners) != keys or owners.shape[1] < 1:
+            raise ValueError(f"owners must be ({keys}, R), got {tuple(owners.shape)}")
+        if num_branches < 1 or tuple(tokens.shape) != (keys // num_branches,):
+            raise ValueError(
+                f"tokens must be of {keys} keys / {num_branches} branches, got {tuple(tokens.shape)}"
+            )
+        slots = torch.full_like(generations, -1)
+        slots[: len(slot_of)] = slot_of[:keys]
+        columns = (
+            owners[:, rank % owners.shape[1]],
+            slots,
+            generations,
+            tokens.repeat_interleave(num_branches),
+        )
+        return Directory(
+            torch.stack(columns, 1).to(torch.int32).contiguous(), block_tokens, num_branches
+        )
 
 
 class Workspace(NamedTuple):
@@ -177,8 +212,7 @@ def plan(
 ) -> Plan:
     """Holders, demand, ways and the lists of what is routed, fetched and here.
 
-    Whatever has a slot here is local, whoever owns it; of other units copy `rank % R` is asked.
-    Ids that lie beyond the tables are padding.
+    Whatever has a slot here is local, whoever owns it. Ids that lie beyond the directory are padding.
 
     Args:
         units: (N, K) int32 stored ids of the units' first entries, distinct in a row, -1 anywhere;
@@ -207,13 +241,11 @@ def plan(
             device=device,
         )
     expected = _shapes(num_items, num_listed, world, prices.num_forms)
-    check_tensors(device, **{name: (getattr(out, name), *expected[name]) for name in Plan._fields})
-    check_tensors(
-        device,
-        hidden=(hidden, (num_items, 2), torch.int32),
-        fill=(fill, (0,) if fill is None else (fill.numel(),), torch.int32),
-        wait_s=(wait_s, (world,), torch.float64),
-    )
+    for name, (shape, dtype) in expected.items():
+        check_tensor(getattr(out, name), name, shape, dtype, device)
+    check_tensor(hidden, "hidden", (num_items, 2), torch.int32, device)
+    check_tensor(fill, "fill", (None,), torch.int32, device)
+    check_tensor(wait_s, "wait_s", (world,), torch.float64, device)
     if num_items == 0:
         for counts in (out.unique_units, out.pairs, out.listed, out.counts):
             counts.zero_()
@@ -235,27 +267,19 @@ def plan(
     tensors: dict[str, Tensor | None] = {
         "units": units,
         "hidden": hidden,
-        "owners": directory.owners,
-        "generations": directory.generations,
-        "tokens": directory.tokens,
-        "slot_of": directory.slot_of,
+        "records": directory.records,
         "fill": fill,
         "wait_s": wait_s,
         **out._asdict(),
         **workspace._asdict(),
     }
-    copies = directory.owners.shape[1]
     step = step_of(
         tensors,
         prices,
         rank=rank,
-        copy=rank % copies,
-        copies=copies,
         num_items=num_items,
         num_listed=num_listed,
-        num_keys=len(directory.owners),
-        num_blocks=len(directory.tokens),
-        num_pool_keys=len(directory.slot_of),
+        num_keys=len(directory.records),
     )
 
     def launch(fixed: Fixed) -> None:
@@ -291,8 +315,8 @@ def _shared_bytes(fixed: Fixed) -> int:
     """Of plan.cu's Shared."""
     warps, capacity, world = fixed.threads // 32, fixed.threads * fixed.per_thread, fixed.world_size
     columns = COLUMN_BYTES * (world + 1) + 4 * world * fixed.words
-    counts = 4 * (world + 2 + warps * (world + 1) + warps)
-    return columns + counts + (4 + 3 * 2) * capacity + 4
+    counts = 4 * (1 + world + 2 + warps * (world + 1) + warps)
+    return columns + counts + (2 * 4 + 4 * 2) * capacity + 4
 
 
 def is_fused(num_items: int, device: torch.device) -> bool:
@@ -333,9 +357,7 @@ def _check(
             f"items must be of {branches} branches each, of at most {MAX_QUERIES} queries, "
             f"got {num_items}"
         )
-    if directory.owners.dim() != 2 or directory.owners.shape[1] < 1:
-        raise ValueError(f"owners must be (keys, R), got {tuple(directory.owners.shape)}")
-    keys, copies = directory.owners.shape
+    keys = len(directory.records)
     num_units = keys * (block_tokens // unit_tokens)
     words = workspace.listers.shape[-1]
     if words != _power_of_2(words):
@@ -346,17 +368,15 @@ def _check(
             f"got {num_items}"
         )
     matrix, i32 = (len(workspace.first), prices.world_size), torch.int32
-    check_tensors(
-        units.device,
-        units=(units, (num_items, num_listed), i32),
-        owners=(directory.owners, (keys, copies), i32),
-        generations=(directory.generations, (keys,), i32),
-        tokens=(directory.tokens, (keys // branches,), i32),
-        slot_of=(directory.slot_of, (directory.slot_of.numel(),), i32),
-        listers=(workspace.listers, (num_units, words), i32),
-        seats=(workspace.seats, (num_units,), i32),
-        first=(workspace.first, matrix, i32),
-        reps=(workspace.reps, matrix, i32),
-        gate=(workspace.gate, (1,), torch.int64),
-    )
+    tables = {
+        "units": (units, (num_items, num_listed), i32),
+        "records": (directory.records, (keys, 4), i32),
+        "listers": (workspace.listers, (num_units, words), i32),
+        "seats": (workspace.seats, (num_units,), i32),
+        "first": (workspace.first, matrix, i32),
+        "reps": (workspace.reps, matrix, i32),
+        "gate": (workspace.gate, (1,), torch.int64),
+    }
+    for name, (tensor, shape, dtype) in tables.items():
+        check_tensor(tensor, name, shape, dtype, units.device)
     return num_items, num_listed

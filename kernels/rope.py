@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import check_ids, check_tensor
+
 _WARPS = 4
 _PROGRAMS = 132 * 16  # of four warps, what an H100 or H200 holds
 _MAX_LAYERS = 16
@@ -78,6 +80,7 @@ def rotate(
     *,
     pairing: Literal["interleaved", "half"],
     count: Tensor | None = None,
+    checked: bool = False,
 ) -> None:
     """Rotate the rope keys of listed entries in place, in all layers.
 
@@ -92,6 +95,7 @@ def rotate(
         inv_freq: (R / 2,) fp32, of `inverse_frequencies`, or scaled (YaRN).
         pairing: "interleaved" rotates columns (2i, 2i + 1) together, "half" (i, i + R / 2).
         count: (1,) int32, how many of the N are in use; what lies behind may hold anything.
+        checked: read `index` back and refuse what is out of range.
     Raises:
         ValueError: on shapes, dtypes, strides or devices other than these.
     """
@@ -109,11 +113,12 @@ def rotate(
         raise ValueError(f"pairing must be interleaved or half, got {pairing!r}")
     num = offset.numel()
     per_layer = index.dim() == 2
-    _check("offset", offset, (num,), torch.int32, rope)
-    _check("index", index, (num_layers, num) if per_layer else (num,), torch.int32, rope)
-    _check("inv_freq", inv_freq, (dim // 2,), torch.float32, rope)
-    if count is not None:
-        _check("count", count, (1,), torch.int32, rope)
+    check_tensor(offset, "offset", (num,), torch.int32, rope.device)
+    check_tensor(index, "index", (num_layers, num) if per_layer else (num,), torch.int32, rope.device)
+    check_tensor(inv_freq, "inv_freq", (dim // 2,), torch.float32, rope.device)
+    check_tensor(count, "count", (1,), torch.int32, rope.device)
+    if checked:
+        check_ids(index, "index", rope.shape[1], count=count)
     if num == 0 or num_layers == 0:
         return
 
@@ -131,15 +136,3 @@ def rotate(
         PAIRS=dim // 2, BLOCK_P=pairs, INTERLEAVED=pairing == "interleaved", WIDTH=width,
         ENTRIES=entries, num_warps=_WARPS, num_stages=1,
     )  # fmt: skip
-
-
-def _check(
-    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, rope: Tensor
-) -> None:
-    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-        raise ValueError(
-            f"{name} must be {shape} {dtype}, contiguous, "
-            f"got {tuple(tensor.shape)} {tensor.dtype} with strides {tensor.stride()}"
-        )
-    if tensor.device != rope.device:
-        raise ValueError(f"{name} must be on {rope.device}, got {tensor.device}")

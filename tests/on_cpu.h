@@ -22,6 +22,14 @@
 
 typedef unsigned long long u64;
 
+struct alignas(16) int4 {
+    int x, y, z, w;
+};
+
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+
 namespace on_cpu {
 
 struct Barrier {
@@ -163,7 +171,8 @@ inline int run(
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(x); }
-template <class V> V __ldcg(const V* at) { return *(const volatile V*)at; }
+template <class V> V __ldcg(const V* at) { return *at; }
+template <class V> V __ldg(const V* at) { return *at; }
 template <class V> V atomicOr(V* at, V bits) { V old = *at; *at = old | bits; return old; }
 template <class V> V atomicAdd(V* at, V value) { V old = *at; *at = old + value; return old; }
 
@@ -213,3 +222,4 @@ inline void cluster_arrive() {
 inline void cluster_wait() {
     while (on_cpu::block->cluster->barrier.phase == on_cpu::fiber->cluster_phase) on_cpu::yield();
 }
+inline void prefetch(const void*) {}

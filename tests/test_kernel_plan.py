@@ -227,6 +227,13 @@ class Drawn(NamedTuple):
     fill: Tensor
 
 
+def directory_of(case: Case, drawn: Drawn) -> Directory:
+    return Directory.of(
+        drawn.owners, drawn.generations, drawn.tokens, drawn.slot_of, rank=case.rank,
+        block_tokens=case.block_tokens, num_branches=case.branches,
+    )  # fmt: skip
+
+
 def defined(case: Case, drawn: Drawn) -> definition.Wanted:
     sizes = {"block_tokens": case.block_tokens, "num_branches": case.branches}
     entries, visible = definition.unit_entries(
@@ -279,10 +286,7 @@ def run(
     if way is not None:
         out.way.copy_(way)
     on_device = Drawn(*(tensor.to(DEVICE) for tensor in drawn))
-    directory = Directory(
-        on_device.owners, on_device.generations, on_device.tokens, on_device.slot_of,
-        case.block_tokens, case.branches,
-    )  # fmt: skip
+    directory = directory_of(case, on_device)
     result = plan(
         on_device.units, directory, prices, workspace, rank=case.rank, mode=mode, out=out,
         unit_tokens=case.unit_tokens, hidden=on_device.hidden,
@@ -503,7 +507,7 @@ def test_what_does_not_fit_is_named() -> None:
             table_of(load_profile("nvlink4"), world=2),
             rank=0,
         )
-    with pytest.raises(ValueError, match="forms must be A, B or A and B"):
+    with pytest.raises(ValueError, match="forms must be some of A, B, in that order"):
         table_of(load_profile("nvlink4"), world=2, forms=())
 
 
@@ -535,7 +539,7 @@ def test_replays_of_a_graph_plan_new_selections() -> None:
     drawn = [replace(case, seed=seed).draw() for seed in range(4)]
     prices = table_of(load_profile("nvlink4"), world=case.world)
     tables = Drawn(*(tensor.to(DEVICE) for tensor in drawn[0]))
-    directory = Directory(*tables[2:6], case.block_tokens, case.branches)
+    directory = directory_of(case, tables)
     workspace = Workspace.make(
         num_items=case.queries, num_branches=1, world_size=case.world, device=DEVICE,
         num_units=len(tables.owners) * case.block_tokens,

@@ -235,8 +235,9 @@ class Exchange(NamedTuple):
     @property
     def total(self) -> Tensor:
         """(W,) seconds."""
-        priced = [lines.total.of(asked) for lines, asked in (*self.routes, self.fetch)]
-        return reduce(operator.add, priced)
+        lines, copied = self.fetch
+        routed = [route.total.of(asked) for route, asked in self.routes]
+        return reduce(operator.add, [*routed, lines.total.of(copied)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

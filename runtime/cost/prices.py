@@ -20,11 +20,12 @@ def prices_of(
     """What `CostModel` charges if 1, 2, ... `world` holders are talked to at once.
 
     Args: forms: payload forms that may be chosen: A, B or A and B.
-    Raises: ValueError for other forms, or one that the layout does not have.
+    Raises: ValueError for forms that the layout does not have.
     """
-    known = {form.form: form for form in model.facts.forms}
-    if forms not in (("A",), ("B",), ("A", "B")) or not set(forms) <= set(known):
-        raise ValueError(f"forms must be A, B or A and B of {', '.join(known)}, got {forms}")
+    chosen = [facts for facts in model.facts.forms if facts.form in forms]
+    if not forms or tuple(facts.form for facts in chosen) != forms:
+        known = ", ".join(facts.form for facts in model.facts.forms)
+        raise ValueError(f"forms must be some of {known}, in that order, got {forms}")
     sharers = torch.arange(1, world + 1).double()
     none = torch.zeros_like(sharers)
 
@@ -34,8 +35,8 @@ def prices_of(
         return [seconds.expand(world) for seconds in given.values()]
 
     rows = []
-    for form in forms:
-        route = model.route(known[form], wait_s=none, sharers=sharers)
+    for facts in chosen:
+        route = model.route(facts, wait_s=none, sharers=sharers)
         rows += columns(route.total, "used", "items", "units", "weights")
     if len(forms) == 1:
         rows += [none] * 4
