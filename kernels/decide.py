@@ -52,7 +52,7 @@ _TENSORS = (
     *("pairs_units", "unique_units", "fair_units", "way", "expected"),
     *("items", "units_of", "items_expected", "route_units", "pairs", "listed"),
     *("fetch_units", "counts", "place", "local_units", "local_lengths"),
-    *("listers", "seats", "first", "reps", "gate"),
+    *("listers", "seats", "demand", "reps", "gate"),
 )
 _NUMBERS = (
     *("rank", "num_items", "num_listed", "num_keys", "first_way"),
@@ -147,6 +147,7 @@ def decide(
         "fair_units": fair_units,
         "wait_s": wait_s,
         "way": out,
+        "demand": torch.empty(world, num_items, 2, dtype=torch.int64, device=device),
     }
     cuda.launch(
         SOURCE,

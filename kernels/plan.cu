@@ -41,7 +41,7 @@ __forceinline__ void cluster_wait() {
 }
 
 __forceinline__ void prefetch(const void* at) {
-    asm volatile("prefetch.global.L1 [%0];" ::"l"(at));
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 }
 
 #endif
@@ -71,6 +71,12 @@ constexpr u32 FETCHING = 1, MIXING = 2;
 constexpr int MOST_FORMS = 2;
 constexpr int PRICES = 16;  // of one row: two routes of 4, fetch of 5, merge of 2, branches
 
+// What an item asks of a holder; one 16-byte load.
+struct alignas(16) Demand {
+    int units, first;  // listed, and those of them that no earlier query lists
+    double fair;       // each unit divided by the number of queries that list it
+};
+
 struct Step {
     const int *units, *hidden;
     const int4* records;
@@ -82,7 +88,9 @@ struct Step {
     int *expected, *items, *units_of, *items_expected, *route_units, *pairs, *listed;
     int *fetch_units, *counts, *place, *local_units, *local_lengths;
     u32 *listers;
-    int *seats, *first, *reps;
+    int *seats;
+    Demand *demand;  // (W, N)
+    int *reps;       // (W, N): units that an item fetches for all
     u64 *gate;
     int rank, N, K, num_keys, first_way;
 };
@@ -168,13 +176,13 @@ __forceinline__ double fetch_s(
 
 // Whether routing one more item adds less than fetching its fair share, all else equal.
 __noinline__ bool prefers_route(
-    const double* p, int form, double wait_s, const Column& c, int mine, double fair
+    const double* p, int form, double wait_s, const Column& c, const Demand& d
 ) {
-    double others = c.unique - fair > 0 ? c.unique - fair : 0.0;
+    double others = c.unique - d.fair > 0 ? c.unique - d.fair : 0.0;
     double route = route_s(p, form, wait_s, c.items, c.listed)
-        - route_s(p, form, wait_s, c.items - 1, c.listed - mine);
+        - route_s(p, form, wait_s, c.items - 1, c.listed - d.units);
     double fetch = fetch_s(p, 0, c.items, c.listed, c.unique)
-        - fetch_s(p, 0, c.items - 1, c.listed - mine, others);
+        - fetch_s(p, 0, c.items - 1, c.listed - d.units, others);
     return route < fetch;
 }
 
@@ -199,10 +207,10 @@ __forceinline__ void choose(const Step& s, const double* p, int holder, Column& 
             double own = 0;  // units of routed items that nobody else lists, at least
 #pragma unroll 1
             for (int n = lane(); n < s.N; n += 32) {
-                int mine = s.pairs_units[n * F::W + holder];
-                double fair = s.fair_units[n * F::W + holder];
-                if (mine == 0 || !prefers_route(p, f, wait_s, c, mine, fair)) continue;
-                items += 1, units += mine, own += 2 * fair > mine ? 2 * fair - mine : 0.0;
+                Demand d = s.demand[holder * s.N + n];
+                if (d.units == 0 || !prefers_route(p, f, wait_s, c, d)) continue;
+                items += 1, units += d.units;
+                own += 2 * d.fair > d.units ? 2 * d.fair - d.units : 0.0;
             }
             items = __reduce_add_sync(EVERYONE, items), units = __reduce_add_sync(EVERYONE, units);
             own = sum_of_warp(own);  // of multiples of 2**-28: exact in any order
@@ -218,15 +226,14 @@ __forceinline__ void choose(const Step& s, const double* p, int holder, Column& 
 
 template <class F>
 __forceinline__ int way_of(
-    const Step& s, const double* p, const Column& c, int n, int holder, int mine
+    const Step& s, const double* p, const Column& c, int n, int holder, const Demand& d
 ) {
-    if (mine == 0) return NOTHING;
+    if (d.units == 0) return NOTHING;
     if (holder == s.rank) return LOCAL;
     if (F::MODE == GIVEN) return s.way[n * F::W + holder];
     if (!c.mixed) return c.choice;
     double wait_s = s.wait_s ? s.wait_s[holder] : 0.0;
-    double fair = s.fair_units[n * F::W + holder];
-    return prefers_route(p, c.choice - s.first_way, wait_s, c, mine, fair) ? c.choice : FETCH;
+    return prefers_route(p, c.choice - s.first_way, wait_s, c, d) ? c.choice : FETCH;
 }
 
 // What is asked of every holder, and the row of prices for so many of them.
@@ -237,10 +244,8 @@ __forceinline__ const double* ask(const Step& s, Column* columns, const int* uni
         int items = 0, listed = 0, unique = 0;
 #pragma unroll 4
         for (int n = lane(); n < s.N; n += 32) {
-            int mine = s.pairs_units[n * F::W + h];
-            items += mine > 0, listed += mine;
-            if (!unique_units) unique += s.first[n * F::W + h];
-            if (F::MODE == AUTO) prefetch(&s.fair_units[n * F::W + h]);
+            Demand d = s.demand[h * s.N + n];
+            items += d.units > 0, listed += d.units, unique += d.first;
         }
         Column& c = columns[h];
         items = __reduce_add_sync(EVERYONE, items), listed = __reduce_add_sync(EVERYONE, listed);
@@ -267,7 +272,7 @@ __forceinline__ void decide_columns(
     for (int h = warp(); h < F::W; h += F::WARPS) {
         Column& c = columns[h];
         if (h == s.rank) {
-            if (lane() == 0) c.way = s.pairs_units[item * F::W + h] ? LOCAL : NOTHING;
+            if (lane() == 0) c.way = c.items && s.demand[h * s.N + item].units ? LOCAL : NOTHING;
             continue;
         }
         if (F::MODE != GIVEN) choose<F>(s, p, h, c);
@@ -277,18 +282,17 @@ __forceinline__ void decide_columns(
         int fetching = 0, fetched = 0, fetched_before = 0, own = NOTHING;
 #pragma unroll 1
         for (int n = lane(); n < s.N; n += 32) {
-            int mine = s.pairs_units[n * F::W + h], earlier = n < item;
-            int way = way_of<F>(s, p, c, n, h, mine);
+            Demand d = s.demand[h * s.N + n];
+            int way = way_of<F>(s, p, c, n, h, d), earlier = n < item;
 #pragma unroll
             for (int f = 0; f < F::FORMS; ++f)
-                if (mine && way == s.first_way + f) {
+                if (d.units && way == s.first_way + f) {
                     pairs[f] += 1 + (earlier << 16);
-                    units[f] += mine, units_before[f] += earlier ? mine : 0;
+                    units[f] += d.units, units_before[f] += earlier ? d.units : 0;
                 }
-            if (mine && way == FETCH) {
+            if (d.units && way == FETCH) {
                 // If all of them fetch, a unit's first lister is the first to fetch it.
-                int reps = s.first[n * F::W + h];
-                fetching += 1, fetched += reps, fetched_before += earlier ? reps : 0;
+                fetching += 1, fetched += d.first, fetched_before += earlier ? d.first : 0;
                 if (n % F::G == item % F::G)
                     atomicOr(&fetchers[h * F::WORDS + n / F::G / 32], 1u << (n / F::G % 32));
             }
@@ -324,7 +328,7 @@ __forceinline__ void count_fetched(const Step& s, int item, Column* columns) {
         int fetched = 0, before = 0;
 #pragma unroll 4
         for (int n = lane(); n < s.N; n += 32) {
-            int reps = s.reps[n * F::W + h];
+            int reps = s.reps[h * s.N + n];
             fetched += reps, before += n < item ? reps : 0;
         }
         fetched = __reduce_add_sync(EVERYONE, fetched), before = __reduce_add_sync(EVERYONE, before);
@@ -360,6 +364,7 @@ struct Shared {
     int starts[F::W + 2];  // of each holder's units in sorted order; nobody's come last
     int counts[F::WARPS][F::W + 1];
     int totals[F::WARPS];
+    u32 shares[32 * F::WORDS + 1];  // of a unit that so many list
     int ids[F::CAPACITY];
     u32 mixes[F::CAPACITY];  // of a sorted unit's coverage; later places, in the row's order
     u16 entries[F::CAPACITY], holders[F::CAPACITY];
@@ -412,6 +417,12 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
 #pragma unroll 1
     for (int h = lane(); h <= W; h += 32) m.counts[warp()][h] = 0;
     if (threadIdx.x == 0) m.flags = 0;
+    if (shared_units && (STAGES & SHARE))
+#pragma unroll 1
+        for (u32 listers = threadIdx.x; listers <= 32 * WORDS; listers += F::T)
+            m.shares[listers] = (ONE_SHARE + listers / 2) / (listers ? listers : 1);
+    if (F::MODE != GIVEN && (STAGES & (FIRST | LIST)))
+        if (int h = threadIdx.x; h < W) prefetch(s.prices + h * PRICES);
 #pragma unroll
     for (int j = 0; j < PER; ++j) {
         int key = id[j] / B;
@@ -458,8 +469,8 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
             if ((STAGES & COUNT) && h < W) {
                 int mine = m.starts[h], remote = h != s.rank ? mine : 0;
                 s.pairs_units[item * W + h] = mine;
-                s.first[item * W + h] = remote;  // unless others list the same
-                s.fair_units[item * W + h] = remote;
+                s.fair_units[item * W + h] = remote;  // unless others list the same
+                s.demand[h * s.N + item] = {mine, remote, (double)remote};
             }
             __syncwarp();
             if (h <= W) m.starts[h] = start;
@@ -555,16 +566,16 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
 #pragma unroll
                 for (int word = 0; word < WORDS; ++word)
                     listers += __popc(bits[j][word]), earlier |= bits[j][word] & earlier_listers(word);
-                share = (ONE_SHARE + listers / 2) / listers;
+                share = m.shares[listers];
                 firsts |= (earlier == 0) << j, alone |= (listers == 1) << j;
             }
             by_holder(h, remote, share & 0x3fff, share >> 14, &Column::low, &Column::high);
         });
         rank_flagged(firsts);
         if (int h = threadIdx.x; h < W) {
-            s.first[item * W + h] = flagged_of(h);
-            s.fair_units[item * W + h] =
-                ((double)m.columns[h].high * 16384 + m.columns[h].low) / ONE_SHARE;
+            double fair = ((double)m.columns[h].high * 16384 + m.columns[h].low) / ONE_SHARE;
+            s.fair_units[item * W + h] = fair;
+            s.demand[h * s.N + item] = {m.starts[h + 1] - m.starts[h], flagged_of(h), fair};
         }
         ticket = arrive<F>(s);
     }
@@ -593,13 +604,6 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
     }
     const bool fetching = m.flags & FETCHING;
     const bool mixing = shared_units && (together ? m.flags & MIXING : fetching);
-    auto clear = [&] {
-        each([&](int, int, int unit, int h) {
-            if (h < W && h != s.rank) s.listers[(long)(unit / U) * WORDS + query / 32] = 0;
-        });
-    };
-    if (together && shared_units && !mixing) clear();  // everyone has read them
-
     // A unit's first lister may route it; then the first that fetches it counts and seats it.
     u32 chosen = 0;
     int seat[PER];
@@ -619,11 +623,11 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
             }
             if (first) chosen |= 1u << j;
         });
-        rank_flagged(chosen);
     }
     if (mixing) {
+        rank_flagged(chosen);
         if (STAGES & FIRST)
-            if (int h = threadIdx.x; h < W) s.reps[item * W + h] = flagged_of(h);
+            if (int h = threadIdx.x; h < W) s.reps[h * s.N + item] = flagged_of(h);
         if (together) wait<F>(s, arrive<F>(s));  // 3
         if (STAGES & LIST) count_fetched<F>(s, item, m.columns);
     }
@@ -639,8 +643,9 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
                     int pair = f * W * s.N + c.pairs_at[f] + c.pairs_before[f];
                     s.items[pair] = item;
                     s.units_of[pair] = m.starts[h + 1] - m.starts[h];
-                    s.items_expected[pair * 2] = s.expected[(item * W + h) * 2];
-                    s.items_expected[pair * 2 + 1] = s.expected[(item * W + h) * 2 + 1];
+                    const int* expected = s.expected + (item * W + h) * 2;
+                    s.items_expected[pair * 2] = together ? c.entries : expected[0];
+                    s.items_expected[pair * 2 + 1] = together ? c.mix : expected[1];
                 }
                 if (item == s.N - 1) {
                     s.pairs[f * W + h] = c.pairs[f];
@@ -657,13 +662,21 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
                 s.route_units[form * s.N * s.K + c.units_at[form] + c.units_before[form] + to
                               - m.starts[h]] = unit;
             if (chosen >> j & 1) {
-                seat[j] = c.fetched_at + c.fetched_before + m.before[to] - m.before[m.starts[h]];
+                // Where nothing was mixed, `before` is still that of first listers.
+                seat[j] = c.fetched_at + c.fetched_before
+                    + (shared_units ? m.before[to] - m.before[m.starts[h]] : to - m.starts[h]);
                 s.fetch_units[seat[j]] = unit;
                 if (shared_units && !(together && alone >> j & 1)) s.seats[unit / U] = seat[j];
             }
         });
     }
-    if (together && shared_units && fetching) wait<F>(s, arrive<F>(s));  // 4
+    const bool seats = together && shared_units && fetching;  // others' are asked for
+    if (seats) ticket = arrive<F>(s);
+    if (shared_units && (STAGES & PLACE))  // everyone has read them
+        each([&](int, int, int unit, int h) {
+            if (h < W && h != s.rank) s.listers[(long)(unit / U) * WORDS + query / 32] = 0;
+        });
+    if (seats) wait<F>(s, ticket);  // 4
     if (STAGES & (shared_units ? PLACE : LIST)) {
         each([&](int j, int to, int unit, int h) {
             if (h < W && h != s.rank && m.columns[h].way == FETCH && seat[j] < 0)
@@ -674,7 +687,6 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
 #pragma unroll
         for (int j = 0; j < PER; ++j)
             if (int k = first_unit + 32 * j; k < s.K) s.place[row + k] = m.mixes[k];
-        if (shared_units && (!together || mixing)) clear();
     }
 }
 
@@ -683,6 +695,10 @@ template <class F>
 __global__ void __launch_bounds__(F::T) decide(const __grid_constant__ Step s) {
     SHARED_BYTES;
     Column* columns = (Column*)shared;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < s.N * F::W; i += F::T)
+        s.demand[i % F::W * s.N + i / F::W] = {s.pairs_units[i], 0, s.fair_units[i]};
+    __syncthreads();
     const double* p = ask<F>(s, columns, s.unique_units);
 #pragma unroll 1
     for (int h = warp(); h < F::W; h += F::WARPS) {
@@ -690,8 +706,7 @@ __global__ void __launch_bounds__(F::T) decide(const __grid_constant__ Step s) {
         __syncwarp();
 #pragma unroll 1
         for (int n = lane(); n < s.N; n += 32) {
-            int at = n * F::W + h;
-            s.way[at] = way_of<F>(s, p, columns[h], n, h, s.pairs_units[at]);
+            s.way[n * F::W + h] = way_of<F>(s, p, columns[h], n, h, s.demand[h * s.N + n]);
         }
     }
 }

@@ -88,13 +88,13 @@ class Workspace(NamedTuple):
     """What programs leave for one another: made once, for one launch at a time.
 
     listers: (units of the corpus, words) int32, a bit per query; zero between launches. seats:
-    (units of the corpus,) int32. first, reps: (N, W) int32. gate: (1,) int64, zero before
-    the first launch.
+    (units of the corpus,) int32. demand (W, N, 2) int64, reps (W, N) int32. gate: (1,) int64, zero
+    before the first launch.
     """
 
     listers: Tensor
     seats: Tensor
-    first: Tensor
+    demand: Tensor
     reps: Tensor
     gate: Tensor
 
@@ -109,7 +109,6 @@ class Workspace(NamedTuple):
     ) -> Workspace:
         """For plans of up to `num_items` over a corpus of `num_units` stored units."""
         words = -(-num_items // num_branches // 32)
-        matrix = (num_items, world_size)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
@@ -117,8 +116,8 @@ class Workspace(NamedTuple):
         return Workspace(
             listers=zeros(num_units, _power_of_2(words)),
             seats=zeros(num_units),
-            first=zeros(*matrix),
-            reps=zeros(*matrix),
+            demand=zeros(world_size, num_items, 2, dtype=torch.int64),
+            reps=zeros(world_size, num_items),
             gate=zeros(1, dtype=torch.int64),
         )
 
@@ -315,7 +314,7 @@ def _shared_bytes(fixed: Fixed) -> int:
     """Of plan.cu's Shared."""
     warps, capacity, world = fixed.threads // 32, fixed.threads * fixed.per_thread, fixed.world_size
     columns = COLUMN_BYTES * (world + 1) + 4 * world * fixed.words
-    counts = 4 * (1 + world + 2 + warps * (world + 1) + warps)
+    counts = 4 * (1 + world + 2 + warps * (world + 1) + warps + 32 * fixed.words + 1)
     return columns + counts + (2 * 4 + 4 * 2) * capacity + 4
 
 
@@ -362,18 +361,18 @@ def _check(
     words = workspace.listers.shape[-1]
     if words != _power_of_2(words):
         raise ValueError(f"listers must have 1, 2, 4 ... words a unit, got {words}")
-    if num_items > branches * 32 * words or len(workspace.first) < num_items:
+    if num_items > branches * 32 * words or workspace.reps.shape[1] < num_items:
         raise ValueError(
-            f"the workspace is for {min(32 * words * branches, len(workspace.first))} items, "
+            f"the workspace is for {min(32 * words * branches, workspace.reps.shape[1])} items, "
             f"got {num_items}"
         )
-    matrix, i32 = (len(workspace.first), prices.world_size), torch.int32
+    matrix, i32 = (prices.world_size, workspace.reps.shape[1]), torch.int32
     tables = {
         "units": (units, (num_items, num_listed), i32),
         "records": (directory.records, (keys, 4), i32),
         "listers": (workspace.listers, (num_units, words), i32),
         "seats": (workspace.seats, (num_units,), i32),
-        "first": (workspace.first, matrix, i32),
+        "demand": (workspace.demand, (*matrix, 2), torch.int64),
         "reps": (workspace.reps, matrix, i32),
         "gate": (workspace.gate, (1,), torch.int64),
     }

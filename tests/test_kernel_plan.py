@@ -275,7 +275,7 @@ def run(
             num_items=items, num_branches=case.branches, num_units=num_units,
             world_size=case.world, device=DEVICE,
         )  # fmt: skip
-        for scratch in (workspace.first, workspace.reps, workspace.seats):
+        for scratch in (workspace.demand, workspace.reps, workspace.seats):
             scratch.fill_(-7)
     out = Plan.make(
         num_items=items, num_listed=listed, world_size=case.world, num_forms=prices.num_forms,
