@@ -200,7 +200,9 @@ def main() -> int:
                 num_forms=1,
                 device=DEVICE,
             )
-            return lambda: plan(units, directory, table, workspace, rank=RANK, mode=case.mode, out=out)
+            return lambda: plan(
+                units, directory, table, workspace, rank=RANK, mode=case.mode, out=out
+            )
 
         ours = Variant(
             name="qroam",

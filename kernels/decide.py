@@ -24,7 +24,7 @@ LOCAL, ROUTE, FETCH = 1, 2, 4  # ROUTE + 1: form B
 MAX_ITEMS = 1024
 MAX_WORLD = 256
 SOURCE = Path(__file__).with_name("plan.cu")
-COLUMN_BYTES = 4 * 27  # of plan.cu's Column
+COLUMN_BYTES = 4 * (6 + 3 * 5 + 6 + 4)  # of plan.cu's Column
 _PRICES = 16
 
 
@@ -54,9 +54,7 @@ _TENSORS = (
     *("fetch_units", "counts", "place", "local_units", "local_lengths"),
     *("listers", "seats", "demand", "reps", "gate"),
 )
-_NUMBERS = (
-    *("rank", "num_items", "num_listed", "num_keys", "first_way"),
-)
+_NUMBERS = (*("rank", "num_items", "num_listed", "num_keys", "first_way"),)
 
 
 class Step(ctypes.Structure):
@@ -85,6 +83,7 @@ class Fixed:
 
     threads: int
     per_thread: int = 1
+    parts: int = 1
     block_tokens: int = 1
     unit_tokens: int = 1
     num_branches: int = 1

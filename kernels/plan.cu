@@ -40,6 +40,14 @@ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// The same place in the shared memory of block `rank` of this cluster.
+template <class V>
+__forceinline__ V* of_block(V* here, int rank) {
+    u64 there;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"((u64)here), "r"(rank));
+    return (V*)there;
+}
+
 __forceinline__ void prefetch(const void* at) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 }
@@ -52,15 +60,16 @@ typedef unsigned short u16;
 enum Way { NOTHING = 0, LOCAL = 1, ROUTE = 2, FETCH = 4 };
 enum Mode { AUTO, ALWAYS_ROUTE, ALWAYS_FETCH, GIVEN };
 enum Stage { COUNT = 1, SHARE = 2, FIRST = 4, LIST = 8, PLACE = 16, ALL = 31 };
-enum Together { ALONE, CLUSTER, GRID };
+enum Together { ALONE, GRID };
 
-// What is the same for every launch of a deployment: threads, units of a thread, the sizes that letters
+// What is the same for every launch of a deployment: threads, units of a thread, blocks of an item,
+// the sizes that letters
 // stand for, words of a unit's bits, forms that may be chosen; then the mode, stages, and how all wait.
 template <
-    int T_, int PER_, int B_, int U_, int G_, int W_, int WORDS_, int FORMS_, int MODE_, int STAGES_,
+    int T_, int PER_, int PARTS_, int B_, int U_, int G_, int W_, int WORDS_, int FORMS_, int MODE_, int STAGES_,
     int TOGETHER_>
 struct Fixed {
-    static constexpr int T = T_, PER = PER_, B = B_, U = U_, G = G_, W = W_, WORDS = WORDS_;
+    static constexpr int T = T_, PER = PER_, PARTS = PARTS_, B = B_, U = U_, G = G_, W = W_, WORDS = WORDS_;
     static constexpr int FORMS = FORMS_, MODE = MODE_, STAGES = STAGES_, TOGETHER = TOGETHER_;
     static constexpr int WARPS = T / 32, CAPACITY = T * PER;
 };
@@ -69,6 +78,8 @@ constexpr u32 EVERYONE = 0xffffffffu;
 constexpr u32 ONE_SHARE = 1u << 28;  // fair shares are rounded to 2**-28 of a unit
 constexpr u32 FETCHING = 1, MIXING = 2;
 constexpr int MOST_FORMS = 2;
+// What is written for each holder: units to fetch, then per form routed pairs, then their units.
+enum List { FETCHED, PAIRS, UNITS = PAIRS + MOST_FORMS, LISTS = UNITS + MOST_FORMS };
 constexpr int PRICES = 16;  // of one row: two routes of 4, fetch of 5, merge of 2, branches
 
 // What an item asks of a holder; one 16-byte load.
@@ -100,11 +111,12 @@ struct Column {
     int items, listed, unique;
     int choice, mixed;  // a way for all; if mixed only for items that prefer it, others are fetched
     int way;            // of this item
-    int pairs[MOST_FORMS], units[MOST_FORMS], fetched;                       // in all
-    int pairs_before[MOST_FORMS], units_before[MOST_FORMS], fetched_before;  // of items before this one
-    int pairs_at[MOST_FORMS], units_at[MOST_FORMS], fetched_at;              // of holders before this one
-    u32 entries, mix;  // coverage of what this item lists
-    u32 low, high;     // its shares, in 14 bits and the rest
+    int in_all[LISTS], before[LISTS];  // lengths: of all items, of those before this one
+    int start[LISTS];                  // where this holder's part of a list begins
+    int count, earlier, total;    // of this item's units: in this part, in parts before, in all
+    int flagged, flagged_earlier, flagged_total;  // and of those that `rank_flagged` was given
+    u32 entries, mix;  // coverage of what this item lists; the first part has all of it
+    u32 low, high;     // its shares, in 14 bits and the rest; likewise
 };
 
 __forceinline__ int lane() { return threadIdx.x & 31; }
@@ -134,6 +146,13 @@ __forceinline__ int lanes_scan(int value, int& total) {
     return upto - value;
 }
 
+// Wait for the other parts of this item; their shared memory shows what they wrote before.
+template <class F>
+__forceinline__ void sync_parts() {
+    if constexpr (F::PARTS > 1) cluster_arrive(), cluster_wait();
+    else __syncthreads();
+}
+
 // Make this block's writes known and say so; `wait` takes the ticket. The gate's upper half counts
 // how often all have arrived, its lower half is zero between: block 0 adds what the others leave to
 // be carried, so it never needs to be reset.
@@ -141,7 +160,6 @@ template <class F>
 __forceinline__ u64 arrive(const Step& s) {
     __syncthreads();
     u64 ticket = 0;
-    if constexpr (F::TOGETHER == CLUSTER) cluster_arrive();
     if (F::TOGETHER == GRID && threadIdx.x == 0)
         ticket = add_release(s.gate, blockIdx.x ? 1 : (1ull << 32) + 1 - gridDim.x);
     return ticket;
@@ -149,7 +167,6 @@ __forceinline__ u64 arrive(const Step& s) {
 
 template <class F>
 __forceinline__ void wait(const Step& s, u64 ticket) {
-    if constexpr (F::TOGETHER == CLUSTER) cluster_wait();
     if constexpr (F::TOGETHER == GRID) {
         if (threadIdx.x == 0)
             while (load_acquire(s.gate) >> 32 == ticket >> 32) {}
@@ -199,7 +216,7 @@ __forceinline__ void choose(const Step& s, const double* p, int holder, Column& 
         if (f == 0 || here < route) route = here, home = s.first_way + f;
     }
     if (F::MODE == ALWAYS_ROUTE || (F::MODE == AUTO && route < fetch)) choice = home;
-    if (F::MODE == AUTO) {
+    if (F::MODE == AUTO && c.items > 1) {  // one item is a mix of nothing
         double best = route < fetch ? route : fetch;
 #pragma unroll 1
         for (int f = 0; f < F::FORMS; ++f) {
@@ -308,11 +325,11 @@ __forceinline__ void decide_columns(
             units_before[f] = __reduce_add_sync(EVERYONE, units_before[f]);
         }
         if (lane() == 0) {
-            c.way = own, c.fetched = fetched, c.fetched_before = fetched_before;
+            c.way = own, c.in_all[FETCHED] = fetched, c.before[FETCHED] = fetched_before;
 #pragma unroll
             for (int f = 0; f < F::FORMS; ++f) {
-                c.pairs[f] = pairs[f] & 0xffff, c.pairs_before[f] = pairs[f] >> 16;
-                c.units[f] = units[f], c.units_before[f] = units_before[f];
+                c.in_all[PAIRS + f] = pairs[f] & 0xffff, c.before[PAIRS + f] = pairs[f] >> 16;
+                c.in_all[UNITS + f] = units[f], c.before[UNITS + f] = units_before[f];
             }
             if (fetching) atomicOr(flags, fetching < c.items ? FETCHING | MIXING : FETCHING);
         }
@@ -332,25 +349,21 @@ __forceinline__ void count_fetched(const Step& s, int item, Column* columns) {
             fetched += reps, before += n < item ? reps : 0;
         }
         fetched = __reduce_add_sync(EVERYONE, fetched), before = __reduce_add_sync(EVERYONE, before);
-        if (lane() == 0) columns[h].fetched = fetched, columns[h].fetched_before = before;
+        Column& c = columns[h];
+        if (lane() == 0) c.in_all[FETCHED] = fetched, c.before[FETCHED] = before;
     }
     __syncthreads();
 }
 
-// Where each holder's lists start.
+// Where each holder's part of each list starts.
 template <class F>
-__forceinline__ void place_columns(const Step& s, Column* columns) {
-    if (warp() == 0) {
-        int fetched = 0, pairs[F::FORMS] = {}, units[F::FORMS] = {}, total;
+__forceinline__ void place_columns(Column* columns) {
+#pragma unroll 1
+    for (int list = warp(); list < LISTS; list += F::WARPS) {
+        int carried = 0, total;
         for (int first = 0; first < F::W; first += 32) {
-            int h = first + lane();
-            Column& c = columns[h < F::W ? h : F::W];  // the last is of nobody and asked nothing
-            c.fetched_at = fetched + lanes_scan(c.fetched, total), fetched += total;
-#pragma unroll
-            for (int f = 0; f < F::FORMS; ++f) {
-                c.pairs_at[f] = pairs[f] + lanes_scan(c.pairs[f], total), pairs[f] += total;
-                c.units_at[f] = units[f] + lanes_scan(c.units[f], total), units[f] += total;
-            }
+            Column& c = columns[first + lane() < F::W ? first + lane() : F::W];  // the last is nobody's
+            c.start[list] = carried + lanes_scan(c.in_all[list], total), carried += total;
         }
     }
     __syncthreads();
@@ -389,18 +402,31 @@ __forceinline__ void load_listers(const Step& s, int unit, u32* bits) {
 }
 
 template <class F>
-__global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant__ Step s) {
+__global__ void __launch_bounds__(F::T, F::PARTS > 1 ? 1 : 1024 / F::T) plan(const __grid_constant__ Step s) {
     constexpr int PER = F::PER, B = F::B, U = F::U, G = F::G, W = F::W, WORDS = F::WORDS;
     constexpr int STAGES = F::STAGES;
     constexpr bool together = STAGES == ALL;
     SHARED_BYTES;
     Shared<F>& m = *(Shared<F>*)shared;
 
-    const int item = blockIdx.x, query = item / G, first_unit = warp() * 32 * PER + lane();
-    const long row = (long)item * s.K;
+    const int item = blockIdx.x / F::PARTS, part = blockIdx.x % F::PARTS, query = item / G;
+    const int first_unit = warp() * 32 * PER + lane(), first_of_part = part * F::CAPACITY;
+    const int num_units = min(max(s.K - first_of_part, 0), F::CAPACITY);
+    const long row = (long)item * s.K, own_row = row + first_of_part;
+    Column* const all_parts = F::PARTS > 1 ? of_block(m.columns, 0) : m.columns;
     const bool shared_units = !(together && F::TOGETHER == ALONE) && s.N > G;
     int hidden_from = 0, hidden_to = 0;
     if (s.hidden) hidden_from = s.hidden[item * 2], hidden_to = s.hidden[item * 2 + 1];
+
+    // Of a number that each part has for a holder, the sums over the parts before this one and over all.
+    auto sum_parts = [&](int h, int Column::*count, int& earlier, int& total) {
+        int before = 0, sum = 0;
+        for (int other = 0; other < F::PARTS; ++other) {
+            const Column* theirs = F::PARTS > 1 ? of_block(m.columns, other) : m.columns;
+            before += other < part ? theirs[h].*count : 0, sum += theirs[h].*count;
+        }
+        earlier = before, total = sum;
+    };
 
     // Holders, and the place of each unit among those of its holder.
     int id[PER], holder[PER], rank_in[PER], entries[PER];
@@ -408,7 +434,7 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
 #pragma unroll
     for (int j = 0; j < PER; ++j) {
         int k = first_unit + 32 * j;
-        id[j] = k < s.K ? s.units[row + k] : -1;
+        id[j] = k < num_units ? s.units[own_row + k] : -1;
     }
 #pragma unroll 1
     for (int i = threadIdx.x; i < (int)sizeof(m.columns) / 4; i += F::T) ((u32*)m.columns)[i] = 0;
@@ -441,7 +467,7 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < PER; ++j) {
-        bool listed = first_unit + 32 * j < s.K;
+        bool listed = first_unit + 32 * j < num_units;
         u32 alike = __match_any_sync(EVERYONE, listed ? holder[j] : W + 1);
         int* count = &m.counts[warp()][holder[j]];
         int earlier = *count;
@@ -465,24 +491,30 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
         int carried = 0, total;
 #pragma unroll 1
         for (int first = 0; first <= W; first += 32) {
-            int h = first + lane(), start = carried + lanes_scan(h <= W ? m.starts[h] : 0, total);
-            if ((STAGES & COUNT) && h < W) {
-                int mine = m.starts[h], remote = h != s.rank ? mine : 0;
-                s.pairs_units[item * W + h] = mine;
-                s.fair_units[item * W + h] = remote;  // unless others list the same
-                s.demand[h * s.N + item] = {mine, remote, (double)remote};
-            }
+            int h = first + lane(), count = h <= W ? m.starts[h] : 0;
+            int start = carried + lanes_scan(count, total);
+            if (h <= W) m.columns[h].count = count;
             __syncwarp();
             if (h <= W) m.starts[h] = start;
             carried += total;
         }
         if (lane() == 0) m.starts[W + 1] = carried;
     }
-    __syncthreads();
+    sync_parts<F>();
+    if (int h = threadIdx.x; h < W) {
+        Column& c = m.columns[h];
+        sum_parts(h, &Column::count, c.earlier, c.total);
+        if ((STAGES & COUNT) && part == 0) {
+            int remote = h != s.rank ? c.total : 0;
+            s.pairs_units[item * W + h] = c.total;
+            s.fair_units[item * W + h] = remote;  // unless others list the same
+            s.demand[h * s.N + item] = {c.total, remote, (double)remote};
+        }
+    }
 #pragma unroll
     for (int j = 0; j < PER; ++j) {
         int k = first_unit + 32 * j;
-        if (k < s.K) {
+        if (k < num_units) {
             int to = m.starts[holder[j]] + m.counts[warp()][holder[j]] + rank_in[j];
             m.ids[to] = id[j], m.holders[to] = holder[j], m.at[to] = k;
             if (STAGES & COUNT) m.mixes[to] = mixes[j], m.entries[to] = entries[j];
@@ -494,7 +526,7 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
 #pragma unroll
     for (int j = 0; j < PER; ++j) {
         int to = first_unit + 32 * j;
-        id[j] = to < s.K ? m.ids[to] : -1, holder[j] = to < s.K ? m.holders[to] : W;
+        id[j] = to < num_units ? m.ids[to] : -1, holder[j] = to < num_units ? m.holders[to] : W;
     }
     auto each = [&](auto&& what) {
 #pragma unroll
@@ -509,8 +541,8 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
             u32 all_a = __reduce_add_sync(EVERYONE, among ? a : 0);
             u32 all_b = __reduce_add_sync(EVERYONE, among ? b : 0);
             if (lane() == leader) {
-                atomicAdd(&(m.columns[which].*sum_a), all_a);
-                atomicAdd(&(m.columns[which].*sum_b), all_b);
+                atomicAdd(&(all_parts[which].*sum_a), all_a);
+                atomicAdd(&(all_parts[which].*sum_b), all_b);
             }
             left &= ~__ballot_sync(EVERYONE, among);
         }
@@ -533,8 +565,14 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
         for (int j = 0; j < PER; ++j) m.before[first_unit + 32 * j] += earlier;
         if (threadIdx.x == 0) m.before[F::CAPACITY] = total;
         __syncthreads();
+        if (int h = threadIdx.x; h < W)
+            m.columns[h].flagged = m.before[m.starts[h + 1]] - m.before[m.starts[h]];
+        sync_parts<F>();
+        if (int h = threadIdx.x; h < W) {
+            Column& c = m.columns[h];
+            sum_parts(h, &Column::flagged, c.flagged_earlier, c.flagged_total);
+        }
     };
-    auto flagged_of = [&](int h) { return m.before[m.starts[h + 1]] - m.before[m.starts[h]]; };
     auto earlier_listers = [&](int word) {  // bits of the queries before this one
         return word * 32 + 32 <= query ? ~0u : word * 32 > query ? 0u : (1u << (query % 32)) - 1;
     };
@@ -545,8 +583,8 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
             u32 all = some ? m.entries[to] : 0;
             by_holder(h, some, all, some ? m.mixes[to] : 0, &Column::entries, &Column::mix);
         });
-        __syncthreads();
-        if (int h = threadIdx.x; h < W) {
+        sync_parts<F>();
+        if (int h = threadIdx.x; h < W && part == 0) {
             s.expected[(item * W + h) * 2] = m.columns[h].entries;
             s.expected[(item * W + h) * 2 + 1] = m.columns[h].mix;
         }
@@ -572,15 +610,16 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
             by_holder(h, remote, share & 0x3fff, share >> 14, &Column::low, &Column::high);
         });
         rank_flagged(firsts);
-        if (int h = threadIdx.x; h < W) {
-            double fair = ((double)m.columns[h].high * 16384 + m.columns[h].low) / ONE_SHARE;
+        if (int h = threadIdx.x; h < W && part == 0) {
+            const Column& c = m.columns[h];
+            double fair = ((double)c.high * 16384 + c.low) / ONE_SHARE;
             s.fair_units[item * W + h] = fair;
-            s.demand[h * s.N + item] = {m.starts[h + 1] - m.starts[h], flagged_of(h), fair};
+            s.demand[h * s.N + item] = {c.total, c.flagged_total, fair};
         }
         ticket = arrive<F>(s);
     }
     if (STAGES & LIST) {
-        if (threadIdx.x == 0) s.local_lengths[item] = m.starts[s.rank + 1] - m.starts[s.rank];
+        if (threadIdx.x == 0) s.local_lengths[item] = m.columns[s.rank].total;
         each([&](int, int to, int unit, int h) {
             if (h != s.rank) return;
             int local = unit;
@@ -591,7 +630,7 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
                 if (U == 1) there = there && (entry < hidden_from || entry >= hidden_to);
                 local = there ? slot * B + offset : -1;
             }
-            s.local_units[row + to - m.starts[h]] = local;
+            s.local_units[row + m.columns[h].earlier + to - m.starts[h]] = local;
         });
     }
     if (shared_units && (STAGES & SHARE)) wait<F>(s, ticket);  // 2
@@ -627,44 +666,46 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
     if (mixing) {
         rank_flagged(chosen);
         if (STAGES & FIRST)
-            if (int h = threadIdx.x; h < W) s.reps[h * s.N + item] = flagged_of(h);
+            if (int h = threadIdx.x; h < W && part == 0)
+                s.reps[h * s.N + item] = m.columns[h].flagged_total;
         if (together) wait<F>(s, arrive<F>(s));  // 3
         if (STAGES & LIST) count_fetched<F>(s, item, m.columns);
     }
 
     if (STAGES & LIST) {
-        place_columns<F>(s, m.columns);
-        if (int h = threadIdx.x; h < W) {
+        place_columns<F>(m.columns);
+        if (int h = threadIdx.x; h < W && part == 0) {
             const Column& c = m.columns[h];
             if (F::MODE != GIVEN) s.way[item * W + h] = c.way;
 #pragma unroll
             for (int f = 0; f < F::FORMS; ++f) {
                 if (h != s.rank && c.way == s.first_way + f) {
-                    int pair = f * W * s.N + c.pairs_at[f] + c.pairs_before[f];
+                    int pair = f * W * s.N + c.start[PAIRS + f] + c.before[PAIRS + f];
                     s.items[pair] = item;
-                    s.units_of[pair] = m.starts[h + 1] - m.starts[h];
+                    s.units_of[pair] = c.total;
                     const int* expected = s.expected + (item * W + h) * 2;
                     s.items_expected[pair * 2] = together ? c.entries : expected[0];
                     s.items_expected[pair * 2 + 1] = together ? c.mix : expected[1];
                 }
                 if (item == s.N - 1) {
-                    s.pairs[f * W + h] = c.pairs[f];
-                    s.listed[f * W + h] = c.units[f];
+                    s.pairs[f * W + h] = c.in_all[PAIRS + f];
+                    s.listed[f * W + h] = c.in_all[UNITS + f];
                 }
             }
-            if (item == s.N - 1) s.counts[h] = c.fetched, s.unique_units[h] = c.unique;
+            if (item == s.N - 1) s.counts[h] = c.in_all[FETCHED], s.unique_units[h] = c.unique;
         }
         each([&](int j, int to, int unit, int h) {
             if (h == W || h == s.rank) return;
             const Column& c = m.columns[h];
-            int form = c.way == FETCH ? -1 : c.way - s.first_way;
+            int form = c.way == FETCH ? -1 : c.way - s.first_way, place = to - m.starts[h];
             if (form >= 0 && form < F::FORMS)
-                s.route_units[form * s.N * s.K + c.units_at[form] + c.units_before[form] + to
-                              - m.starts[h]] = unit;
+                s.route_units[form * s.N * s.K + c.start[UNITS + form] + c.before[UNITS + form]
+                              + c.earlier + place] = unit;
             if (chosen >> j & 1) {
-                // Where nothing was mixed, `before` is still that of first listers.
-                seat[j] = c.fetched_at + c.fetched_before
-                    + (shared_units ? m.before[to] - m.before[m.starts[h]] : to - m.starts[h]);
+                // Where nothing was mixed, what is flagged is still first listers.
+                seat[j] = c.start[FETCHED] + c.before[FETCHED]
+                    + (shared_units ? c.flagged_earlier + m.before[to] - m.before[m.starts[h]]
+                                    : c.earlier + place);
                 s.fetch_units[seat[j]] = unit;
                 if (shared_units && !(together && alone >> j & 1)) s.seats[unit / U] = seat[j];
             }
@@ -681,13 +722,14 @@ __global__ void __launch_bounds__(F::T, 1024 / F::T) plan(const __grid_constant_
         each([&](int j, int to, int unit, int h) {
             if (h < W && h != s.rank && m.columns[h].way == FETCH && seat[j] < 0)
                 seat[j] = __ldcg(&s.seats[unit / U]);
-            if (to < s.K) m.mixes[m.at[to]] = seat[j];
+            if (to < num_units) m.mixes[m.at[to]] = seat[j];
         });
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < PER; ++j)
-            if (int k = first_unit + 32 * j; k < s.K) s.place[row + k] = m.mixes[k];
+            if (int k = first_unit + 32 * j; k < num_units) s.place[own_row + k] = m.mixes[k];
     }
+    if (F::PARTS > 1) sync_parts<F>();  // nobody reads this block's memory any more
 }
 
 // The decision alone, with the number of different units at hand.

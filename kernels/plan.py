@@ -30,8 +30,7 @@ MAX_UNITS = 4096
 MAX_QUERIES = 256
 _COUNT, _SHARE, _FIRST, _LIST, _PLACE = (1 << i for i in range(5))
 _ALL = 31
-_ALONE, _CLUSTER, _GRID = range(3)
-_MAX_CLUSTER = 8
+_ALONE, _GRID = range(2)
 
 
 class Directory(NamedTuple):
@@ -252,7 +251,7 @@ def plan(
 
     resident, shared = is_fused(num_items, device), num_items > directory.num_branches
     fixed = Fixed(
-        **_threads(num_items, num_listed, world, device),
+        **_blocks(num_items, num_listed, world, device),
         block_tokens=directory.block_tokens,
         unit_tokens=unit_tokens,
         num_branches=directory.num_branches,
@@ -261,7 +260,7 @@ def plan(
         num_forms=prices.num_forms,
         mode=mode,
         stages=_ALL,
-        together=_ALONE if num_items == 1 else _CLUSTER if num_items <= _MAX_CLUSTER else _GRID,
+        together=_ALONE if num_items == 1 else _GRID,
     )
     tensors: dict[str, Tensor | None] = {
         "units": units,
@@ -286,10 +285,10 @@ def plan(
             SOURCE,
             fixed.name("plan"),
             step,
-            grid=num_items,
+            grid=num_items * fixed.parts,
             block=fixed.threads,
             shared_bytes=_shared_bytes(fixed),
-            cluster=num_items if fixed.together == _CLUSTER else 1,
+            cluster=fixed.parts,
             cooperative=fixed.together == _GRID,
             device=device,
         )
@@ -302,12 +301,30 @@ def plan(
     return out
 
 
-def _threads(num_items: int, num_listed: int, world: int, device: torch.device) -> dict[str, int]:
-    """Two units a thread where each item has an SM of its own, four where two share one."""
-    alone = num_items <= num_sms(device)
-    wanted = max(_power_of_2(num_listed) // (2 if alone else 4), _power_of_2(world), 64)
-    threads = min(wanted, 1024 if alone else 512)
-    return {"threads": threads, "per_thread": -(-max(num_listed, 1) // threads)}
+def _blocks(num_items: int, num_listed: int, world: int, device: torch.device) -> dict[str, int]:
+    """Threads of a block, units of a thread, and blocks of an item.
+
+    Scattered accesses bound a block, so an item of a small batch is spread over a cluster. All
+    clusters must be resident at once; a group of SMs that share an interconnect has at least 16.
+    """
+    sms = num_sms(device)
+    parts = (
+        8
+        if num_items * 10 <= sms
+        else 4
+        if num_items * 5 <= sms
+        else 2
+        if num_items * 2 <= sms
+        else 1
+    )
+    per_thread = 1 if parts > 2 else 2 if num_items <= sms else 4
+    wanted = _power_of_2(-(-num_listed // parts)) // per_thread
+    threads = min(max(wanted, _power_of_2(world), 64), 512 if per_thread == 4 else 1024)
+    return {
+        "threads": threads,
+        "per_thread": -(-max(num_listed, 1) // (threads * parts)),
+        "parts": parts,
+    }
 
 
 def _shared_bytes(fixed: Fixed) -> int:

@@ -114,7 +114,9 @@ def rotate(
     num = offset.numel()
     per_layer = index.dim() == 2
     check_tensor(offset, "offset", (num,), torch.int32, rope.device)
-    check_tensor(index, "index", (num_layers, num) if per_layer else (num,), torch.int32, rope.device)
+    check_tensor(
+        index, "index", (num_layers, num) if per_layer else (num,), torch.int32, rope.device
+    )
     check_tensor(inv_freq, "inv_freq", (dim // 2,), torch.float32, rope.device)
     check_tensor(count, "count", (1,), torch.int32, rope.device)
     if checked:

@@ -4,12 +4,10 @@
 #pragma once
 #include <ucontext.h>
 
-#include <cstdint>
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <memory>
-#include <random>
+#include <utility>
 #include <vector>
 
 #define QROAM_ON_CPU
@@ -20,6 +18,8 @@
 #define __launch_bounds__(...)
 #define SHARED_BYTES unsigned char* shared = on_cpu::block->shared.data()
 
+using std::max;
+using std::min;
 typedef unsigned long long u64;
 
 struct alignas(16) int4 {
@@ -48,8 +48,11 @@ struct Warp {
     u64 values[32];
 };
 
+struct Block;
+
 struct Cluster {
     Barrier barrier;
+    std::vector<Block*> blocks;
 };
 
 struct Block {
@@ -62,7 +65,7 @@ struct Block {
 
 struct Fiber {
     ucontext_t context;
-    std::unique_ptr<char[]> stack;
+    char* stack;
     Block* block;
     int thread, cluster_phase = 0;
     bool done = false;
@@ -78,7 +81,8 @@ inline Fiber* fiber;
 inline Block* block;
 inline Index thread_index, block_index, block_size, grid_size;
 inline int cluster_size;
-inline const std::function<void()>* body;
+inline const void* step;
+inline void (*kernel)(const void* step);
 
 inline void yield() { swapcontext(&fiber->context, &scheduler); }
 
@@ -111,42 +115,43 @@ V shuffled(int operation, V value, int from) {
 }
 
 inline void enter() {
-    (*body)();
+    kernel(step);
     fiber->done = true;
     swapcontext(&fiber->context, &scheduler);
 }
 
 // Run a grid to its end. Returns 0, 1 for a deadlock, 2 for writes behind the shared memory.
 inline int run(
-    int blocks, int threads, int cluster, long shared_bytes, unsigned seed,
-    const std::function<void()>& kernel
+    int blocks, int threads, int cluster, long shared_bytes, unsigned seed
 ) {
     std::vector<Cluster> clusters(blocks);
     std::vector<Block> all(blocks);
     std::vector<Fiber> fibers(blocks * threads);
     block_size = {(unsigned)threads}, grid_size = {(unsigned)blocks};
-    cluster_size = cluster, body = &kernel;
+    cluster_size = cluster;
     for (int b = 0; b < blocks; ++b) {
         all[b].shared.assign(shared_bytes + GUARD, 0xA5);
         all[b].warps.resize(threads / 32);
         all[b].cluster = &clusters[b / cluster];
+        clusters[b / cluster].blocks.push_back(&all[b]);
         all[b].index = b;
     }
     std::vector<int> turns;
     for (int i = 0; i < blocks * threads; ++i) {
         Fiber& f = fibers[i];
         f.block = &all[i / threads], f.thread = i % threads;
-        f.stack = std::make_unique<char[]>(STACK);
+        f.stack = (char*)malloc(STACK);
         getcontext(&f.context);
-        f.context.uc_stack.ss_sp = f.stack.get(), f.context.uc_stack.ss_size = STACK;
+        f.context.uc_stack.ss_sp = f.stack, f.context.uc_stack.ss_size = STACK;
         makecontext(&f.context, enter, 0);
         turns.push_back(i);
     }
-    std::mt19937 random(seed);
+    auto random = [&] { return seed ^= seed << 13, seed ^= seed >> 17, seed ^= seed << 5; };
     int left = turns.size();
     for (int round = 0; left; ++round) {
         if (round > 100000) return 1;
-        for (int i = turns.size() - 1; seed && i > 0; --i) std::swap(turns[i], turns[random() % (i + 1)]);
+        for (int i = turns.size() - 1; seed && i > 0; --i)
+            std::swap(turns[i], turns[random() % (i + 1)]);
         for (int i : turns) {
             Fiber& f = fibers[i];
             if (f.done) continue;
@@ -156,6 +161,7 @@ inline int run(
             left -= f.done;
         }
     }
+    for (Fiber& f : fibers) free(f.stack);
     for (Block& b : all)
         for (int i = 0; i < GUARD; ++i)
             if (b.shared[shared_bytes + i] != 0xA5) return 2;
@@ -223,3 +229,8 @@ inline void cluster_wait() {
     while (on_cpu::block->cluster->barrier.phase == on_cpu::fiber->cluster_phase) on_cpu::yield();
 }
 inline void prefetch(const void*) {}
+
+template <class V> V* of_block(V* here, int rank) {
+    unsigned char* own = on_cpu::block->shared.data();
+    return (V*)(on_cpu::block->cluster->blocks[rank]->shared.data() + ((unsigned char*)here - own));
+}

@@ -263,15 +263,20 @@ def test_compiles_for_hopper(name: str, reports: dict[str, str]) -> None:
 
 PLANS = {
     "plan of 1 item": Fixed(
-        threads=1024, per_thread=2, block_tokens=64, world_size=8, num_forms=2, mode="auto", stages=31
+        threads=128, per_thread=2, parts=8, block_tokens=64, world_size=8, num_forms=2, mode="auto",
+        stages=31,
     ),
-    "plan of 8 items": Fixed(
-        threads=1024, per_thread=2, block_tokens=64, world_size=8, num_forms=1, mode="auto",
+    "plan of 64 items": Fixed(
+        threads=512, per_thread=2, parts=2, block_tokens=64, world_size=8, words=2, num_forms=1,
+        mode="auto", stages=31, together=1,
+    ),
+    "plan of 128 items": Fixed(
+        threads=1024, per_thread=2, block_tokens=64, world_size=8, words=4, num_forms=1, mode="auto",
         stages=31, together=1,
     ),
     "plan of 256 items": Fixed(
         threads=512, per_thread=4, block_tokens=64, world_size=8, words=8, num_forms=1, mode="auto",
-        stages=31, together=2,
+        stages=31, together=1,
     ),
     "a stage of a plan": Fixed(
         threads=512, per_thread=8, block_tokens=64, num_branches=4, world_size=64, words=8,
@@ -290,8 +295,9 @@ def test_cuda_compiles_for_hopper(name: str, tmp_path: Path) -> None:
     used = re.search(rf"Function {symbol}:\s+REG:(\d+) STACK:(\d+)", told)
     assert used, told
     registers, stack = map(int, used.groups())
-    assert registers <= 64, "two blocks of 512 threads, or one of 1024, share an SM"
-    assert stack <= 16, "more than two registers spill, or the arguments are copied"
+    per_sm = 2 if PLANS[name].threads == 512 and PLANS[name].parts == 1 else 1
+    assert registers * PLANS[name].threads * per_sm <= 65536
+    assert stack <= 64, "more spills than a few registers, or the arguments are copied"
     # Without contraction, as the definition on the host computes.
     assert "DMUL" in told
     assert "DFMA" not in told
