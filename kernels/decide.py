@@ -24,7 +24,7 @@ LOCAL, ROUTE, FETCH = 1, 2, 4  # ROUTE + 1: form B
 MAX_ITEMS = 1024
 MAX_WORLD = 256
 SOURCE = Path(__file__).with_name("plan.cu")
-COLUMN_BYTES = 4 * (6 + 3 * 5 + 6 + 4)  # of plan.cu's Column
+COLUMN_BYTES = 8 * 21  # of plan.cu's Column
 _PRICES = 16
 
 
@@ -115,7 +115,8 @@ def decide(
     Args:
         pairs_units: (N, W) int32, units of each item at each holder; column `rank` is local.
         unique_units: (W,) int32, different units at each holder.
-        fair_units: (N, W) float64, each unit divided by the number of items that list it.
+        fair_units: (N, W) float64, each unit divided by the number of items that list it, in
+            multiples of 2**-28.
         wait_s: (W,) float64, what each holder is busy with before it starts.
     Returns:
         way: (N, W) int8: 0 nothing, 1 local, 2 routed as form A, 3 as form B, 4 fetched.

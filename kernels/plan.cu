@@ -36,6 +36,11 @@ __forceinline__ void cluster_arrive() {
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 
+// Of who leaves: what it wrote is nobody's concern.
+__forceinline__ void cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;");
+}
+
 __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -109,8 +114,11 @@ struct Step {
 // What is asked of a holder by all items, how, and where its lists start.
 struct Column {
     int items, listed, unique;
+    int routed[MOST_FORMS], routed_units[MOST_FORMS];  // of items that prefer it
+    u64 routed_own[MOST_FORMS];                        // in shares
     int choice, mixed;  // a way for all; if mixed only for items that prefer it, others are fetched
     int way;            // of this item
+    int fetchers;       // items that fetch
     int in_all[LISTS], before[LISTS];  // lengths: of all items, of those before this one
     int start[LISTS];                  // where this holder's part of a list begins
     int count, earlier, total;    // of this item's units: in this part, in parts before, in all
@@ -191,19 +199,50 @@ __forceinline__ double fetch_s(
         + unique * p[11] + found * p[12];
 }
 
-// Whether routing one more item adds less than fetching its fair share, all else equal.
-__noinline__ bool prefers_route(
-    const double* p, int form, double wait_s, const Column& c, const Demand& d
+// Whether routing an item adds less than fetching its fair share, all else equal. `route` and `fetch`
+// are the prices of all items.
+__forceinline__ bool prefers_route(
+    const double* p, int form, double wait_s, const Column& c, double route, double fetch,
+    const Demand& d
 ) {
-    double others = c.unique - d.fair > 0 ? c.unique - d.fair : 0.0;
-    double route = route_s(p, form, wait_s, c.items, c.listed)
-        - route_s(p, form, wait_s, c.items - 1, c.listed - d.units);
-    double fetch = fetch_s(p, 0, c.items, c.listed, c.unique)
-        - fetch_s(p, 0, c.items - 1, c.listed - d.units, others);
+    double items = c.items - 1, units = c.listed - d.units, others = c.unique - d.fair;
+    route -= route_s(p, form, wait_s, items, units);
+    fetch -= fetch_s(p, 0, items, units, others > 0 ? others : 0.0);
     return route < fetch;
 }
 
-// One holder's choice, by one warp: the cheapest of fetch all, route all, and the marginal mixes.
+// For each form, what the items of each holder ask that would rather be routed. A warp takes 32 items
+// of a holder.
+template <class F>
+__forceinline__ void prefer(const Step& s, const double* p, Column* columns) {
+    const int groups = (s.N + 31) / 32;
+#pragma unroll 1
+    for (int task = warp(); task < F::W * F::FORMS * groups; task += F::WARPS) {
+        int n = task % groups * 32 + lane(), f = task / groups % F::FORMS;
+        int h = task / groups / F::FORMS;
+        Column& c = columns[h];
+        if (h == s.rank || c.items < 2) continue;  // one item is a mix of nothing
+        double wait_s = s.wait_s ? s.wait_s[h] : 0.0;
+        double route = route_s(p, f, wait_s, c.items, c.listed);
+        double fetch = fetch_s(p, 0, c.items, c.listed, c.unique);
+        Demand d = {0, 0, 0.0};
+        if (n < s.N) d = s.demand[h * s.N + n];
+        bool routed = d.units > 0 && prefers_route(p, f, wait_s, c, route, fetch, d);
+        int items = __popc(__ballot_sync(EVERYONE, routed));
+        int units = __reduce_add_sync(EVERYONE, routed ? d.units : 0);
+        // Units that nobody else lists, at least: a multiple of 2**-28, so that sums are exact.
+        double own = routed && 2 * d.fair > d.units ? 2 * d.fair - d.units : 0.0;
+        own = sum_of_warp(own);
+        if (lane() == 0 && items) {
+            atomicAdd(&c.routed[f], items);
+            atomicAdd(&c.routed_units[f], units);
+            atomicAdd(&c.routed_own[f], (u64)(own * ONE_SHARE));
+        }
+    }
+    __syncthreads();
+}
+
+// A holder's choice: the cheapest of fetch all, route all, and the marginal mixes.
 template <class F>
 __forceinline__ void choose(const Step& s, const double* p, int holder, Column& c) {
     double wait_s = s.wait_s ? s.wait_s[holder] : 0.0;
@@ -216,29 +255,19 @@ __forceinline__ void choose(const Step& s, const double* p, int holder, Column& 
         if (f == 0 || here < route) route = here, home = s.first_way + f;
     }
     if (F::MODE == ALWAYS_ROUTE || (F::MODE == AUTO && route < fetch)) choice = home;
-    if (F::MODE == AUTO && c.items > 1) {  // one item is a mix of nothing
+    if (F::MODE == AUTO && c.items > 1) {
         double best = route < fetch ? route : fetch;
 #pragma unroll 1
         for (int f = 0; f < F::FORMS; ++f) {
-            int items = 0, units = 0;
-            double own = 0;  // units of routed items that nobody else lists, at least
-#pragma unroll 1
-            for (int n = lane(); n < s.N; n += 32) {
-                Demand d = s.demand[holder * s.N + n];
-                if (d.units == 0 || !prefers_route(p, f, wait_s, c, d)) continue;
-                items += 1, units += d.units;
-                own += 2 * d.fair > d.units ? 2 * d.fair - d.units : 0.0;
-            }
-            items = __reduce_add_sync(EVERYONE, items), units = __reduce_add_sync(EVERYONE, units);
-            own = sum_of_warp(own);  // of multiples of 2**-28: exact in any order
-            double left = c.listed - units, unique = c.unique - own;
-            double both = route_s(p, f, wait_s, items, units)
+            double items = c.routed[f], left = c.listed - c.routed_units[f];
+            double unique = c.unique - (double)c.routed_own[f] / ONE_SHARE;
+            double both = route_s(p, f, wait_s, items, c.routed_units[f])
                 + fetch_s(p, items > 0 ? 1.0 : 0.0, c.items - items, left,
                           unique < left ? unique : left);
             if (both < best) best = both, choice = s.first_way + f, mixed = 1;
         }
     }
-    if (lane() == 0) c.choice = choice, c.mixed = mixed;
+    c.choice = choice, c.mixed = mixed;
 }
 
 template <class F>
@@ -250,7 +279,10 @@ __forceinline__ int way_of(
     if (F::MODE == GIVEN) return s.way[n * F::W + holder];
     if (!c.mixed) return c.choice;
     double wait_s = s.wait_s ? s.wait_s[holder] : 0.0;
-    return prefers_route(p, c.choice - s.first_way, wait_s, c, d) ? c.choice : FETCH;
+    int form = c.choice - s.first_way;
+    double route = route_s(p, form, wait_s, c.items, c.listed);
+    double fetch = fetch_s(p, 0, c.items, c.listed, c.unique);
+    return prefers_route(p, form, wait_s, c, route, fetch, d) ? c.choice : FETCH;
 }
 
 // What is asked of every holder, and the row of prices for so many of them.
@@ -278,62 +310,57 @@ __forceinline__ const double* ask(const Step& s, Column* columns, const int* uni
     return s.prices + (holders ? holders - 1 : 0) * PRICES;
 }
 
+// Choose for every holder; the row of prices that this takes.
+template <class F>
+__forceinline__ const double* choose_all(const Step& s, Column* columns, const int* unique_units) {
+    const double* p = ask<F>(s, columns, unique_units);
+    if (F::MODE == AUTO) prefer<F>(s, p, columns);
+    if (int h = threadIdx.x; F::MODE != GIVEN && h < F::W && h != s.rank) choose<F>(s, p, h, columns[h]);
+    __syncthreads();
+    return p;
+}
+
 // Decide for every holder, and count what is routed and fetched, in all and by items before this
 // one. `flags` tells whether anything is fetched, and whether of some holder by some items only.
 template <class F>
 __forceinline__ void decide_columns(
     const Step& s, int item, Column* columns, u32* fetchers, u32* flags
 ) {
-    const double* p = ask<F>(s, columns, nullptr);
+    const double* p = choose_all<F>(s, columns, nullptr);
+    const int groups = (s.N + 31) / 32;
 #pragma unroll 1
-    for (int h = warp(); h < F::W; h += F::WARPS) {
+    for (int task = warp(); task < F::W * groups; task += F::WARPS) {
+        int h = task / groups, n = task % groups * 32 + lane(), earlier = n < item;
         Column& c = columns[h];
-        if (h == s.rank) {
-            if (lane() == 0) c.way = c.items && s.demand[h * s.N + item].units ? LOCAL : NOTHING;
-            continue;
-        }
-        if (F::MODE != GIVEN) choose<F>(s, p, h, c);
-        __syncwarp();
-        // Numbers of items: of all in the lower half, of those before this one in the upper.
-        int pairs[F::FORMS] = {}, units[F::FORMS] = {}, units_before[F::FORMS] = {};
-        int fetching = 0, fetched = 0, fetched_before = 0, own = NOTHING;
-#pragma unroll 1
-        for (int n = lane(); n < s.N; n += 32) {
-            Demand d = s.demand[h * s.N + n];
-            int way = way_of<F>(s, p, c, n, h, d), earlier = n < item;
-#pragma unroll
-            for (int f = 0; f < F::FORMS; ++f)
-                if (d.units && way == s.first_way + f) {
-                    pairs[f] += 1 + (earlier << 16);
-                    units[f] += d.units, units_before[f] += earlier ? d.units : 0;
-                }
-            if (d.units && way == FETCH) {
-                // If all of them fetch, a unit's first lister is the first to fetch it.
-                fetching += 1, fetched += d.first, fetched_before += earlier ? d.first : 0;
-                if (n % F::G == item % F::G)
-                    atomicOr(&fetchers[h * F::WORDS + n / F::G / 32], 1u << (n / F::G % 32));
-            }
-            if (n == item) own = way;
-        }
-        fetching = __reduce_add_sync(EVERYONE, fetching), own = __reduce_add_sync(EVERYONE, own);
-        fetched = __reduce_add_sync(EVERYONE, fetched);
-        fetched_before = __reduce_add_sync(EVERYONE, fetched_before);
+        Demand d = {0, 0, 0.0};
+        if (n < s.N) d = s.demand[h * s.N + n];
+        int way = way_of<F>(s, p, c, n, h, d);
+        if (n == item) c.way = way;
+        if (h == s.rank) continue;
+        auto add = [&](int list, int amount) {
+            int all = __reduce_add_sync(EVERYONE, amount);
+            int before = __reduce_add_sync(EVERYONE, earlier ? amount : 0);
+            if (lane() == 0 && all) atomicAdd(&c.in_all[list], all), atomicAdd(&c.before[list], before);
+        };
+        u32 fetching = __ballot_sync(EVERYONE, way == FETCH);
+        u32 asking = __ballot_sync(EVERYONE, d.units > 0);
 #pragma unroll
         for (int f = 0; f < F::FORMS; ++f) {
-            pairs[f] = __reduce_add_sync(EVERYONE, pairs[f]);
-            units[f] = __reduce_add_sync(EVERYONE, units[f]);
-            units_before[f] = __reduce_add_sync(EVERYONE, units_before[f]);
+            bool routed = d.units > 0 && way == s.first_way + f;
+            if (fetching == asking) break;
+            add(PAIRS + f, routed), add(UNITS + f, routed ? d.units : 0);
         }
-        if (lane() == 0) {
-            c.way = own, c.in_all[FETCHED] = fetched, c.before[FETCHED] = fetched_before;
-#pragma unroll
-            for (int f = 0; f < F::FORMS; ++f) {
-                c.in_all[PAIRS + f] = pairs[f] & 0xffff, c.before[PAIRS + f] = pairs[f] >> 16;
-                c.in_all[UNITS + f] = units[f], c.before[UNITS + f] = units_before[f];
-            }
-            if (fetching) atomicOr(flags, fetching < c.items ? FETCHING | MIXING : FETCHING);
+        if (fetching) {
+            // If all of them fetch, a unit's first lister is the first to fetch it.
+            add(FETCHED, way == FETCH ? d.first : 0);
+            if (way == FETCH && n % F::G == item % F::G)
+                atomicOr(&fetchers[h * F::WORDS + n / F::G / 32], 1u << (n / F::G % 32));
+            if (lane() == 0) atomicAdd(&c.fetchers, __popc(fetching));
         }
     }
+    __syncthreads();
+    if (int h = threadIdx.x; h < F::W && columns[h].fetchers)
+        atomicOr(flags, columns[h].fetchers < columns[h].items ? FETCHING | MIXING : FETCHING);
     __syncthreads();
 }
 
@@ -398,6 +425,16 @@ __forceinline__ void load_listers(const Step& s, int unit, u32* bits) {
     } else {
 #pragma unroll
         for (int word = 0; word < F::WORDS; ++word) bits[word] = __ldcg(at + word);
+    }
+}
+
+template <class F>
+__forceinline__ void clear_listers(const Step& s, int unit) {
+    u32* at = s.listers + (long)(unit / F::U) * F::WORDS;
+#pragma unroll
+    for (int word = 0; word < F::WORDS; word += F::WORDS >= 4 ? 4 : 1) {
+        if constexpr (F::WORDS >= 4) *(uint4*)(at + word) = {0, 0, 0, 0};
+        else at[word] = 0;
     }
 }
 
@@ -475,8 +512,6 @@ __global__ void __launch_bounds__(F::T, F::PARTS > 1 ? 1 : 1024 / F::T) plan(con
         __syncwarp();
         if (listed && (alike & lanes_before()) == 0) *count = earlier + __popc(alike);
         __syncwarp();
-        if ((STAGES & COUNT) && shared_units && listed && holder[j] < W && holder[j] != s.rank)
-            atomicOr(&s.listers[(long)(id[j] / U) * WORDS + query / 32], 1u << (query % 32));
     }
     __syncthreads();
 #pragma unroll 1
@@ -518,6 +553,8 @@ __global__ void __launch_bounds__(F::T, F::PARTS > 1 ? 1 : 1024 / F::T) plan(con
             int to = m.starts[holder[j]] + m.counts[warp()][holder[j]] + rank_in[j];
             m.ids[to] = id[j], m.holders[to] = holder[j], m.at[to] = k;
             if (STAGES & COUNT) m.mixes[to] = mixes[j], m.entries[to] = entries[j];
+            if ((STAGES & COUNT) && shared_units && holder[j] < W && holder[j] != s.rank)
+                atomicOr(&s.listers[(long)(id[j] / U) * WORDS + query / 32], 1u << (query % 32));
         }
     }
     u64 ticket = arrive<F>(s);
@@ -714,8 +751,10 @@ __global__ void __launch_bounds__(F::T, F::PARTS > 1 ? 1 : 1024 / F::T) plan(con
     const bool seats = together && shared_units && fetching;  // others' are asked for
     if (seats) ticket = arrive<F>(s);
     if (shared_units && (STAGES & PLACE))  // everyone has read them
-        each([&](int, int, int unit, int h) {
-            if (h < W && h != s.rank) s.listers[(long)(unit / U) * WORDS + query / 32] = 0;
+        each([&](int j, int, int unit, int h) {
+            if (h == W || h == s.rank) return;
+            if (!together) s.listers[(long)(unit / U) * WORDS + query / 32] = 0;
+            else if (firsts >> j & 1) clear_listers<F>(s, unit);
         });
     if (seats) wait<F>(s, ticket);  // 4
     if (STAGES & (shared_units ? PLACE : LIST)) {
@@ -729,7 +768,8 @@ __global__ void __launch_bounds__(F::T, F::PARTS > 1 ? 1 : 1024 / F::T) plan(con
         for (int j = 0; j < PER; ++j)
             if (int k = first_unit + 32 * j; k < num_units) s.place[own_row + k] = m.mixes[k];
     }
-    if (F::PARTS > 1) sync_parts<F>();  // nobody reads this block's memory any more
+    // Others may still read this block's memory.
+    if constexpr (F::PARTS > 1) cluster_arrive_relaxed(), cluster_wait();
 }
 
 // The decision alone, with the number of different units at hand.
@@ -738,17 +778,15 @@ __global__ void __launch_bounds__(F::T) decide(const __grid_constant__ Step s) {
     SHARED_BYTES;
     Column* columns = (Column*)shared;
 #pragma unroll 1
+    for (int i = threadIdx.x; i < (int)sizeof(Column) / 4 * F::W; i += F::T) ((u32*)columns)[i] = 0;
+#pragma unroll 1
     for (int i = threadIdx.x; i < s.N * F::W; i += F::T)
         s.demand[i % F::W * s.N + i / F::W] = {s.pairs_units[i], 0, s.fair_units[i]};
     __syncthreads();
-    const double* p = ask<F>(s, columns, s.unique_units);
+    const double* p = choose_all<F>(s, columns, s.unique_units);
 #pragma unroll 1
-    for (int h = warp(); h < F::W; h += F::WARPS) {
-        if (h != s.rank) choose<F>(s, p, h, columns[h]);
-        __syncwarp();
-#pragma unroll 1
-        for (int n = lane(); n < s.N; n += 32) {
-            s.way[n * F::W + h] = way_of<F>(s, p, columns[h], n, h, s.demand[h * s.N + n]);
-        }
+    for (int i = threadIdx.x; i < s.N * F::W; i += F::T) {
+        int n = i / F::W, h = i % F::W;
+        s.way[i] = way_of<F>(s, p, columns[h], n, h, s.demand[h * s.N + n]);
     }
 }

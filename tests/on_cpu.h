@@ -179,8 +179,8 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(x); }
 template <class V> V __ldcg(const V* at) { return *at; }
 template <class V> V __ldg(const V* at) { return *at; }
-template <class V> V atomicOr(V* at, V bits) { V old = *at; *at = old | bits; return old; }
-template <class V> V atomicAdd(V* at, V value) { V old = *at; *at = old + value; return old; }
+template <class V, class A> V atomicOr(V* at, A bits) { V old = *at; *at = old | bits; return old; }
+template <class V, class A> V atomicAdd(V* at, A value) { V old = *at; *at = old + value; return old; }
 
 inline void __syncthreads() { on_cpu::join(on_cpu::block->barrier, on_cpu::block_size.x); }
 inline void __syncwarp() { u64 all[32]; on_cpu::exchange(1, 0, all); }
@@ -225,6 +225,7 @@ inline void cluster_arrive() {
     on_cpu::fiber->cluster_phase = on_cpu::block->cluster->barrier.arrive(
         on_cpu::block_size.x * on_cpu::cluster_size);
 }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait() {
     while (on_cpu::block->cluster->barrier.phase == on_cpu::fiber->cluster_phase) on_cpu::yield();
 }
