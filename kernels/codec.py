@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import check_ids, check_tensor
+
 _FLOATS = (torch.bfloat16, torch.float32)
 _TILE_COLUMNS = 128  # latent columns of a scale
 _TILE = tl.constexpr(_TILE_COLUMNS)
@@ -149,6 +151,7 @@ def encode_latent(
     index: Tensor | None = None,
     count: Tensor | None = None,
     out: Tensor | None = None,
+    checked: bool = False,
 ) -> Tensor:
     """Encode entries[i] to out[index[i]], or to out[i].
 
@@ -157,6 +160,7 @@ def encode_latent(
         index: (N,) int32, distinct rows below S; negative: skipped. Needs `out`.
         count: (1,) int32, how many of the N are in use; what lies behind may hold anything.
         out: (S, entry_bytes) uint8, contiguous; (N, entry_bytes) without `index`.
+        checked: read `index` back and refuse what is out of range; likewise in the other verbs.
     Raises:
         ValueError: on shapes, dtypes, strides or devices other than these.
     """
@@ -164,7 +168,7 @@ def encode_latent(
     row_bytes = tiles * (_TILE_COLUMNS + 4) + 2 * rope_dim
     out = _target(entries, index, out, len(entries), row_bytes)
     _check_floats("entries", entries, len(entries), entries.shape[-1], out)
-    _launch_latent(_encode_latent_kernel, entries, out, index, count, tiles, rope_dim)
+    _launch_latent(_encode_latent_kernel, entries, out, index, count, tiles, rope_dim, checked)
     return out
 
 
@@ -176,6 +180,7 @@ def decode_latent(
     index: Tensor | None = None,
     count: Tensor | None = None,
     out: Tensor | None = None,
+    checked: bool = False,
 ) -> Tensor:
     """Decode rows[index[i]], or rows[i], to out[i].
 
@@ -197,7 +202,7 @@ def decode_latent(
         out = torch.empty(num, dim, dtype=dtype, device=rows.device)
     _check_bytes("rows", rows, row_bytes)
     _check_floats("out", out, num, dim, rows)
-    _launch_latent(_decode_latent_kernel, out, rows, index, count, tiles, rope_dim)
+    _launch_latent(_decode_latent_kernel, out, rows, index, count, tiles, rope_dim, checked)
     return out
 
 
@@ -208,6 +213,7 @@ def encode_index(
     index: Tensor | None = None,
     count: Tensor | None = None,
     out: Tensor | None = None,
+    checked: bool = False,
 ) -> Tensor:
     """Encode index keys[i] as key index[i] (slot * B + offset), or key i, of the blocks `out`.
 
@@ -224,7 +230,7 @@ def encode_index(
     slots = triton.cdiv(len(keys), block_tokens)
     out = _target(keys, index, out, slots, block_tokens * (dim + 4))
     _check_floats("keys", keys, len(keys), dim, out)
-    _launch_index(_encode_index_kernel, keys, out, index, count, dim, block_tokens)
+    _launch_index(_encode_index_kernel, keys, out, index, count, dim, block_tokens, checked)
     return out
 
 
@@ -236,6 +242,7 @@ def decode_index(
     index: Tensor | None = None,
     count: Tensor | None = None,
     out: Tensor | None = None,
+    checked: bool = False,
 ) -> Tensor:
     """Decode key index[i], or key i, of `blocks` (S, B * (D + 4)) to out[i]; see `encode_index`.
 
@@ -252,7 +259,7 @@ def decode_index(
         out = torch.empty(num, dim, dtype=dtype, device=blocks.device)
     _check_bytes("blocks", blocks, block_tokens * (dim + 4))
     _check_floats("out", out, num, dim, blocks)
-    _launch_index(_decode_index_kernel, out, blocks, index, count, dim, block_tokens)
+    _launch_index(_decode_index_kernel, out, blocks, index, count, dim, block_tokens, checked)
     return out
 
 
@@ -264,8 +271,9 @@ def _launch_latent(
     count: Tensor | None,
     tiles: int,
     rope_dim: int,
+    checked: bool,
 ) -> None:
-    _check_list(index, count, entries)
+    _check_list(index, count, entries, len(rows) if checked else None)
     if len(entries) == 0:
         return
     kernel[(triton.cdiv(len(entries), _ENTRIES),)](
@@ -294,8 +302,9 @@ def _launch_index(
     count: Tensor | None,
     dim: int,
     block_tokens: int,
+    checked: bool,
 ) -> None:
-    _check_list(index, count, keys)
+    _check_list(index, count, keys, len(blocks) * block_tokens if checked else None)
     if len(keys) == 0:
         return
     kernel[(triton.cdiv(len(keys), _ENTRIES),)](
@@ -366,3 +375,13 @@ def _check_floats(name: str, entries: Tensor, num: int, dim: int, rows: Tensor) 
         )
     if entries.device != rows.device:
         raise ValueError(f"floats on {entries.device} and bytes on {rows.device}")
+
+
+def _check_list(
+    index: Tensor | None, count: Tensor | None, entries: Tensor, limit: int | None
+) -> None:
+    """With a `limit`, the ids in use are read back."""
+    check_tensor(index, "index", (len(entries),), torch.int32, entries.device)
+    check_tensor(count, "count", (1,), torch.int32, entries.device)
+    if limit is not None and index is not None:
+        check_ids(index, "index", limit, count=count)

@@ -295,3 +295,19 @@ def test_full_size(dtype: str) -> None:
     assert torch.equal(
         decode_index(rows, dtype=FLOATS[dtype]).cpu(), INDEX.decode(rows.cpu(), FLOATS[dtype])
     )
+
+
+def test_checked_ids_are_read_back() -> None:
+    entries = torch.zeros(2, 192, device=DEVICE)
+    rows = torch.zeros(4, 128 + 4 + 128, dtype=torch.uint8, device=DEVICE)
+    index = torch.tensor([1, 4], dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="index must be below 4, got 4"):
+        encode_latent(entries, rope_dim=64, index=index, out=rows, checked=True)
+    with pytest.raises(ValueError, match="index must be below 4, got 4"):
+        decode_latent(rows, rope_dim=64, index=index, checked=True)
+    blocks = torch.zeros(1, 4 * 132, dtype=torch.uint8, device=DEVICE)
+    keys = torch.zeros(2, 128, device=DEVICE)
+    with pytest.raises(ValueError, match="index must be below 4, got 4"):
+        encode_index(keys, block_tokens=4, index=index, out=blocks, checked=True)
+    with pytest.raises(ValueError, match="index must be below 4, got 4"):
+        decode_index(blocks, block_tokens=4, index=index, checked=True)

@@ -142,3 +142,12 @@ def test_replay_follows_the_count_on_the_device() -> None:
         out.copy_(before)
         graph.replay()
         assert torch.equal(out, expected(rows, index, before, used))
+
+
+def test_checked_ids_are_read_back() -> None:
+    rows = torch.zeros(4, 8, dtype=torch.int32, device=DEVICE)
+    index = torch.tensor([0, -1, 4], dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="index must be below 4, got 4"):
+        gather(rows, index, checked=True)
+    used = torch.tensor([2], dtype=torch.int32, device=DEVICE)
+    gather(rows, index, count=used, checked=True)

@@ -223,7 +223,7 @@ def test_bad_arguments() -> None:
         ("value columns", {"outs": outs.new_zeros(4, 3, 2, 4096)}),
         ("lses", {"lses": lses[:, :2]}),
         ("lses", {"lses": lses.double()}),
-        ("lses must be contiguous", {"lses": lses.mT.contiguous().mT}),
+        ("lses must have contiguous columns", {"lses": lses.mT.contiguous().mT}),
         ("go together", {"covered": count}),
         ("covered", {"covered": count, "expected": count, "fault": count[:, 0]}),
         ("sink", {"sink": torch.zeros(3, device=DEVICE)}),
@@ -277,3 +277,16 @@ def test_replay_follows_the_counts_on_the_device() -> None:
         want = merge(outs, lses, offsets=offsets, num_items=num_items, **fresh)
         assert torch.equal(given["out"][:used], want[0][:used])
         assert bool((given["out"][used:] == 7e4).all())
+
+
+@pytest.mark.parametrize(
+    ("offsets", "match"), [([0, 3, 2], "must rise"), ([0, 2, 5], "offsets must be below 5, got 5")]
+)
+def test_checked_offsets_are_read_back(offsets: list[int], match: str) -> None:
+    outs, lses = torch.zeros(4, 1, 16, device=DEVICE), torch.zeros(4, 1, device=DEVICE)
+    given = torch.tensor(offsets, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match=match):
+        merge(outs, lses, offsets=given, checked=True)
+    merge(
+        outs, lses, offsets=torch.tensor([0, 2, 4], dtype=torch.int32, device=DEVICE), checked=True
+    )

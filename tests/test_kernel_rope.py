@@ -252,3 +252,11 @@ def test_all_layers_of_a_model(num: int, pairing: Pairing) -> None:
     index, offset = listed(num, 8192)
     rotate(pool[..., 512:], index, offset, inverse_frequencies(64, THETA, DEVICE), pairing=pairing)
     check(pool[..., 512:], before, index, offset, pairing)
+
+
+def test_checked_ids_are_read_back() -> None:
+    rope = torch.zeros(2, 4, 8, device=DEVICE)
+    index = torch.tensor([0, 4], dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="index must be below 4, got 4"):
+        rotate(rope, index, torch.zeros_like(index), inverse_frequencies(8, 1e4, DEVICE),
+               pairing="half", checked=True)  # fmt: skip
