@@ -412,30 +412,30 @@ struct Shared {
     u16 before[F::CAPACITY + 1];  // flagged units before it
 };
 
-// The bits of a unit's listers.
+// The bits of a unit's listers, in as few accesses as they take.
 template <class F>
 __forceinline__ void load_listers(const Step& s, int unit, u32* bits) {
     const u32* at = s.listers + (long)(unit / F::U) * F::WORDS;
-    if constexpr (F::WORDS >= 4) {
+    if constexpr (F::WORDS == 1) bits[0] = __ldcg(at);
+    if constexpr (F::WORDS == 2) {
+        u64 both = __ldcg((const u64*)at);
+        bits[0] = (u32)both, bits[1] = (u32)(both >> 32);
+    }
 #pragma unroll
-        for (int word = 0; word < F::WORDS; word += 4) {
-            uint4 four = __ldcg((const uint4*)(at + word));
-            bits[word] = four.x, bits[word + 1] = four.y, bits[word + 2] = four.z, bits[word + 3] = four.w;
-        }
-    } else {
-#pragma unroll
-        for (int word = 0; word < F::WORDS; ++word) bits[word] = __ldcg(at + word);
+    for (int word = 0; word + 4 <= F::WORDS; word += 4) {
+        uint4 four = __ldcg((const uint4*)(at + word));
+        bits[word] = four.x, bits[word + 1] = four.y;
+        bits[word + 2] = four.z, bits[word + 3] = four.w;
     }
 }
 
 template <class F>
 __forceinline__ void clear_listers(const Step& s, int unit) {
     u32* at = s.listers + (long)(unit / F::U) * F::WORDS;
+    if constexpr (F::WORDS == 1) *at = 0;
+    if constexpr (F::WORDS == 2) *(u64*)at = 0;
 #pragma unroll
-    for (int word = 0; word < F::WORDS; word += F::WORDS >= 4 ? 4 : 1) {
-        if constexpr (F::WORDS >= 4) *(uint4*)(at + word) = {0, 0, 0, 0};
-        else at[word] = 0;
-    }
+    for (int word = 0; word + 4 <= F::WORDS; word += 4) *(uint4*)(at + word) = {0, 0, 0, 0};
 }
 
 template <class F>
@@ -512,6 +512,8 @@ __global__ void __launch_bounds__(F::T, F::PARTS > 1 ? 1 : 1024 / F::T) plan(con
         __syncwarp();
         if (listed && (alike & lanes_before()) == 0) *count = earlier + __popc(alike);
         __syncwarp();
+        if ((STAGES & COUNT) && shared_units && listed && holder[j] < W && holder[j] != s.rank)
+            atomicOr(&s.listers[(long)(id[j] / U) * WORDS + query / 32], 1u << (query % 32));
     }
     __syncthreads();
 #pragma unroll 1
@@ -553,8 +555,6 @@ __global__ void __launch_bounds__(F::T, F::PARTS > 1 ? 1 : 1024 / F::T) plan(con
             int to = m.starts[holder[j]] + m.counts[warp()][holder[j]] + rank_in[j];
             m.ids[to] = id[j], m.holders[to] = holder[j], m.at[to] = k;
             if (STAGES & COUNT) m.mixes[to] = mixes[j], m.entries[to] = entries[j];
-            if ((STAGES & COUNT) && shared_units && holder[j] < W && holder[j] != s.rank)
-                atomicOr(&s.listers[(long)(id[j] / U) * WORDS + query / 32], 1u << (query % 32));
         }
     }
     u64 ticket = arrive<F>(s);
