@@ -56,7 +56,7 @@ def record(
         "baseline_value": baseline_value,
         "ratio": baseline_value / value,
         "device": device,
-        "versions": _versions("qroam", "torch", "triton"),
+        "versions": _versions("qroam", "torch", "triton", "flashinfer-python", "nvidia-cuda-nvrtc"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": measured,
         "command": shlex.join(["python", *sys.argv]),
