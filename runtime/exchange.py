@@ -50,15 +50,17 @@ def exchange(
     columns: list[Column],
     answer: Answer,
     own_work: Callable[[], T],
+    replaceable: Tensor | None = None,
 ) -> tuple[T, list[Message | None]]:
     """Ask everyone, answer everyone, do own work; returns the work's result and everyone's answers.
 
     The own work comes last, so that it overlaps with the others' answers and reads what peers wrote
     for this rank; all writes are taken before anyone is answered. In service only those are asked of
-    whom something is wanted, and the server answers.
+    whom something is wanted, and the server answers; `replaceable` (W,) bool says instead of whom
+    others could be asked.
     """
     if world.service is not None:
-        return world.service.exchange(header, columns, own_work)
+        return world.service.exchange(header, columns, own_work, replaceable)
     transport, stats = world.transport, world.stats
     visitors = settle(world, header, columns)
     with stats.phase("answer"):
@@ -80,9 +82,8 @@ def exchange(
 
 def settle(world: World, header: Header, columns: Sequence[Column] = ()) -> list[Message | None]:
     """Ask everyone, and take the writes of all peers; returns what they ask."""
-    if (
-        world.service is not None
-    ):  # whoever is written to confirms it; what they write comes any time
+    if world.service is not None:
+        # Whoever is written to confirms it; what they write comes any time.
         world.service.exchange(header, columns, lambda: None)
         return [None] * world.world_size
     world.epoch += 1

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from .door import (
 )
 from .errors import CoverageError, PeerError, SnapshotError
 from .explain import DecisionLine, explain_last, predicted_last
+from .failover import lost_blocks
 from .holder import MAX_TOP_K
 from .lanes import join_lane
 from .lease import lease
@@ -43,6 +44,8 @@ from .snapshot import PendingSnapshot, SnapshotReport, begin_snapshot, finish_sn
 from .step import Selection, attend_step, select_step
 from .transport import Transport
 from .world import LayerWeights, World, connect
+
+T = TypeVar("T")
 
 
 class Runtime:
@@ -549,8 +552,8 @@ class Runtime:
         if self.config.checked and not bool(query.isfinite().all() & weights.isfinite().all()):
             raise ValueError("index queries and weights must be finite")
         self._touch(scope)
-        with self._in_step():
-            return select_step(
+        return self._answered(
+            lambda: select_step(
                 self._world,
                 layer,
                 query,
@@ -559,6 +562,7 @@ class Runtime:
                 top_k=count,
                 unit_tokens=unit_tokens,
             )
+        )
 
     def selection(self, ids: Tensor, scope: Scope, *, unit_tokens: int = 1) -> Selection:
         """A selection made elsewhere: unit ids (Q, K) or (Q, G, K) int32, -1 padding."""
@@ -584,7 +588,9 @@ class Runtime:
             (Q, H, `layout.out_dim`), or value columns (`layout.value_dim`) without weights. A query
             that selects nothing gets 0.
         Raises:
-            ValueError at the door; CoverageError if an answer is not what was asked; PeerError.
+            ValueError at the door; CoverageError if an answer is not what was asked; PeerError, or a
+            BlocksLostError that names what nobody has a copy of: of a step it is not told to the
+            others, for whom this rank may still take part with another selection.
         """
         self._check_open()
         layout = self._layer(layer)
@@ -600,10 +606,11 @@ class Runtime:
             raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
         check_selection(self._world, layout, selection, len(query))
         self._touch(selection.scope)
-        with self._in_step():
-            return attend_step(
+        return self._answered(
+            lambda: attend_step(
                 self._world, layer, query, selection, sink=sink, mode=mode or self.config.mode
             )
+        )
 
     def idle_select(self, layer: int) -> None:
         """Take part in the others' `select` without a query of one's own."""
@@ -645,7 +652,8 @@ class Runtime:
             return start_service(self._world, max_requests=max_requests, max_bytes=max_bytes)
 
     def avoid(self, ranks: Collection[int]) -> None:
-        """Ask replicas instead of these ranks from the next `attend` on, where there are any.
+        """Ask replicas instead of these ranks from the next step on, where there are any. Ranks that
+        are lost or silent in service need not be named here.
 
         Raises: ValueError for a rank outside the world or this one; nothing changes then.
         """
@@ -654,9 +662,13 @@ class Runtime:
             raise ValueError(
                 f"rank {self.rank} cannot avoid {wrong} in a world of {self.world_size}"
             )
-        reachable = torch.ones(self.world_size, dtype=torch.bool)
-        reachable[list(ranks)] = False
-        self._world.reachable = reachable
+        self._world.avoided = frozenset(ranks)
+
+    def lost_blocks(self) -> dict[str, tuple[range, ...]]:
+        """By document, the runs of its blocks that no rank that can be asked has a copy of, counted
+        from the document's first; what needs them raises BlocksLostError.
+        """
+        return lost_blocks(self._world.directory, self._world.askable())
 
     # The corpus on disk --------------------------------------------------------------------------
 
@@ -738,18 +750,20 @@ class Runtime:
 
     # The door ------------------------------------------------------------------------------------
 
+    def _answered(self, ask: Callable[[], T]) -> T:
+        """A step, or in service a request, which goes on to other holders while there are any."""
+        service = self._world.service
+        if service is not None:
+            return service.persist(ask)
+        with self._in_step():
+            return ask()
+
     @contextmanager
     def _in_step(self) -> Iterator[None]:
-        """Whatever ends a step early is told to every other rank, so that none waits in vain.
-
-        In service nobody waits for this rank's engine, so there is nobody to tell.
-        """
-        if self._world.service is not None:
-            yield
-            return
+        """Whatever ends a step early is told to every other rank, so that none waits in vain."""
         try:
             yield
-        except (PeerError, SnapshotError):  # every rank raises it
+        except (PeerError, SnapshotError):  # every rank raises it, or nothing has happened yet
             raise
         except CoverageError as error:
             self._world.transport.abort(error.holders, f"rank {self.rank} was not served: {error}")

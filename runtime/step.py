@@ -38,6 +38,7 @@ from .exchange import (
     routed_answers,
     settle,
 )
+from .failover import check_askable, stand_ins
 from .holder import answer_attend, answer_select
 from .requests import Scope, unit_offsets, units_visible
 from .score import BestUnits, best_units
@@ -109,7 +110,9 @@ def attend_step(
     config, stats = world.config, world.stats
     layout = config.model.layers[layer]
     with stats.phase("decide"):
-        wanted = _wanted(world, layer, selection)
+        askable = world.askable()
+        wanted = _wanted(world, layer, selection, askable)
+        check_askable(world, wanted, askable)
         unit_tokens = wanted.entries.shape[2]
         decision = decide(
             wanted.demand,
@@ -150,6 +153,7 @@ def attend_step(
         columns,
         answer_attend,
         lambda: attend_local(world, layer, absorbed, wanted),
+        stand_ins(world, wanted, askable),
     )
     fetched, complaints = fetched_answers(world, layer, wanted, fetch, answers)
     complaints += local_complaints(world, lacking)
@@ -177,7 +181,7 @@ def attend_step(
     return out.to(config.dtype)
 
 
-def _wanted(world: World, layer: int, selection: Selection) -> plan.Wanted:
+def _wanted(world: World, layer: int, selection: Selection, askable: Tensor | None) -> plan.Wanted:
     """The units of every item, which of their entries exist, and who holds them."""
     config, branches = world.config, world.config.num_branches
     sizes = {"block_tokens": config.block_tokens, "num_branches": branches}
@@ -216,5 +220,5 @@ def _wanted(world: World, layer: int, selection: Selection) -> plan.Wanted:
         world_size=world.world_size,
         block_tokens=config.block_tokens,
         offsets=offsets,
-        reachable=world.reachable,
+        askable=askable,
     )

@@ -6,7 +6,7 @@ import os
 import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -64,10 +64,9 @@ class Push(NamedTuple):
     ids: Tensor
     rows: Tensor
 
-    def without(self, keys: Tensor, block_tokens: int) -> Push:
-        """What is left when these keys are gone."""
-        left = ~torch.isin(self.ids // block_tokens, keys)
-        return Push(self.holder[left], self.ids[left], self.rows[left])
+    def only(self, kept: Tensor) -> Push:
+        """The rows that are `kept` (n,) bool."""
+        return Push(self.holder[kept], self.ids[kept], self.rows[kept])
 
 
 class LastStep(NamedTuple):
@@ -138,8 +137,7 @@ class World:
         self._sent_before = sent_before or transport.counted()
         self.service: Service | None = None
         self.served = Served()
-        # (W,) bool: whom a plan may ask. Of a unit without such a holder the preferred one is asked.
-        self.reachable = torch.ones(self.world_size, dtype=torch.bool)
+        self.avoided: frozenset[int] = frozenset()  # asked only where nobody else has a copy
         if config.placement.copies > self.world_size:
             raise ValueError(
                 f"{config.placement.copies} copies need as many ranks, the world has {self.world_size}"
@@ -203,6 +201,16 @@ class World:
         generations = self.directory.generations
         keys = stored_ids.long() // self.config.block_tokens
         return generations[keys.clamp(0, len(generations) - 1)]
+
+    def askable(self) -> Tensor | None:
+        """Whom a plan may ask, as `plan.chosen_copy` takes it; in the engine's thread."""
+        gone = {} if self.service is None else self.service.unreachable()
+        if not gone and not self.avoided:
+            return None
+        askable = torch.full((self.world_size,), 2, dtype=torch.uint8)
+        askable[list(self.avoided)] = 1
+        askable[list(gone)] = 0
+        return askable
 
     def index_owners(self, units: Tensor, unit_tokens: int) -> Tensor:
         """The rank that scores each unit when index keys live with their blocks; -1 for private ones."""
@@ -273,7 +281,7 @@ class World:
             leases.forget(stored)
         for pushes, gone in ((self.entry_pushes, keys), (self.index_pushes, blocks)):
             for staged in pushes:
-                left = [push.without(gone, block_tokens) for push in staged]
+                left = [push.only(~torch.isin(push.ids // block_tokens, gone)) for push in staged]
                 staged[:] = [push for push in left if len(push.ids)]
 
     def check_not_serving(self) -> None:
@@ -414,19 +422,27 @@ class World:
             "block_bytes": self.entries.held_bytes + self.index.held_bytes,
         }
 
-    def take_pushes(self, layer: int) -> list[Column]:
-        """The columns of what was written for other ranks at this layer, forgotten once taken."""
+    def take_pushes(self, layer: int, not_to: Collection[int] = ()) -> list[Column]:
+        """The columns of what was written for other ranks at this layer, forgotten once taken; what
+        is for the ranks `not_to` stays.
+        """
         columns: list[Column] = []
-        for name, pushes in (("push", self.entry_pushes), ("push_index", self.index_pushes)):
-            if pushes[layer]:
-                holder = torch.cat([push.holder for push in pushes[layer]]).long()
+        staying = torch.tensor(sorted(not_to), dtype=torch.int32)
+        for name, staged in (("push", self.entry_pushes), ("push_index", self.index_pushes)):
+            pushes, staged[layer] = staged[layer], []
+            if len(staying):
+                stays = [torch.isin(push.holder, staying) for push in pushes]
+                kept = [push.only(here) for push, here in zip(pushes, stays, strict=True)]
+                pushes = [push.only(~here) for push, here in zip(pushes, stays, strict=True)]
+                staged[layer] = [push for push in kept if len(push.ids)]
+            if any(len(push.ids) for push in pushes):
+                holder = torch.cat([push.holder for push in pushes]).long()
                 order = holder.argsort(stable=True)
                 counts = torch.bincount(holder, minlength=self.world_size)
-                ids = torch.cat([push.ids for push in pushes[layer]])
-                rows = torch.cat([push.rows for push in pushes[layer]])
+                ids = torch.cat([push.ids for push in pushes])
+                rows = torch.cat([push.rows for push in pushes])
                 columns.append(Column(f"{name}.ids", ids, counts, order))
                 columns.append(Column(f"{name}.rows", rows, counts, order))
-                pushes[layer].clear()
         return columns
 
 
