@@ -107,23 +107,6 @@ def broadcast(name: str, rows: Tensor, world: World, to: Tensor | None = None) -
     return Column(name, rows, counts, torch.arange(len(rows)).repeat(world.world_size))
 
 
-def index_holders(world: World, scope: Scope) -> Tensor | None:
-    """(W,) bool: in service, the ranks with index keys that a query of this scope sees. In a step
-    everyone is asked."""
-    if world.service is None:
-        return None
-    starts, counts = scope.runs.long().flatten(0, 1).unbind(1)
-    block_tokens, blocks = world.config.block_tokens, world.config.max_blocks
-    first = (starts // block_tokens).clamp(max=blocks)
-    end = torch.where(counts > 0, (starts + counts - 1) // block_tokens + 1, 0)
-    ones = torch.ones_like(first)
-    edges = torch.zeros(blocks + 1, dtype=torch.int64).index_add(0, first, ones)
-    edges = edges.index_add(0, end.clamp(min=0).clamp(max=blocks).maximum(first), -ones)
-    seen = edges.cumsum(0)[:-1] > 0
-    owners = world.directory.owners.view(blocks, world.config.num_branches, -1)[seen, 0, 0]
-    return torch.bincount(owners.clamp(min=0), minlength=world.world_size) > 0
-
-
 def route_columns(
     form: Form, lists: RouteLists, query: Tensor, hidden: Tensor, unit_tokens: int
 ) -> list[Column]:
@@ -148,6 +131,7 @@ def candidates(
     answers: list[Message | None],
     scope: Scope,
     unit_tokens: int,
+    askable: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Scores (Q, M) and unit ids (Q, M) of every rank's best units, own ones first.
 
@@ -183,7 +167,8 @@ def candidates(
         ordered = best.id.sort(1).values
         repeats = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
         foreign = listed & ~units_visible(best.id, scope.runs, unit_tokens)
-        foreign |= listed & (world.index_owners(best.id, unit_tokens) != rank)
+        block = best.id.long() * unit_tokens // world.config.block_tokens
+        foreign |= listed & (world.scorers(block, askable) != rank)
         if bool(repeats.any() | foreign.any() | (listed & ~best.score.isfinite()).any()):
             raise world.transport.accuse(
                 rank, "sent candidates that are not its own, nobody may see, twice, or unscored"

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..partition.directory import Directory
 from .errors import BlocksLostError
 from .plan import Wanted, chosen_copy, replaceable
+from .requests import Scope
 from .world import World
 
 
@@ -49,6 +50,40 @@ def stand_ins(world: World, wanted: Wanted, askable: Tensor | None) -> Tensor | 
     return replaceable(
         owners[keys.clamp(max=len(owners) - 1)], remote, askable, world_size=world.world_size
     )
+
+
+def whom_to_ask(
+    world: World, scope: Scope, askable: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Who scores the index keys that a query of this scope sees, and who of them is replaceable; both
+    (W,) bool. Of a step, which asks everyone, None and None.
+
+    Raises: BlocksLostError if there is nobody to ask for some.
+    """
+    if world.service is None and askable is None:
+        return None, None
+    blocks = _blocks_seen(world, scope)
+    scorers = world.scorers(blocks, askable)
+    if bool((scorers < 0).any()):
+        raise blocks_lost(world, blocks[scorers < 0].tolist())
+    if world.service is None:
+        return None, None
+    asked = torch.bincount(scorers, minlength=world.world_size) > 0
+    copies = world.directory.owners[blocks * world.config.num_branches]
+    remote = torch.where(scorers == world.rank, -1, scorers)
+    return asked, replaceable(copies, remote, askable, world_size=world.world_size)
+
+
+def _blocks_seen(world: World, scope: Scope) -> Tensor:
+    """The blocks of the corpus (n,) int64 of which a query of this scope sees any."""
+    starts, counts = scope.runs.long().flatten(0, 1).unbind(1)
+    block_tokens, blocks = world.config.block_tokens, world.config.max_blocks
+    first = (starts // block_tokens).clamp(max=blocks)
+    end = torch.where(counts > 0, (starts + counts - 1) // block_tokens + 1, 0)
+    ones = torch.ones_like(first)
+    edges = torch.zeros(blocks + 1, dtype=torch.int64).index_add(0, first, ones)
+    edges = edges.index_add(0, end.clamp(min=0).clamp(max=blocks).maximum(first), -ones)
+    return (edges.cumsum(0)[:-1] > 0).nonzero()[:, 0]
 
 
 def blocks_lost(world: World, blocks: Iterable[int]) -> BlocksLostError:

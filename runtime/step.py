@@ -32,13 +32,12 @@ from .exchange import (
     coverage_error,
     exchange,
     fetched_answers,
-    index_holders,
     local_complaints,
     route_columns,
     routed_answers,
     settle,
 )
-from .failover import check_askable, stand_ins
+from .failover import check_askable, stand_ins, whom_to_ask
 from .holder import answer_attend, answer_select
 from .requests import Scope, unit_offsets, units_visible
 from .score import BestUnits, best_units
@@ -76,15 +75,17 @@ def select_step(
             top_k=top_k,
             unit_tokens=unit_tokens,
             offsets=scope.offsets,
+            askable=askable,
         )
 
+    askable = world.askable()
     header = world.header("select", layer=layer, unit_tokens=unit_tokens, top_k=top_k)
     if world.config.index_placement == "replicated":
         settle(world, header)
-        scores, ids = candidates(world, layer, own_units(), [], scope, unit_tokens)
+        scores, ids = candidates(world, layer, own_units(), [], scope, unit_tokens, askable)
         return Selection(merge_topk(scores, ids, top_k)[1], unit_tokens, scope)
 
-    to = index_holders(world, scope)
+    to, replaceable = whom_to_ask(world, scope, askable)
     columns = [
         broadcast("index.query", query, world, to),
         broadcast("index.weights", weights, world, to),
@@ -92,8 +93,10 @@ def select_step(
     ]
     if scope.offsets is not None:
         columns.append(broadcast("index.offsets", scope.offsets, world, to))
-    own, answers = exchange(world, header, columns, answer_select, own_units)
-    scores, ids = candidates(world, layer, own, answers, scope, unit_tokens)
+    if askable is not None:
+        columns.append(broadcast("index.askable", askable, world, to))
+    own, answers = exchange(world, header, columns, answer_select, own_units, replaceable)
+    scores, ids = candidates(world, layer, own, answers, scope, unit_tokens, askable)
     return Selection(merge_topk(scores, ids, top_k)[1], unit_tokens, scope)
 
 

@@ -26,6 +26,7 @@ from .config import RuntimeConfig
 from .cost.model import LayerFacts
 from .cost.predicate import Decision, Demand, Way
 from .messages import Header
+from .plan import chosen_copy
 from .ranges import named_range
 from .transport import Column, LoopbackTransport, Sent, Transport
 from .transport_torch import TorchTransport
@@ -212,10 +213,11 @@ class World:
         askable[list(gone)] = 0
         return askable
 
-    def index_owners(self, units: Tensor, unit_tokens: int) -> Tensor:
-        """The rank that scores each unit when index keys live with their blocks; -1 for private ones."""
-        block = units.long() * unit_tokens // self.config.block_tokens
-        return self._owners(block * self.config.num_branches)[..., 0]
+    def scorers(self, blocks: Tensor, askable: Tensor | None) -> Tensor:
+        """The rank that scores each block when index keys live with their blocks, for a requester that
+        can ask `askable` (`plan.chosen_copy`); -1 for private blocks, and where nobody can be asked.
+        """
+        return chosen_copy(self._owners(blocks * self.config.num_branches), 0, askable)
 
     def forms(self, layer: int) -> tuple[Form, ...]:
         """Payload forms that can be executed: B with the projection weights, which headers compare."""
@@ -252,15 +254,15 @@ class World:
         changed = (before.generations != directory.generations).view(-1, branches)[:, 0]
         unused, wanted = before.references == 0, directory.references > 0
         self._give_up((~unused & (changed | ~wanted)).nonzero()[:, 0])
-        blocks = (wanted & (changed | unused)).nonzero()[:, 0]
-        keys = (blocks[:, None] * branches + torch.arange(branches)).reshape(-1)
-        owners = directory.owners[keys]
-        here, copy = (owners == self.rank).nonzero(as_tuple=True)
-        mine = keys[here]
+        mine, copy = (directory.owners == self.rank).nonzero(as_tuple=True)
+        fresh = self.entries.slot_of[mine] < 0
+        mine, copy = mine[fresh], copy[fresh]
         self.entries.assign(mine, directory.slots[mine, copy], directory.generations[mine])
         if self.has_index:
+            fresh = wanted & (self.index.slot_of[: len(wanted)] < 0)
             if self.config.index_placement == "with-blocks":
-                blocks = blocks[owners[::branches, 0] == self.rank]
+                fresh &= (directory.owners[::branches] == self.rank).any(1)
+            blocks = fresh.nonzero()[:, 0]
             free = (self.index.key_of[: self.index_slots] < 0).nonzero()[:, 0]
             generations = directory.generations[blocks * branches]
             self.index.assign(blocks, free[: len(blocks)], generations)
@@ -374,7 +376,7 @@ class World:
             corpus = (block < self.config.max_blocks)[:, None]
             holders = torch.where(corpus, everyone, -1)
         else:
-            holders = self._owners(block * self.config.num_branches)[:, :1]
+            holders = self._owners(block * self.config.num_branches)
         self._stage(self.index_pushes[layer], holders, ids, rows)
 
     def _owners(self, keys: Tensor) -> Tensor:
@@ -447,14 +449,14 @@ class World:
 
 
 def index_slots(config: RuntimeConfig, world_size: int) -> int:
-    """Blocks whose index keys one rank may have to hold: as the owner of their first branch, or all."""
+    """Blocks whose index keys one rank may have to hold: with copies of their first branch, or all."""
     placement, branches = config.placement, config.num_branches
     if config.index_placement == "replicated":
         return config.max_blocks
     if placement.policy == "block-cyclic":
         rounds = -(-config.max_blocks // (placement.run * world_size))
-        return min(rounds * placement.run, config.max_blocks)
-    # Elsewhere a rank may own all that it holds, and hold few replicas or none.
+        return min(rounds * placement.run * placement.copies, config.max_blocks)
+    # Elsewhere all that a rank holds may be first branches.
     per_block = 1 if placement.policy == "branch-split" else branches
     return min(-(-config.slots_for(world_size) // per_block), config.max_blocks)
 
