@@ -52,6 +52,7 @@ KNOWN_COLUMNS: Mapping[str, frozenset[str]] = {
     "snapshot-commit": _PUSHED | {"state"},
     "restore": _PUSHED | _AGREED | {"state"},
     "verify": _PUSHED | {"state", "at", "hashes", "changed"},
+    "rejoin": _PUSHED | {"facts", "fill", "documents", "blocks", "owners", "slots", "generations"},
 }
 
 

@@ -100,6 +100,7 @@ class LaneTransport(Transport):
         )
         self._whole, self._owned = whole, owned
         self.bytes_sent, self.messages_sent, _ = whole.counted()
+        self.incarnation, self.late = whole.incarnation, whole.late
         self._instance = {rank: at for ranks in lanes for at, rank in enumerate(ranks)}
         self._heard: Frame | None = None  # who ended it all, as told
         self._not_ours: list[Frame] = []  # of ranks of other lanes that are further on already
@@ -153,7 +154,9 @@ class LaneTransport(Transport):
     def make_room(self, peer: int, num_bytes: int, timeout_s: float | None) -> bool:
         """As the inbox of this lane says; nobody of another lane is given room."""
         instance = self._instance[peer]
-        return self._ranks[instance] == peer and self._make_room(instance, num_bytes, timeout_s)
+        return self._ranks[instance] == peer and self._make_room(
+            instance, num_bytes, timeout_s, self.incarnation
+        )
 
     def unread(self) -> list[Frame]:
         """What arrived for whoever uses the transport of all lanes next."""

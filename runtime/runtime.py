@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,15 +37,48 @@ from .failover import lost_blocks
 from .holder import MAX_TOP_K
 from .lanes import join_lane
 from .lease import lease
+from .rejoin import Former, rejoin
 from .requests import Attached, Request, Scope, scope_of, stacked
 from .restore import RestoreReport, restore
 from .service import Service, start_service
 from .snapshot import PendingSnapshot, SnapshotReport, begin_snapshot, finish_snapshot
 from .step import Selection, attend_step, select_step
-from .transport import Transport
+from .transport import Sent, Transport
 from .world import LayerWeights, World, connect
 
 T = TypeVar("T")
+
+
+class _Joined(NamedTuple):
+    """A rank's lane, and what its transport had counted when opening began."""
+
+    config: RuntimeConfig
+    transport: Transport
+    sent_before: Sent
+
+
+@contextmanager
+def _joined(
+    config: RuntimeConfig,
+    transport: Transport | None,
+    heads: tuple[int, int] | None,
+    incarnation: int,
+) -> Iterator[_Joined]:
+    """Join the lane of these heads; whatever is raised then, the others are told if they do not know."""
+    whole = transport or connect(config.deadline_s)
+    lane, sent_before = whole, whole.counted()
+    try:
+        whole.begin(incarnation)
+        its, lane = join_lane(config, whole, heads, owned=transport is None)
+        if lane is not whole:  # it numbers receivers anew
+            sent_before = sent_before._replace(bytes_to=Counter())
+        yield _Joined(its, lane, sent_before)
+    except BaseException as error:
+        if not isinstance(error, (PeerError, ValueError)):  # these are raised on every rank
+            lane.abort((lane.rank,), f"raised {type(error).__name__}: {error}")
+        if lane is not transport:
+            lane.close()
+        raise
 
 
 class Runtime:
@@ -56,9 +89,18 @@ class Runtime:
     From `serve` until its service is closed, `select` and `attend` need no other rank to step.
     """
 
-    def __init__(self, world: World, *, owns_transport: bool) -> None:
+    def __init__(
+        self,
+        world: World,
+        *,
+        owns_transport: bool,
+        whole: RuntimeConfig | None = None,
+        heads: tuple[int, int] | None = None,
+    ) -> None:
         self._world = world
         self._owns_transport = owns_transport
+        self._whole, self._heads = whole or world.config, heads  # of all lanes
+        self._former: Former | None = None  # while it is to rejoin
         self._closed = False
         config = world.config
         self._free_requests = list(range(max(config.private_blocks, 1)))[::-1]
@@ -73,6 +115,7 @@ class Runtime:
         transport: Transport | None = None,
         *,
         heads: tuple[int, int] | None = None,
+        incarnation: int = 0,
     ) -> Runtime:
         """Open this rank. Without a transport: the default process group, one made from torchrun's
         environment, or a world of one that needs no launcher. A transport that is given serves one
@@ -84,23 +127,62 @@ class Runtime:
                 share them (tensor-parallel lanes); None: all. Ranks with the same heads are a lane,
                 and the runtime is one of that lane: its ranks are the instances, its config's layouts
                 have the lane's heads, and so have queries, outputs, sinks and weights.
+            incarnation: above 0, the world goes on that others `rejoin` with the same number: this
+                rank gets their documents, and the copies that it is to hold. Weights it loads itself.
         Raises:
-            PeerError if another rank opened with another config. ValueError on every rank if the
-            lanes do not cover all heads once, or instances are of unequal sizes.
+            PeerError if another rank opened with another config or incarnation. ValueError on every
+            rank if the lanes do not cover all heads once, or instances are of unequal sizes.
         """
-        whole = transport or connect(config.deadline_s)
-        lane, sent_before = whole, whole.counted()
-        try:
-            config, lane = join_lane(config, whole, heads, owned=transport is None)
-            if lane is not whole:  # it numbers receivers anew
-                sent_before = sent_before._replace(bytes_to=Counter())
-            return cls(World(config, lane, sent_before), owns_transport=lane is not transport)
-        except BaseException as error:
-            if not isinstance(error, (PeerError, ValueError)):  # these are raised on every rank
-                lane.abort((lane.rank,), f"raised {type(error).__name__}: {error}")
-            if lane is not transport:
-                lane.close()
-            raise
+        with _joined(config, transport, heads, incarnation) as joined:
+            world = World(*joined)
+            if incarnation:
+                rejoin(world, None)
+        owns_transport = joined.transport is not transport
+        return cls(world, owns_transport=owns_transport, whole=config, heads=heads)
+
+    def disconnect(self) -> None:
+        """Leave a world that broke, or that is about to change; all that is stored here stays, and no
+        step is taken before `rejoin`. Idempotent.
+
+        torch.distributed may be begun anew after this; a transport that was given is its maker's to close.
+        """
+        self._check_open()
+        if self._snapshot is not None:
+            self._snapshot.cancel(self.config.deadline_s)
+            self._snapshot = None
+        if self._world.service is not None:
+            with suppress(PeerError):  # of those that are lost it is known
+                self._world.service.close()
+        if self._former is None:
+            self._former = Former.of(self._world, None)
+        if self._owns_transport:
+            self._world.transport.close()
+
+    def rejoin(self, transport: Transport | None = None, *, incarnation: int) -> None:
+        """Go on in a new incarnation of the world, with those who are there now: survivors, who call
+        this, and ranks that come with nothing, who `open` with the same number. A step of them all.
+
+        Ranks may be fewer, more, or numbered anew. Documents, requests, leases and weights stay. Blocks
+        get back the copies that they lost, where there is room; those that nobody has left are named
+        by `lost_blocks`, and come back from a snapshot by `restore`.
+
+        Args:
+            transport: as for `open`; among those who are there now.
+            incarnation: of the world, above all that this rank has seen.
+        Raises: ValueError if it is not. PeerError if a rank is lost meanwhile, and this can be done
+            again without it; or if survivors do not have the same documents.
+        """
+        self._check_open()
+        last = self._world.transport.incarnation
+        if not isinstance(incarnation, int) or incarnation <= last:
+            raise ValueError(f"incarnation must be a number above {last}, got {incarnation!r}")
+        self.disconnect()
+        with _joined(self._whole, transport, self._heads, incarnation) as joined:
+            self._former = Former.of(self._world, self._former)
+            self._world.reconnect(joined.transport, joined.sent_before)
+            self._owns_transport = joined.transport is not transport
+            rejoin(self._world, self._former)
+        self._former = None
 
     def __enter__(self) -> Runtime:
         return self
@@ -529,7 +611,7 @@ class Runtime:
             top_k: units a query, the layout's by default.
             unit_tokens: 1 selects entries, more selects blocks of that many (scored by their best).
         """
-        self._check_open()
+        self._check_connected()
         layout = self._layer(layer)
         index = layout.index
         if index is None:
@@ -592,7 +674,7 @@ class Runtime:
             BlocksLostError that names what nobody has a copy of: of a step it is not told to the
             others, for whom this rank may still take part with another selection.
         """
-        self._check_open()
+        self._check_connected()
         layout = self._layer(layer)
         dim = layout.key_dim if self._world.weights[layer] is None else layout.query_dim
         check_tensor(query, "query", (None, layout.heads, dim), self.config.dtype)
@@ -642,7 +724,7 @@ class Runtime:
                 (a single larger request aside) whoever asks is held back.
         Raises: ValueError; RuntimeError if this rank serves already; PeerError.
         """
-        self._check_open()
+        self._check_connected()
         for name, bound in (("max_requests", max_requests), ("max_bytes", max_bytes)):
             if not isinstance(bound, int) or bound < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {bound!r}")
@@ -703,19 +785,25 @@ class Runtime:
         with self._in_step():
             return finish_snapshot(self._world, pending)
 
-    def restore(self, path: str | Path) -> RestoreReport:
+    def restore(
+        self, path: str | Path, *, documents: Collection[str] | None = None
+    ) -> RestoreReport:
         """Add the documents of a snapshot, placed by this world's ranks and placement; a step.
 
         Their groups, pins and shared beginnings come back; quotas of groups that have none here.
         Blocks that say what a document here says already are shared with it instead.
 
+        Args: documents: only these; those that are here with blocks of which nobody has a copy are
+            replaced, and what referred to them (scopes, requests) is refused. None: all, as new ones.
         Raises: SnapshotError (a ValueError) on every rank. What is wrong with the manifest, the
         model, names, room or the size of a file is found before anything changes; a block whose
         bytes are damaged is found later, and the world refuses further steps then.
         """
         self._check_not_serving()
         with self._in_step():
-            return restore(self._world, Path(path))
+            return restore(
+                self._world, Path(path), None if documents is None else frozenset(documents)
+            )
 
     def verify(self, sample: int | None = None) -> list[BlockCheck]:
         """Compare the hashes of a block's copies, of `sample` random closed blocks or all; a step.
@@ -857,8 +945,13 @@ class Runtime:
         if self._closed:
             raise RuntimeError("the runtime is closed")
 
-    def _check_not_serving(self) -> None:
+    def _check_connected(self) -> None:
         self._check_open()
+        if self._former is not None:
+            raise RuntimeError("the runtime is disconnected: rejoin first")
+
+    def _check_not_serving(self) -> None:
+        self._check_connected()
         self._world.check_not_serving()
 
     def _check_request(self, request: Request) -> None:

@@ -248,8 +248,7 @@ class Service:
     ) -> tuple[T, list[Message | None]]:
         world, stats = self._world, self._world.stats
         with stats.phase("send"):
-            staged = world.entry_pushes, world.index_pushes
-            before = [by_layer[header.layer] for by_layer in staged]
+            staged = world.staged_at(header.layer)
             pushes = world.take_pushes(header.layer, not_to=self.unreachable())
             shares = deal([*columns, *pushes], world.world_size)
             asked = [peer for peer in world.transport.peers if shares[peer]]
@@ -259,8 +258,7 @@ class Service:
             try:
                 self._begin(asked, wait)
             except PeerError:  # nobody was asked, so nobody has what was written here
-                for by_layer, kept in zip(staged, before, strict=True):
-                    by_layer[header.layer] = kept
+                world.put_back(header.layer, staged)
                 raise
             for peer in asked:
                 world.transport.send(peer, header, shares[peer], Purpose.ASK)
@@ -406,7 +404,7 @@ class Service:
         world, header = self._world, message.header
         ours = world.header(header.kind, layer=header.layer)
         if header.incarnation != ours.incarnation:
-            raise ValueError("it was opened with another configuration")
+            raise ValueError("it was opened with another configuration, or in another incarnation")
         if header.tables != ours.tables:
             raise ValueError(
                 f"its tables are {header.tables}, here {ours.tables}; every rank changes documents "

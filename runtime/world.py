@@ -6,7 +6,7 @@ import os
 import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,7 +21,7 @@ from ..partition.directory import Directory, empty_directory
 from ..partition.layout import Form, Layout
 from ..partition.pool import BlockStore
 from ..partition.records import BlockHashes
-from ..partition.snapshot import Kind
+from ..partition.snapshot import KINDS, Kind
 from .config import RuntimeConfig
 from .cost.model import LayerFacts
 from .cost.predicate import Decision, Demand, Way
@@ -177,8 +177,8 @@ class World:
         }
         self.leases = [self.entries.leases(layer) for layer in range(len(layers))]
         self.weights: list[LayerWeights | None] = [None] * len(layers)
-        self.entry_pushes: list[list[Push]] = [[] for _ in layers]
-        self.index_pushes: list[list[Push]] = [[] for _ in layers]
+        # What was written for copies elsewhere, by layer, until it is sent.
+        self.staged: dict[Kind, list[list[Push]]] = {kind: [[] for _ in layers] for kind in KINDS}
         self.facts = [
             LayerFacts.of(
                 layout, entry_bytes=codec.entry_bytes, element_bytes=config.dtype.itemsize
@@ -186,8 +186,9 @@ class World:
             for layout, codec in zip(layers, entry_codecs, strict=True)
         ]
         self.epoch = 0
+        self._is_whole = True  # every block in use has all of its copies
         self._weights_mark = 0
-        self._incarnation = config.fingerprint(self.world_size)
+        self._incarnation = config.fingerprint(self.world_size, transport.incarnation)
         ways = torch.zeros(self.world_size, len(Way), dtype=torch.int64)
         self.stats = Stats(ways, profile_ranges=config.profile_ranges)
         self.last: LastStep | None = None
@@ -206,7 +207,7 @@ class World:
     def askable(self) -> Tensor | None:
         """Whom a plan may ask, as `plan.chosen_copy` takes it; in the engine's thread."""
         gone = {} if self.service is None else self.service.unreachable()
-        if not gone and not self.avoided:
+        if not gone and not self.avoided and self._is_whole:
             return None
         askable = torch.full((self.world_size,), 2, dtype=torch.uint8)
         askable[list(self.avoided)] = 1
@@ -267,6 +268,8 @@ class World:
             generations = directory.generations[blocks * branches]
             self.index.assign(blocks, free[: len(blocks)], generations)
         self.directory = directory
+        held = (directory.owners >= 0).view(self.config.max_blocks, -1)
+        self._is_whole = bool(held[wanted].all())
         self.usage.keep({document.serial for document in directory.documents.values()})
 
     def _give_up(self, blocks: Tensor) -> None:
@@ -281,8 +284,9 @@ class World:
         stored = (keys[:, None] * block_tokens + torch.arange(block_tokens)).reshape(-1)
         for leases in self.leases:
             leases.forget(stored)
-        for pushes, gone in ((self.entry_pushes, keys), (self.index_pushes, blocks)):
-            for staged in pushes:
+        of_kind: dict[Kind, Tensor] = {"entries": keys, "index": blocks}
+        for kind, gone in of_kind.items():
+            for staged in self.staged[kind]:
                 left = [push.only(~torch.isin(push.ids // block_tokens, gone)) for push in staged]
                 staged[:] = [push for push in left if len(push.ids)]
 
@@ -352,10 +356,20 @@ class World:
         stored = self.stored_ids(ids)
         here = self.entries.holds(stored)
         self.entries.write(layer, stored[here], rows[here])
-        owners = self._owners(stored // self.config.block_tokens)
-        self._stage(self.entry_pushes[layer], owners, stored, rows)
+        self.stage("entries", layer, stored, rows)
         if index_rows is not None:
-            self._keep_index(layer, ids, index_rows)
+            here = self.index.holds(ids)
+            self.index.write(layer, ids[here], index_rows[here])
+            self.stage("index", layer, ids, index_rows)
+
+    def stage(self, kind: Kind, layer: int, ids: Tensor, rows: Tensor) -> None:
+        """Keep encoded rows (n, bytes) of ids (n,), stored ids or of index keys, for the copies
+        elsewhere, until the layer's next step.
+        """
+        for copy in self._holders(kind, ids // self.config.block_tokens).unbind(1):
+            away = (copy >= 0) & (copy != self.rank)
+            if bool(away.any()):
+                self.staged[kind][layer].append(Push(copy[away], ids[away], rows[away]))
 
     def _encode(self, codec: Codec, entries: Tensor, chosen: Tensor) -> Tensor:
         """Rows of the `chosen` (N,) of entries (N, D), encoded tile by tile within the workspace."""
@@ -367,29 +381,20 @@ class World:
             rows[tile] = codec.encode(entries[at[tile]])
         return rows
 
-    def _keep_index(self, layer: int, ids: Tensor, rows: Tensor) -> None:
-        here = self.index.holds(ids)
-        self.index.write(layer, ids[here], rows[here])
-        block = ids // self.config.block_tokens
+    def _holders(self, kind: Kind, keys: Tensor) -> Tensor:
+        """Ranks (n, *) that have a copy of keys (n,) of a kind; -1 for none."""
+        if kind == "entries":
+            return self._owners(keys)
         if self.config.index_placement == "replicated":
-            everyone = torch.arange(self.world_size, dtype=torch.int32).expand(len(ids), -1)
-            corpus = (block < self.config.max_blocks)[:, None]
-            holders = torch.where(corpus, everyone, -1)
-        else:
-            holders = self._owners(block * self.config.num_branches)
-        self._stage(self.index_pushes[layer], holders, ids, rows)
+            everyone = torch.arange(self.world_size, dtype=torch.int32).expand(len(keys), -1)
+            return torch.where((keys < self.config.max_blocks)[:, None], everyone, -1)
+        return self._owners(keys * self.config.num_branches)
 
     def _owners(self, keys: Tensor) -> Tensor:
         """Ranks (*, R) of the copies of keys (*); -1 for private ones, which are only here."""
         owners = self.directory.owners
         corpus = (keys >= 0) & (keys < len(owners))
         return torch.where(corpus[..., None], owners[torch.where(corpus, keys, 0).long()], -1)
-
-    def _stage(self, pushes: list[Push], holders: Tensor, ids: Tensor, rows: Tensor) -> None:
-        for copy in holders.unbind(1):
-            away = (copy >= 0) & (copy != self.rank)
-            if bool(away.any()):
-                pushes.append(Push(copy[away], ids[away], rows[away]))
 
     def counted(self) -> dict[str, Any]:
         """The counters as plain values."""
@@ -415,7 +420,12 @@ class World:
                 "most_bytes": served.most_bytes,
             },
             "leases": {"hit": 0, "evicted": 0, **stats.leases},
-            "failures": {"coverage": 0, "deadline": self.transport.expiries, **stats.failures},
+            "failures": {
+                "coverage": 0,
+                "deadline": self.transport.expiries,
+                "late": self.transport.late.total(),
+                **stats.failures,
+            },
             "lifetime": {"block": blocks.lifetime.plain(), "lease": leases.lifetime.plain()},
             "reuse_gap": {"block": blocks.reuse_gap.plain(), "lease": leases.reuse_gap.plain()},
             "phase_s": dict(stats.phase_s),
@@ -424,13 +434,35 @@ class World:
             "block_bytes": self.entries.held_bytes + self.index.held_bytes,
         }
 
+    def reconnect(self, transport: Transport, sent_before: Sent) -> None:
+        """Speak through another transport, as another rank perhaps: what is here stays, what was
+        counted by rank begins anew.
+        """
+        self.transport, self._sent_before = transport, sent_before
+        self.rank, self.world_size = transport.rank, transport.world_size
+        self._incarnation = self.config.fingerprint(self.world_size, transport.incarnation)
+        self.avoided = frozenset()
+        self.served, self.last = Served(), None
+        self.stats.ways = torch.zeros(self.world_size, len(Way), dtype=torch.int64)
+
+    def staged_at(self, layer: int) -> dict[Kind, list[Push]]:
+        """What is staged now, for `put_back` if it turns out that nobody may have got it."""
+        return {kind: staged[layer] for kind, staged in self.staged.items()}
+
+    def put_back(self, layer: int, pushes: Mapping[Kind, list[Push]]) -> None:
+        for kind, staged in self.staged.items():
+            staged[layer] = pushes[kind]
+
     def take_pushes(self, layer: int, not_to: Collection[int] = ()) -> list[Column]:
         """The columns of what was written for other ranks at this layer, forgotten once taken; what
         is for the ranks `not_to` stays.
         """
         columns: list[Column] = []
         staying = torch.tensor(sorted(not_to), dtype=torch.int32)
-        for name, staged in (("push", self.entry_pushes), ("push_index", self.index_pushes)):
+        for name, staged in (
+            ("push", self.staged["entries"]),
+            ("push_index", self.staged["index"]),
+        ):
             pushes, staged[layer] = staged[layer], []
             if len(staying):
                 stays = [torch.isin(push.holder, staying) for push in pushes]

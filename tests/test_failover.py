@@ -275,7 +275,7 @@ def test_what_is_written_for_a_lost_rank_is_asked_of_its_replica() -> None:
                     seen = entries[: request.length]
                     shares = torch.softmax(query @ seen.T * layout.softmax_scale, -1)
                     assert float((out - shares @ seen[:, : layout.value_dim]).abs().max()) <= 1e-12
-                holders = {int(h) for p in runtime._world.entry_pushes[0] for h in p.holder}
+                holders = {int(h) for p in runtime._world.staged["entries"][0] for h in p.holder}
                 assert holders == {1}  # as long as it may come back
             served.wait(5.0)
             served.close()
