@@ -4,7 +4,7 @@ A world in which a rank died takes no more steps. Its survivors keep what they h
 of those who are there now, and open the world again in a new incarnation (`Runtime.rejoin`); a rank that
 was started again, or is new, opens it for the first time (`Runtime.open`). It is a step of them all:
 
-    say      Each tells which rank of the former world it was, if any. Survivors must have the same
+    say      Each tells which rank of the former world it was, if any. Survivors must have had the same
              tables; the first of them gives these to who has none.
     repair   Everyone computes where blocks are now (`partition/repair.py`): copies of ranks that are gone
              are made anew where there is room, which a rank that was started again has.
@@ -37,35 +37,53 @@ from .errors import PeerError
 from .exchange import broadcast, settle
 from .messages import Header, Message
 from .snapshot_parts import store_of
-from .world import Push, World
+from .world import Life, Push, World
 
-_FACTS = ("rank", "world_size", "version", "serial", "epoch", "slots", "index_slots")
+_OWN = 3  # facts of a rank itself; those of its lives follow, as `_Told`
 
 
 @dataclass(slots=True)
 class Former:
-    """Which rank of how many a survivor was, and what it had written for others and not sent.
-
-    It is that until the world it rejoins is as good as the one before; so it can begin once more.
+    """The life of a survivor that goes on, how many steps it saw, and what it had written for others
+    and not sent. It stands until the rejoining succeeds, which may take more than one attempt.
     """
 
-    rank: int
-    world_size: int
+    life: Life
+    epoch: int
     staged: dict[Kind, list[list[Push]]]
 
     @classmethod
     def of(cls, world: World, before: Former | None) -> Former:
-        """Of a world that lost its transport, or of `before` if it had not come to rejoin by then."""
-        rank, world_size = world.rank, world.world_size
+        """Of a world that lost its transport, or of `before` if it lost it while it was rejoining."""
         staged = {kind: [list(pushes) for pushes in world.staged[kind]] for kind in KINDS}
-        if before is not None:
-            rank, world_size = before.rank, before.world_size
-            for kind, layers in before.staged.items():
-                for layer, pushes in enumerate(layers):
-                    staged[kind][layer] = [*pushes, *staged[kind][layer]]
         for layers in world.staged.values():
             layers[:] = [[] for _ in layers]
-        return cls(rank, world_size, staged)
+        if before is None:
+            return cls(Life(world.rank, world.world_size, world.directory), world.epoch, staged)
+        for kind, layers in before.staged.items():
+            for layer, pushes in enumerate(layers):
+                staged[kind][layer] = [*pushes, *staged[kind][layer]]
+        return cls(before.life, before.epoch, staged)
+
+
+class _Told(NamedTuple):
+    """A life in numbers; a rank that comes with nothing has none, told by rank -1."""
+
+    rank: int
+    world_size: int
+    version: int
+    serial: int
+
+    @classmethod
+    def of(cls, life: Life | None) -> _Told:
+        if life is None:
+            return cls(-1, 0, 0, 0)
+        return cls(life.rank, life.world_size, life.directory.version, life.directory.serial)
+
+    @property
+    def tables(self) -> tuple[int, ...]:
+        """What ranks of one world have in common."""
+        return self[1:]
 
 
 class _Progress(NamedTuple):
@@ -83,25 +101,30 @@ def rejoin(world: World, former: Former | None) -> None:
 
     Raises: PeerError on every rank if the survivors are not of one world, or the pools differ in size.
     """
-    said = _introduced(world, former)
-    survivors = [rank for rank, facts in enumerate(said) if facts["rank"] >= 0]
-    world.epoch = max(facts["epoch"] for facts in said)
+    were = _introduced(world, former)
+    survivors = [rank for rank, was in enumerate(were) if was.rank >= 0]
     if not survivors:
         return
-    former_size = said[survivors[0]]["world_size"]
-    directory = _shared_tables(world, former, survivors[0], former_size)
-    now = {said[rank]["rank"]: rank for rank in survivors}
+    size = were[survivors[0]].world_size
+    if former is not None and were[world.rank] != _Told.of(former.life):
+        # It took the tables of an attempt that failed before all had done so.
+        assert world.former is not None
+        former.life = world.former
+        world.adopt(former.life.directory, rank=former.life.rank)
+    directory = _shared_tables(world, former, survivors[0], size)
+    now = {were[rank].rank: rank for rank in survivors}
     world.adopt(
         repaired(
             directory,
-            [now.get(rank, -1) for rank in range(former_size)],
+            [now.get(rank, -1) for rank in range(size)],
             world_size=world.world_size,
             capacity=world.corpus_slots,
             index_capacity=world.index_slots,
         )
     )
     if former is not None:
-        former.rank, former.world_size = world.rank, world.world_size
+        world.former = former.life
+        former.life = Life(world.rank, world.world_size, world.directory)
     for kind in KINDS:
         progress = _progress(world, kind)
         _refill(world, kind, progress)
@@ -114,53 +137,60 @@ def _header(world: World, layer: int = 0) -> Header:
     return replace(world.header("rejoin", layer=layer), tables=0)
 
 
-def _introduced(world: World, former: Former | None) -> list[dict[str, int]]:
-    """What every rank says of itself, by rank."""
-    directory = world.directory
-    ours = torch.tensor(
-        [
-            -1 if former is None else former.rank,
-            0 if former is None else former.world_size,
-            directory.version,
-            directory.serial,
-            world.epoch,
-            world.corpus_slots,
-            world.index_slots,
-        ]
-    )
+def _introduced(world: World, former: Former | None) -> list[_Told]:
+    """Which life of every rank goes on, by rank; and how many steps the world has seen."""
+    lives = (None, None) if former is None else (former.life, world.former)
+    own = [0 if former is None else former.epoch, world.corpus_slots, world.index_slots]
+    ours = torch.tensor([*own, *_Told.of(lives[0]), *_Told.of(lives[1])])
     world.epoch = 0  # of the step in which they meet
     heard = settle(world, _header(world), [broadcast("facts", ours, world)])
     said = []
     for rank, message in enumerate(heard):
         facts = ours if message is None else message.columns.get("facts", ours[:0])
-        if facts.dtype != torch.int64 or facts.shape != ours.shape or bool((facts[1:] < 0).any()):
+        if facts.dtype != torch.int64 or facts.shape != ours.shape or bool((facts < -1).any()):
             raise world.transport.accuse(rank, "says malformed things about its former life")
-        said.append(dict(zip(_FACTS, facts.tolist(), strict=True)))
-    _check_one_world(world, said)
-    return said
+        said.append(facts.tolist())
+    world.epoch = max(max(facts[0] for facts in said), 0)
+    return _one_world(world, said)
 
 
-def _check_one_world(world: World, said: Sequence[Mapping[str, int]]) -> None:
-    """Every rank comes to the same judgement, so nobody has to be told."""
+def _one_world(world: World, said: Sequence[Sequence[int]]) -> list[_Told]:
+    """The life of each rank that goes on: the last of its two whose tables all survivors had.
 
-    def odd_ones(ranks: Sequence[int], names: tuple[str, ...]) -> tuple[int, ...]:
-        facts = [tuple(said[rank][name] for name in names) for rank in ranks]
-        common = max(facts, key=facts.count, default=())
-        return tuple(rank for rank, its in zip(ranks, facts, strict=True) if its != common)
-
-    survivors = [rank for rank, facts in enumerate(said) if facts["rank"] >= 0]
-    were = [said[rank]["rank"] for rank in survivors]
-    size = said[survivors[0]]["world_size"] if survivors else 0
-    wrong = odd_ones(range(len(said)), ("slots", "index_slots"))
+    Who loses a rank while rejoining may have taken new tables before or after the others did, so a
+    survivor is one of the world of its last life, or of that before. Every rank comes to the same
+    judgement, so nobody has to be told.
+    """
+    middle = _OWN + len(_Told._fields)
+    lives = [(_Told(*facts[_OWN:middle]), _Told(*facts[middle:])) for facts in said]
+    pools = [tuple(facts[1:_OWN]) for facts in said]
+    survivors = [rank for rank, (last, _) in enumerate(lives) if last.rank >= 0]
+    worlds = [{life.tables for life in lives[rank] if life.rank >= 0} for rank in survivors]
+    shared = [life.tables for life in lives[survivors[0]]] if survivors else []
+    shared = [tables for tables in shared if all(tables in its for its in worlds)]
+    wrong = _odd_ones(range(len(said)), pools)
     reason = "has a pool of another size: name corpus_slots in the configuration"
-    if not wrong:
-        wrong = odd_ones(survivors, ("world_size", "version", "serial"))
+    if not wrong and survivors and not shared:
+        wrong = _odd_ones(survivors, [lives[rank][0].tables for rank in survivors])
         reason = "has other documents than the other survivors: restore a snapshot in a new world"
-    if not wrong and (len(set(were)) != len(were) or max(were, default=-1) >= size > 0):
-        wrong, reason = tuple(survivors), f"say that they were ranks {were} of {size}"
+    were = [
+        next((life for life in two if life.tables in shared[:1]), _Told.of(None)) for two in lives
+    ]
+    ranks = [was.rank for was in were if was.rank >= 0]
+    if not wrong and survivors:
+        size = shared[0][0]
+        if len(set(ranks)) != len(ranks) or max(ranks) >= size:
+            wrong, reason = tuple(survivors), f"say that they were ranks {ranks} of {size}"
     if wrong:
         world.transport.give_up(wrong, reason)
         raise PeerError(wrong, reason)
+    return were
+
+
+def _odd_ones(ranks: Sequence[int], facts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The ranks whose facts are not the commonest."""
+    common = max(facts, key=facts.count)
+    return tuple(rank for rank, its in zip(ranks, facts, strict=True) if its != common)
 
 
 def _shared_tables(world: World, former: Former | None, giver: int, former_size: int) -> Directory:

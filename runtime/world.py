@@ -70,6 +70,14 @@ class Push(NamedTuple):
         return Push(self.holder[kept], self.ids[kept], self.rows[kept])
 
 
+class Life(NamedTuple):
+    """Which rank of how many this one was, and what tables it had."""
+
+    rank: int
+    world_size: int
+    directory: Directory
+
+
 class LastStep(NamedTuple):
     """The last decision, for `explain` and replays."""
 
@@ -187,6 +195,8 @@ class World:
         ]
         self.epoch = 0
         self._is_whole = True  # every block in use has all of its copies
+        # The life before the last one, until tables change: not all may know yet that it ended.
+        self.former: Life | None = None
         self._weights_mark = 0
         self._incarnation = config.fingerprint(self.world_size, transport.incarnation)
         ways = torch.zeros(self.world_size, len(Way), dtype=torch.int64)
@@ -246,23 +256,29 @@ class World:
                 raw, zlib.crc32(bytes([layer % 256]), self._weights_mark)
             )
 
-    def adopt(self, directory: Directory) -> None:
+    def adopt(self, directory: Directory, rank: int | None = None) -> None:
         """Take over another directory: give up the blocks that are gone, with their leases and what
-        was written for them and not sent, and give the copies of new ones here their slots.
+        was written for them and not sent, and the copies that are no longer here; give the new ones
+        here their slots.
+
+        Args: rank: which of the directory's ranks this one is; None: as the transport says.
         """
         self.check_not_serving()
+        rank = self.rank if rank is None else rank
         branches, before = self.config.num_branches, self.directory
         changed = (before.generations != directory.generations).view(-1, branches)[:, 0]
         unused, wanted = before.references == 0, directory.references > 0
         self._give_up((~unused & (changed | ~wanted)).nonzero()[:, 0])
-        mine, copy = (directory.owners == self.rank).nonzero(as_tuple=True)
+        here = directory.owners == rank
+        self._let_go(here)
+        mine, copy = here.nonzero(as_tuple=True)
         fresh = self.entries.slot_of[mine] < 0
         mine, copy = mine[fresh], copy[fresh]
         self.entries.assign(mine, directory.slots[mine, copy], directory.generations[mine])
         if self.has_index:
             fresh = wanted & (self.index.slot_of[: len(wanted)] < 0)
             if self.config.index_placement == "with-blocks":
-                fresh &= (directory.owners[::branches] == self.rank).any(1)
+                fresh &= here[::branches].any(1)
             blocks = fresh.nonzero()[:, 0]
             free = (self.index.key_of[: self.index_slots] < 0).nonzero()[:, 0]
             generations = directory.generations[blocks * branches]
@@ -270,7 +286,17 @@ class World:
         self.directory = directory
         held = (directory.owners >= 0).view(self.config.max_blocks, -1)
         self._is_whole = bool(held[wanted].all())
+        self.former = None
         self.usage.keep({document.serial for document in directory.documents.values()})
+
+    def _let_go(self, here: Tensor) -> None:
+        """Free the slots of copies that are not `here` (K, R) any more."""
+        keys = (self.entries.slot_of[: len(here)] >= 0) & ~here.any(1)
+        self.entries.release(keys.nonzero()[:, 0])
+        if self.has_index and self.config.index_placement == "with-blocks":
+            firsts = here[:: self.config.num_branches].any(1)
+            blocks = (self.index.slot_of[: len(firsts)] >= 0) & ~firsts
+            self.index.release(blocks.nonzero()[:, 0])
 
     def _give_up(self, blocks: Tensor) -> None:
         """Forget all that is here of these blocks."""
