@@ -448,6 +448,7 @@ class World:
             "leases": {"hit": 0, "evicted": 0, **stats.leases},
             "failures": {
                 "coverage": 0,
+                "failover": 0,
                 "deadline": self.transport.expiries,
                 "late": self.transport.late.total(),
                 **stats.failures,

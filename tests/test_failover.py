@@ -107,7 +107,7 @@ def outlive(case: Case, victim: int, after: int, way: Way, *, deadline_s: float 
                 served.wait(1.0)
                 with suppress(PeerError):  # the victim does not part
                     served.close()
-                return int(runtime.stats()["failures"].get("failover", 0))
+                return int(runtime.stats()["failures"]["failover"])
 
         ends = LoopbackTransport.world(case.world, deadline_s=deadline_s)
         return run_loopback(case.world, rank, transports=ends)[0]
@@ -162,7 +162,7 @@ def ask_on(rank: int, progress: Progress, fault: Fault) -> None:
                 world.check()
                 progress.seconds = max(progress.seconds, time.monotonic() - start)
                 progress.steps += 1
-            count = runtime.stats()["failures"].get("failover", 0)
+            count = runtime.stats()["failures"]["failover"]
             served.wait(DEADLINE_S)
             with suppress(PeerError):  # who never asked the victim waits for it to part
                 served.close()

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -116,7 +117,7 @@ def play_on(case: Case, victim: int, replaced: bool, breath: int) -> None:
                 player.decode()
 
     works: list[Callable[[], None]]
-    works = [lambda rank=rank: survivor(rank) for rank in range(case.world)]  # type: ignore[misc]
+    works = [partial(survivor, rank) for rank in range(case.world)]
     threads([*works, newcomer] if replaced else works)
 
 
@@ -183,7 +184,7 @@ def test_what_is_on_its_way_when_a_rank_dies_is_not_lost() -> None:
             assert float((out - shares @ entries[:, : layout.value_dim]).abs().max()) <= 1e-12
             assert runtime.stats()["rank"] == now
 
-    threads([lambda r=r: rank(r) for r in range(4)])  # type: ignore[misc]
+    threads([partial(rank, r) for r in range(4)])
 
 
 def test_what_nobody_has_is_named_and_comes_back_from_a_snapshot(tmp_path: Path) -> None:
@@ -224,7 +225,8 @@ def test_what_nobody_has_is_named_and_comes_back_from_a_snapshot(tmp_path: Path)
         assert runtime.pinned() == {"doc"}
         known(runtime).check()
 
-    threads([*[lambda r=r: survivor(r) for r in range(3)], newcomer])  # type: ignore[misc]
+    works: list[Callable[[], None]] = [partial(survivor, r) for r in range(3)]
+    threads([*works, newcomer])
 
 
 def known(runtime: Runtime) -> Small:
@@ -256,7 +258,7 @@ def broken_world(
                 world.check()
             then(runtime, lives)
 
-    threads([lambda r=r: survivor(r) for r in range(size)])  # type: ignore[misc]
+    threads([partial(survivor, r) for r in range(size)])
     return lives
 
 
@@ -347,7 +349,7 @@ def test_a_rank_with_another_pool_is_refused() -> None:
             Runtime.open(config, lives.end(1, rank, 5), incarnation=1)
 
     worlds = [lambda: broken_world(4, 3, lambda runtime, _: then(runtime, lives))]
-    threads([*worlds, lambda: newcomer(3), lambda: newcomer(4)])  # type: ignore[list-item]
+    threads([*worlds, lambda: newcomer(3), lambda: newcomer(4)])
 
 
 # Former lives ----------------------------------------------------------------------------------
@@ -513,8 +515,13 @@ def test_a_repaired_directory_keeps_every_copy_that_is_left(
         tokens = data.draw(st.integers(1, 20))
         blocks = before.free_blocks("", -(-tokens // 4))
         policy = data.draw(st.sampled_from(POLICIES))
-        sizes = {"num_branches": branches, "world_size": world, "used": before.used}
-        ranks = place(Placement(policy=policy, copies=copies), blocks, **sizes)
+        ranks = place(
+            Placement(policy=policy, copies=copies),
+            blocks,
+            num_branches=branches,
+            world_size=world,
+            used=before.used,
+        )
         name = f"d{number}"
         try:
             before = with_document(
@@ -522,7 +529,8 @@ def test_a_repaired_directory_keeps_every_copy_that_is_left(
             )
         except ValueError:  # no room left
             break
-    if before.documents and data.draw(st.booleans()):
+    some_removed = data.draw(st.booleans())
+    if before.documents and some_removed:
         before = without_document(before, "d0")
     size = data.draw(st.integers(1, 6))
     now = data.draw(st.permutations([*range(size), *[-1] * world]))[:world]
