@@ -7,8 +7,10 @@ whose ranks are the instances and whose layout has the lane's heads. Nothing dee
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -16,7 +18,40 @@ from ..partition.lanes import Heads, lane_model
 from .agreement import agree
 from .config import RuntimeConfig
 from .errors import PeerError
-from .transport import Frame, Purpose, Transport
+from .transport import Frame, Purpose, Sent, Transport
+from .world import connect
+
+
+class Joined(NamedTuple):
+    """A rank's lane, and what its transport had counted when opening began."""
+
+    config: RuntimeConfig
+    transport: Transport
+    sent_before: Sent
+
+
+@contextmanager
+def joined_lane(
+    config: RuntimeConfig,
+    transport: Transport | None,
+    heads: tuple[int, int] | None,
+    incarnation: int,
+) -> Iterator[Joined]:
+    """Join the lane of these heads; whatever is raised then, the others are told if they do not know."""
+    whole = transport or connect(config.deadline_s)
+    lane, sent_before = whole, whole.counted()
+    try:
+        whole.begin(incarnation)
+        its, lane = join_lane(config, whole, heads, owned=transport is None)
+        if lane is not whole:  # it numbers receivers anew
+            sent_before = sent_before._replace(bytes_to=Counter())
+        yield Joined(its, lane, sent_before)
+    except BaseException as error:
+        if not isinstance(error, (PeerError, ValueError)):  # these are raised on every rank
+            lane.abort((lane.rank,), f"raised {type(error).__name__}: {error}")
+        if lane is not transport:
+            lane.close()
+        raise
 
 
 def join_lane(

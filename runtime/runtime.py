@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ from .errors import CoverageError, PeerError, SnapshotError
 from .explain import DecisionLine, explain_last, predicted_last
 from .failover import lost_blocks
 from .holder import MAX_TOP_K
-from .lanes import join_lane
+from .lanes import joined_lane
 from .lease import lease
 from .rejoin import Former, rejoin
 from .requests import Attached, Request, Scope, scope_of, stacked
@@ -43,42 +42,10 @@ from .restore import RestoreReport, restore
 from .service import Service, start_service
 from .snapshot import PendingSnapshot, SnapshotReport, begin_snapshot, finish_snapshot
 from .step import Selection, attend_step, select_step
-from .transport import Sent, Transport
-from .world import LayerWeights, World, connect
+from .transport import Transport
+from .world import LayerWeights, World
 
 T = TypeVar("T")
-
-
-class _Joined(NamedTuple):
-    """A rank's lane, and what its transport had counted when opening began."""
-
-    config: RuntimeConfig
-    transport: Transport
-    sent_before: Sent
-
-
-@contextmanager
-def _joined(
-    config: RuntimeConfig,
-    transport: Transport | None,
-    heads: tuple[int, int] | None,
-    incarnation: int,
-) -> Iterator[_Joined]:
-    """Join the lane of these heads; whatever is raised then, the others are told if they do not know."""
-    whole = transport or connect(config.deadline_s)
-    lane, sent_before = whole, whole.counted()
-    try:
-        whole.begin(incarnation)
-        its, lane = join_lane(config, whole, heads, owned=transport is None)
-        if lane is not whole:  # it numbers receivers anew
-            sent_before = sent_before._replace(bytes_to=Counter())
-        yield _Joined(its, lane, sent_before)
-    except BaseException as error:
-        if not isinstance(error, (PeerError, ValueError)):  # these are raised on every rank
-            lane.abort((lane.rank,), f"raised {type(error).__name__}: {error}")
-        if lane is not transport:
-            lane.close()
-        raise
 
 
 class Runtime:
@@ -133,7 +100,7 @@ class Runtime:
             PeerError if another rank opened with another config or incarnation. ValueError on every
             rank if the lanes do not cover all heads once, or instances are of unequal sizes.
         """
-        with _joined(config, transport, heads, incarnation) as joined:
+        with joined_lane(config, transport, heads, incarnation) as joined:
             world = World(*joined)
             if incarnation:
                 rejoin(world, None)
@@ -177,7 +144,7 @@ class Runtime:
         if not isinstance(incarnation, int) or incarnation <= last:
             raise ValueError(f"incarnation must be a number above {last}, got {incarnation!r}")
         self.disconnect()
-        with _joined(self._whole, transport, self._heads, incarnation) as joined:
+        with joined_lane(self._whole, transport, self._heads, incarnation) as joined:
             self._former = Former.of(self._world, self._former)
             self._world.reconnect(joined.transport, joined.sent_before)
             self._owns_transport = joined.transport is not transport

@@ -25,7 +25,7 @@ from ranks import _connect, run_loopback
 from snapshots import RestoredPlayer
 from test_central import EVERYWHERE, cases
 from test_failover import die
-from test_service import Small, small, small_config
+from test_service import Small, small, small_config, until
 
 from qroam.partition.directory import empty_directory, with_document, without_document
 from qroam.partition.placement import POLICIES, Placement, place
@@ -350,6 +350,38 @@ def test_a_rank_with_another_pool_is_refused() -> None:
 
     worlds = [lambda: broken_world(4, 3, lambda runtime, _: then(runtime, lives))]
     threads([*worlds, lambda: newcomer(3), lambda: newcomer(4)])
+
+
+def test_an_instance_that_lost_a_lane_goes_on_with_it_started_again() -> None:
+    """Three instances of two lanes; rank 5 is lane 1 of the last. In service lane 1 asks replicas."""
+    lives, config = Lives(), small_config(placement=Placement(copies=2), max_blocks=24)
+    lanes = ((0, 3), (3, 1))
+
+    def survivor(rank: int) -> None:
+        end = lives.end(0, rank, 6)
+        with Runtime.open(config, end, heads=lanes[rank % 2]) as runtime:
+            world = small(runtime)
+            served = runtime.serve()
+            world.check()
+            if rank == 5:
+                die(end)
+                return
+            if rank % 2:
+                until(lambda: 2 in served.lost())
+            world.check()
+            assert runtime.stats()["failures"]["failover"] == 0  # it was known before
+            served.wait(1.0)
+            runtime.disconnect()
+            runtime.rejoin(lives.end(1, rank, 6), incarnation=1)
+            known(runtime).check()
+
+    def newcomer() -> None:
+        with Runtime.open(config, lives.end(1, 5, 6), heads=lanes[1], incarnation=1) as runtime:
+            assert (runtime.rank, runtime.world_size) == (2, 3)
+            known(runtime).check()
+
+    works: list[Callable[[], None]] = [partial(survivor, r) for r in range(6)]
+    threads([*works, newcomer])
 
 
 # Former lives ----------------------------------------------------------------------------------
