@@ -95,6 +95,7 @@ class Service:
         self._owed = [0] * world.world_size  # answers that this rank's requests still wait for
         self._silent: dict[int, _Silence] = {}  # those that did not answer in time
         self._expiry = 0.0  # of what `persist` does
+        self._asked: set[int] = set()  # by its last attempt
         self._engine = threading.Lock()
         self._heard = [0] * world.world_size  # last epoch of each source
         self._broken: BaseException | None = None
@@ -123,8 +124,8 @@ class Service:
     # The engine's thread -------------------------------------------------------------------------
 
     def persist(self, ask: Callable[[], T]) -> T:
-        """The result of `ask()`, which plans and makes an exchange or two; done again, within the same
-        deadline, as long as it fails because of a peer that is then known to be gone or silent.
+        """The result of `ask()`, which plans and makes an exchange; done again, within the same deadline,
+        as long as that fails and somebody who was asked is known to be gone or silent by then.
 
         Raises:
             BlocksLostError if there is nobody else to ask. PeerError as `exchange`.
@@ -137,14 +138,15 @@ class Service:
             if self._finished:
                 raise RuntimeError("this rank has said that it asks no more")
             self._expiry = time.monotonic() + self._world.transport.deadline_s
+            self._asked = set()
             while True:
-                known = self.unreachable()
                 try:
                     return ask()
                 except BlocksLostError:
                     raise
                 except PeerError:
-                    if self.unreachable().keys() <= known.keys():
+                    met = self._asked & self.unreachable().keys()
+                    if not met or time.monotonic() >= self._expiry:
                         raise
                     self._world.stats.failures["failover"] += 1
         finally:
@@ -252,6 +254,7 @@ class Service:
             pushes = world.take_pushes(header.layer, not_to=self.unreachable())
             shares = deal([*columns, *pushes], world.world_size)
             asked = [peer for peer in world.transport.peers if shares[peer]]
+            self._asked = set(asked)
             self._epoch += 1
             header = replace(header, channel=SERVICE_CHANNEL, epoch=self._epoch)
             wait = _Wait.begin(self._expiry, asked, replaceable)
