@@ -238,6 +238,7 @@ def without_document(directory: Directory, name: str) -> Directory:
     branches = directory.num_branches
     keys = (free[:, None] * branches + torch.arange(branches)).reshape(-1)
     owners = directory.owners[keys].long()
+    copies = torch.bincount(owners[owners >= 0], minlength=len(directory.used))
     nowhere = torch.full_like(owners, -1)
     given_up = set(free.tolist())
     return replace(
@@ -253,7 +254,7 @@ def without_document(directory: Directory, name: str) -> Directory:
         ),
         tokens=_updated(directory.tokens, free, torch.zeros_like(free)),
         references=references,
-        used=directory.used - torch.bincount(owners.reshape(-1), minlength=len(directory.used)),
+        used=directory.used - copies,
         version=changed_version(directory, f"remove {name!r}"),
     )
 

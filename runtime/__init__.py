@@ -2,7 +2,7 @@
 
 from .config import RuntimeConfig
 from .cost.profile import FabricProfile, load_profile
-from .errors import CoverageError, PeerError, SnapshotError
+from .errors import BlocksLostError, CoverageError, PeerError, SnapshotError
 from .requests import Request, Scope
 from .runtime import Runtime
 from .service import Service
@@ -10,6 +10,7 @@ from .step import Selection
 from .transport import LoopbackTransport
 
 __all__ = [
+    "BlocksLostError",
     "CoverageError",
     "FabricProfile",
     "LoopbackTransport",

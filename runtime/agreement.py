@@ -30,11 +30,12 @@ def agree(
     Raises: PeerError naming the ranks that are not who they should be, or whose configuration is not
     the commonest, on every rank.
     """
-    ours = introduction(transport.rank, transport.world_size, config.described())
+    facts = [f"incarnation={transport.incarnation}", *config.described()]
+    ours = introduction(transport.rank, transport.world_size, facts)
     header = Header(kind="open", incarnation=0, channel=0, epoch=0, tables=0)
     text = torch.frombuffer(bytearray(ours.encode()), dtype=torch.uint8)
-    facts = {"config": text, "heads": torch.tensor(heads, dtype=torch.int32)}
-    transport.post_shares(header, [facts] * transport.world_size)
+    columns = {"config": text, "heads": torch.tensor(heads, dtype=torch.int32)}
+    transport.post_shares(header, [columns] * transport.world_size)
     messages = transport.collect(header)
     said = [
         ours.partition("\n")[2]

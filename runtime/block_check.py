@@ -152,4 +152,4 @@ def _holders(world: World, kind: Kind, block: int, branch: int) -> list[int]:
     if kind == "index" and world.config.index_placement == "replicated":
         return list(range(world.world_size))
     copies = world.directory.owners[block * world.config.num_branches + branch]
-    return copies[:1].tolist() if kind == "index" else copies[copies >= 0].tolist()
+    return copies[copies >= 0].tolist()

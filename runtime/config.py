@@ -146,9 +146,9 @@ class RuntimeConfig:
             for leaf, value in _leaves(name, getattr(self, name))
         ]
 
-    def fingerprint(self, world_size: int) -> int:
-        """31 bits of a hash over the description, carried by every header."""
-        text = "|".join([str(world_size), *self.described()])
+    def fingerprint(self, world_size: int, incarnation: int = 0) -> int:
+        """31 bits of a hash over the description and the world's life, carried by every header."""
+        text = "|".join([str(world_size), str(incarnation), *self.described()])
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") & 0x7FFFFFFF
 
 

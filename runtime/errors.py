@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class PeerError(RuntimeError):
     """A rank died, stalled, broke the protocol or raised. `culprits` are the ranks to look at."""
 
     def __init__(self, culprits: tuple[int, ...], reason: str) -> None:
         named = ", ".join(f"rank {rank}" for rank in culprits)
-        super().__init__(f"{named}: {reason}")
+        super().__init__(f"{named}: {reason}" if named else reason)
         self.culprits = culprits
         self.reason = reason
+
+
+class BlocksLostError(PeerError):
+    """What was asked needs blocks of which no rank that can be asked has a copy.
+
+    `blocks`: by document, the runs of its blocks, counted from its first. `culprits` had copies.
+    """
+
+    def __init__(
+        self, culprits: tuple[int, ...], reason: str, blocks: Mapping[str, tuple[range, ...]]
+    ) -> None:
+        named = "; ".join(
+            f"{', '.join(map(_said, runs))} of {name!r}" for name, runs in blocks.items()
+        )
+        super().__init__(culprits, f"{reason}; nobody else has a copy of blocks {named}")
+        self.blocks = blocks
 
 
 class CoverageError(RuntimeError):
@@ -23,3 +41,7 @@ class CoverageError(RuntimeError):
 
 class SnapshotError(ValueError):
     """A snapshot that some rank could not write or read. Every rank raises it, with the same words."""
+
+
+def _said(run: range) -> str:
+    return f"{run.start}-{run.stop - 1}" if len(run) > 1 else f"{run.start}"

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels.reference import mix
 from ..partition.layout import Form
 from .attend import Partial
-from .errors import CoverageError
+from .errors import CoverageError, PeerError
 from .holder import check_columns, tagged, take_pushes, to_int32
 from .messages import Header, Message
 from .plan import FetchList, RouteLists, Wanted
@@ -50,15 +50,17 @@ def exchange(
     columns: list[Column],
     answer: Answer,
     own_work: Callable[[], T],
+    replaceable: Tensor | None = None,
 ) -> tuple[T, list[Message | None]]:
     """Ask everyone, answer everyone, do own work; returns the work's result and everyone's answers.
 
     The own work comes last, so that it overlaps with the others' answers and reads what peers wrote
     for this rank; all writes are taken before anyone is answered. In service only those are asked of
-    whom something is wanted, and the server answers.
+    whom something is wanted, and the server answers; `replaceable` (W,) bool says instead of whom
+    others could be asked.
     """
     if world.service is not None:
-        return world.service.exchange(header, columns, own_work)
+        return world.service.exchange(header, columns, own_work, replaceable)
     transport, stats = world.transport, world.stats
     visitors = settle(world, header, columns)
     with stats.phase("answer"):
@@ -80,16 +82,20 @@ def exchange(
 
 def settle(world: World, header: Header, columns: Sequence[Column] = ()) -> list[Message | None]:
     """Ask everyone, and take the writes of all peers; returns what they ask."""
-    if (
-        world.service is not None
-    ):  # whoever is written to confirms it; what they write comes any time
+    if world.service is not None:
+        # Whoever is written to confirms it; what they write comes any time.
         world.service.exchange(header, columns, lambda: None)
         return [None] * world.world_size
     world.epoch += 1
-    with world.stats.phase("send"):
-        world.transport.post(header, [*columns, *world.take_pushes(header.layer)])
-    with world.stats.phase("wait"):
-        visitors = world.transport.collect(header)
+    staged = world.staged_at(header.layer)
+    try:
+        with world.stats.phase("send"):
+            world.transport.post(header, [*columns, *world.take_pushes(header.layer)])
+        with world.stats.phase("wait"):
+            visitors = world.transport.collect(header)
+    except PeerError:  # who knows who took them; `rejoin` finds out
+        world.put_back(header.layer, staged)
+        raise
     with world.stats.phase("answer"):
         for rank, visitor in enumerate(visitors):
             if visitor is not None:
@@ -104,23 +110,6 @@ def broadcast(name: str, rows: Tensor, world: World, to: Tensor | None = None) -
     if to is not None:
         counts = counts * to
     return Column(name, rows, counts, torch.arange(len(rows)).repeat(world.world_size))
-
-
-def index_holders(world: World, scope: Scope) -> Tensor | None:
-    """(W,) bool: in service, the ranks with index keys that a query of this scope sees. In a step
-    everyone is asked."""
-    if world.service is None:
-        return None
-    starts, counts = scope.runs.long().flatten(0, 1).unbind(1)
-    block_tokens, blocks = world.config.block_tokens, world.config.max_blocks
-    first = (starts // block_tokens).clamp(max=blocks)
-    end = torch.where(counts > 0, (starts + counts - 1) // block_tokens + 1, 0)
-    ones = torch.ones_like(first)
-    edges = torch.zeros(blocks + 1, dtype=torch.int64).index_add(0, first, ones)
-    edges = edges.index_add(0, end.clamp(min=0).clamp(max=blocks).maximum(first), -ones)
-    seen = edges.cumsum(0)[:-1] > 0
-    owners = world.directory.owners.view(blocks, world.config.num_branches, -1)[seen, 0, 0]
-    return torch.bincount(owners.clamp(min=0), minlength=world.world_size) > 0
 
 
 def route_columns(
@@ -147,6 +136,7 @@ def candidates(
     answers: list[Message | None],
     scope: Scope,
     unit_tokens: int,
+    askable: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Scores (Q, M) and unit ids (Q, M) of every rank's best units, own ones first.
 
@@ -182,7 +172,8 @@ def candidates(
         ordered = best.id.sort(1).values
         repeats = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
         foreign = listed & ~units_visible(best.id, scope.runs, unit_tokens)
-        foreign |= listed & (world.index_owners(best.id, unit_tokens) != rank)
+        block = best.id.long() * unit_tokens // world.config.block_tokens
+        foreign |= listed & (world.scorers(block, askable) != rank)
         if bool(repeats.any() | foreign.any() | (listed & ~best.score.isfinite()).any()):
             raise world.transport.accuse(
                 rank, "sent candidates that are not its own, nobody may see, twice, or unscored"

@@ -32,7 +32,8 @@ _PUSHED = frozenset({"push.ids", "push.rows", "push_index.ids", "push_index.rows
 _AGREED = frozenset({"reason", "digest", "token"})
 _ROUTED = ("item", "count", "units", "query", "hidden", "offsets")
 KNOWN_COLUMNS: Mapping[str, frozenset[str]] = {
-    "select": _PUSHED | {"index.query", "index.weights", "index.runs", "index.offsets"},
+    "select": _PUSHED
+    | {f"index.{part}" for part in ("query", "weights", "runs", "offsets", "askable")},
     "select-answer": frozenset({"score", "id", "seen"}),
     "attend": _PUSHED | {"fetch"} | {f"{form}.{part}" for form in FORMS for part in _ROUTED},
     "attend-answer": frozenset({"fetch.rows", "fetch.mark"})
@@ -51,6 +52,7 @@ KNOWN_COLUMNS: Mapping[str, frozenset[str]] = {
     "snapshot-commit": _PUSHED | {"state"},
     "restore": _PUSHED | _AGREED | {"state"},
     "verify": _PUSHED | {"state", "at", "hashes", "changed"},
+    "rejoin": _PUSHED | {"facts", "fill", "documents", "blocks", "owners", "slots", "generations"},
 }
 
 
@@ -247,10 +249,23 @@ def answer_select(world: World, message: Message) -> dict[str, Tensor]:
         _check_offsets(offsets.flatten(), torch.full((len(runs),), runs.shape[1]))
         if world.config.model.layers[layer].index_rope is None:
             raise ValueError(f"layer {layer} has no rope to rotate index queries by")
+    askable = None
+    if "index.askable" in columns:
+        askable = _column(columns, "index.askable", torch.uint8, 1)
+        if len(askable) != world.world_size or bool((askable > 2).any()):
+            raise ValueError("index.askable must be 0, 1 or 2 for each rank")
     room = (_corpus_ids(world, of_index=True) - runs[..., 0].long()).clamp(min=0)
     runs = torch.stack((runs[..., 0], runs[..., 1].minimum(room).to(torch.int32)), dim=-1)
     best = best_units(
-        world, layer, query, weights, runs, top_k=top_k, unit_tokens=unit_tokens, offsets=offsets
+        world,
+        layer,
+        query,
+        weights,
+        runs,
+        top_k=top_k,
+        unit_tokens=unit_tokens,
+        offsets=offsets,
+        askable=askable,
     )
     return {"score": best.score.flatten(), "id": best.id.flatten(), "seen": best.seen}
 

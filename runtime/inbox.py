@@ -23,6 +23,7 @@ from .transport import Frame, Purpose
 # Requests of one source that are not answered yet: one, and one more after an exchange that failed
 # because of somebody else.
 MAX_OWED = 2
+_LEFT = "closed its service"
 
 
 class Inbox:
@@ -156,12 +157,14 @@ class Inbox:
             self._check_lost(peers)
             gone = tuple(sorted(set(peers) & self._left))
             if gone:
-                raise PeerError(gone, "closed its service")
-            late = [peer for peer in peers for _ in self._answers[peer]]
-            for peer in peers:
-                self._answers[peer].clear()
+                raise PeerError(gone, _LEFT)
             self._asked = set(peers)
-            return late
+            return self._drop_answers(peers)
+
+    def drop_answers(self, peers: Collection[int]) -> list[int]:
+        """Between requests: drop the late answers of these peers; returns whose, once for each."""
+        with self._lock:
+            return self._drop_answers(peers)
 
     def next_answer(self, peers: Collection[int], expiry: float) -> tuple[int, Tensor] | None:
         """Wait until `expiry` (monotonic) for an answer of one of these peers; None: the time is over.
@@ -206,6 +209,11 @@ class Inbox:
         with self._lock:
             return dict(self._lost)
 
+    def gone(self) -> dict[int, PeerError]:
+        """The peers that answer no more, and why: those that are lost, and those that left."""
+        with self._lock:
+            return {peer: PeerError((peer,), _LEFT) for peer in self._left} | self._lost
+
     def stop(self) -> None:
         """Free everybody who waits here."""
         with self._lock:
@@ -214,6 +222,12 @@ class Inbox:
                 waiting.notify_all()
 
     # Under the lock ------------------------------------------------------------------------------
+
+    def _drop_answers(self, peers: Collection[int]) -> list[int]:
+        late = [peer for peer in peers for _ in self._answers[peer]]
+        for peer in peers:
+            self._answers[peer].clear()
+        return late
 
     def _tell(self, what: Purpose, peers: set[int]) -> list[int]:
         peers = peers - self._told[what]

@@ -7,8 +7,10 @@ whose ranks are the instances and whose layout has the lane's heads. Nothing dee
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -16,7 +18,40 @@ from ..partition.lanes import Heads, lane_model
 from .agreement import agree
 from .config import RuntimeConfig
 from .errors import PeerError
-from .transport import Frame, Purpose, Transport
+from .transport import Frame, Purpose, Sent, Transport
+from .world import connect
+
+
+class Joined(NamedTuple):
+    """A rank's lane, and what its transport had counted when opening began."""
+
+    config: RuntimeConfig
+    transport: Transport
+    sent_before: Sent
+
+
+@contextmanager
+def joined_lane(
+    config: RuntimeConfig,
+    transport: Transport | None,
+    heads: tuple[int, int] | None,
+    incarnation: int,
+) -> Iterator[Joined]:
+    """Join the lane of these heads; whatever is raised then, the others are told if they do not know."""
+    whole = transport or connect(config.deadline_s)
+    lane, sent_before = whole, whole.counted()
+    try:
+        whole.begin(incarnation)
+        its, lane = join_lane(config, whole, heads, owned=transport is None)
+        if lane is not whole:  # it numbers receivers anew
+            sent_before = sent_before._replace(bytes_to=Counter())
+        yield Joined(its, lane, sent_before)
+    except BaseException as error:
+        if not isinstance(error, (PeerError, ValueError)):  # these are raised on every rank
+            lane.abort((lane.rank,), f"raised {type(error).__name__}: {error}")
+        if lane is not transport:
+            lane.close()
+        raise
 
 
 def join_lane(
@@ -100,6 +135,7 @@ class LaneTransport(Transport):
         )
         self._whole, self._owned = whole, owned
         self.bytes_sent, self.messages_sent, _ = whole.counted()
+        self.incarnation, self.late = whole.incarnation, whole.late
         self._instance = {rank: at for ranks in lanes for at, rank in enumerate(ranks)}
         self._heard: Frame | None = None  # who ended it all, as told
         self._not_ours: list[Frame] = []  # of ranks of other lanes that are further on already
@@ -153,7 +189,9 @@ class LaneTransport(Transport):
     def make_room(self, peer: int, num_bytes: int, timeout_s: float | None) -> bool:
         """As the inbox of this lane says; nobody of another lane is given room."""
         instance = self._instance[peer]
-        return self._ranks[instance] == peer and self._make_room(instance, num_bytes, timeout_s)
+        return self._ranks[instance] == peer and self._make_room(
+            instance, num_bytes, timeout_s, self.incarnation
+        )
 
     def unread(self) -> list[Frame]:
         """What arrived for whoever uses the transport of all lanes next."""

@@ -23,6 +23,7 @@ from .errors import CoverageError
 from .exchange import exchange
 from .holder import to_int32
 from .messages import Message
+from .plan import chosen_copy
 from .transport import Column
 from .world import World
 
@@ -87,12 +88,13 @@ def _wants(world: World, document: Document) -> list[_Want]:
     branches, directory = world.config.num_branches, world.directory
     blocks = torch.tensor(document.blocks)
     keys = (blocks[:, None] * branches + torch.arange(branches)).reshape(-1)
-    copy = world.rank % directory.owners.shape[1]
-    holder = directory.owners[keys, copy].long()
+    askable = world.askable()
+    copies = directory.owners[keys]
+    holder = chosen_copy(copies, world.rank % copies.shape[1], askable)
     here = world.entries.slot_of[keys] >= 0
     wants = [_Want("lease", world.entries, keys, torch.where(here, world.rank, holder))]
     if world.has_index:
-        holder = directory.owners[blocks * branches, 0].long()
+        holder = world.scorers(blocks, askable)
         if world.config.index_placement == "replicated":
             holder = torch.full_like(holder, world.rank)
         wants.append(_Want("lease_index", world.index, blocks, holder))

@@ -203,10 +203,10 @@ def _copy_tail(world: World, request: Request, document: Document) -> None:
 
 
 def _check_index_room(world: World, directory: Directory, name: str) -> None:
-    """Index keys live with the first copy of a block's first branch; refused if a rank has no room."""
+    """Index keys live with the copies of a block's first branch; refused if a rank has no room."""
     if not world.has_index or world.config.index_placement == "replicated":
         return
-    first = directory.owners[:: directory.num_branches, 0]
+    first = directory.owners[:: directory.num_branches]
     held = torch.bincount(first[first >= 0].long(), minlength=world.world_size)
     if int(held.max()) > world.index_slots:
         rank = int(held.argmax())

@@ -121,20 +121,21 @@ def want(
     world_size: int,
     block_tokens: int,
     offsets: Tensor | None = None,
-    reachable: Tensor | None = None,
+    askable: Tensor | None = None,
 ) -> Wanted:
     """Choose a holder for every unit and count what each holder is asked for.
 
     Args:
         local: (N, K) bool, units owned, replicated or leased here. Among the copies of other units
-        a rank always asks copy `rank % R`, so that its requests meet few holders and different
+        a rank prefers copy `rank % R`, so that its requests meet few holders and different
         ranks different ones.
-        reachable: (W,) bool; a rank that is not asks the next copy instead. Of a unit without a
-        reachable copy the preferred one is asked. None: all are.
+        askable: as for `chosen_copy`. Who cannot be asked for any copy of a unit has no holder for
+        it, as padding has none.
     """
     num_items, num_listed = units.shape
     keys = (units.long() // block_tokens).clamp(0, len(owners) - 1)
-    holder = torch.where(local, rank, _chosen(owners[keys], rank, reachable))
+    copies = owners[keys]
+    holder = torch.where(local, rank, chosen_copy(copies, rank % copies.shape[-1], askable))
     holder = torch.where((units >= 0) & (holder >= 0), holder, world_size)
     counts = torch.zeros(num_items, world_size + 1, dtype=torch.int64)
     counts = counts.scatter_add(1, holder, torch.ones_like(holder))[:, :world_size]
@@ -165,14 +166,34 @@ def want(
     )
 
 
-def _chosen(copies: Tensor, rank: int, reachable: Tensor | None) -> Tensor:
-    """Of copies (N, K, R) the one to ask, (N, K) int64."""
-    preferred = rank % copies.shape[2]
-    if reachable is None or copies.shape[2] == 1:
+def chosen_copy(copies: Tensor, preferred: int, askable: Tensor | None) -> Tensor:
+    """Of the copies (*, R) of each unit the rank to ask (*) int64, -1 if nobody can be.
+
+    Args: askable: (W,) uint8: 2 for ranks that may be asked, 1 where only in want of such a one, 0
+    for those that cannot be. The first from copy `preferred` on is asked. None: all may be, and every
+    unit has all of its copies.
+    """
+    if askable is None:
         return copies[..., preferred].long()
-    copies = copies.long().roll(-preferred, 2)
-    usable = (copies >= 0) & reachable[copies.clamp(min=0)]
-    return copies.gather(2, usable.to(torch.uint8).argmax(2, keepdim=True))[..., 0]
+    copies = copies.long().roll(-preferred, -1)
+    usable = torch.where(copies >= 0, askable[copies.clamp(min=0)], 0)
+    best, at = usable.max(-1, keepdim=True)  # of equals the first
+    return torch.where(best > 0, copies.gather(-1, at), -1)[..., 0]
+
+
+def replaceable(
+    copies: Tensor, holder: Tensor, askable: Tensor | None, *, world_size: int
+) -> Tensor:
+    """(W,) bool: the ranks instead of which others can be asked for all that is asked of them.
+
+    Args: copies: (*, R) of each unit; holder: (*), who is asked, anything outside [0, W) is nobody.
+    """
+    usable = copies >= 0
+    if askable is not None:
+        usable &= askable[copies.long().clamp(min=0)] > 0
+    alone = (usable.sum(-1) < 2) & (holder >= 0) & (holder < world_size)
+    at = torch.where(alone, holder, world_size).reshape(-1)
+    return torch.ones(world_size + 1, dtype=torch.bool).index_fill(0, at, False)[:world_size]
 
 
 def existing(

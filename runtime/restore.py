@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..partition.directory import Directory, with_pin, with_quota
+from ..partition.directory import Directory, with_pin, with_quota, without_document
 from ..partition.hashes import split_contents
 from ..partition.records import hash_table, is_known, put_records
 from ..partition.snapshot import KINDS, Kind, Manifest, fault
@@ -23,6 +23,7 @@ from ..partition.snapshot_disk import (
     read_verified,
 )
 from .errors import SnapshotError
+from .failover import lost_blocks
 from .life import added
 from .snapshot_parts import agree_on, check_forms, store_of
 from .together import in_thread, together
@@ -41,15 +42,16 @@ class RestoreReport:
     read_bytes: int
 
 
-def restore(world: World, folder: Path) -> RestoreReport:
-    """Add the documents of the snapshot in `folder` to the corpus, placed by this world's placement.
+def restore(world: World, folder: Path, only: frozenset[str] | None = None) -> RestoreReport:
+    """Add the documents of the snapshot in `folder` to the corpus, placed by this world's placement;
+    those in `only` if it is given, instead of documents here of which blocks are lost.
 
     Raises: SnapshotError on every rank, with the same words. Unless a block's bytes are found not to
     be those of its hash, or a file changes meanwhile, nothing has changed then.
     """
     lock: FolderLock | None = None
     found: tuple[Manifest, bytes] | None = None
-    directory = world.directory
+    before = directory = world.directory
     reason = ""
     try:
         if world.rank == 0:
@@ -59,14 +61,16 @@ def restore(world: World, folder: Path) -> RestoreReport:
             raise fault(str(folder), MANIFEST, "there is none, so no snapshot")
         check_forms(found[0], world, str(folder / MANIFEST))
         check_files(folder, found[0])
-        directory = _with_documents(world, found[0])
+        found = _chosen(found[0], only), found[1]
+        before = _without_lost(world, only or frozenset())
+        directory = _with_documents(world, before, found[0])
     except (ValueError, OSError) as error:
         reason = str(error)
     try:
         agree_on(world, "restore", folder, found, reason, "0" * 8)
         assert found is not None
         manifest = found[0]
-        unused = world.directory.references == 0
+        unused = before.references == 0
         world.adopt(directory)
         load = in_thread(partial(_load, world, folder, manifest, unused), "qroam-restore")
         try:
@@ -83,9 +87,25 @@ def restore(world: World, folder: Path) -> RestoreReport:
     )
 
 
-def _with_documents(world: World, manifest: Manifest) -> Directory:
-    """The directory with the snapshot's documents. Raises: ValueError on a name or for lack of room."""
+def _chosen(manifest: Manifest, only: frozenset[str] | None) -> Manifest:
+    """The manifest with only these documents. Raises: ValueError if one is not there."""
+    documents = tuple(d for d in manifest.documents if only is None or d.name in only)
+    missing = (only or frozenset()) - {document.name for document in documents}
+    if missing:
+        raise ValueError(f"the snapshot has no documents {', '.join(sorted(missing))}")
+    return replace(manifest, documents=documents)
+
+
+def _without_lost(world: World, names: frozenset[str]) -> Directory:
+    """The directory without those of these documents that have blocks nobody has a copy of."""
     directory = world.directory
+    for name in names & lost_blocks(directory, world.askable()).keys():
+        directory = without_document(with_pin(directory, name, False), name)
+    return directory
+
+
+def _with_documents(world: World, directory: Directory, manifest: Manifest) -> Directory:
+    """The directory with the snapshot's documents. Raises: ValueError on a name or for lack of room."""
     for document in manifest.documents:
         directory = added(
             world,

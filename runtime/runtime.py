@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,16 +32,20 @@ from .door import (
 )
 from .errors import CoverageError, PeerError, SnapshotError
 from .explain import DecisionLine, explain_last, predicted_last
+from .failover import lost_blocks
 from .holder import MAX_TOP_K
-from .lanes import join_lane
+from .lanes import joined_lane
 from .lease import lease
+from .rejoin import Former, rejoin
 from .requests import Attached, Request, Scope, scope_of, stacked
 from .restore import RestoreReport, restore
 from .service import Service, start_service
 from .snapshot import PendingSnapshot, SnapshotReport, begin_snapshot, finish_snapshot
 from .step import Selection, attend_step, select_step
 from .transport import Transport
-from .world import LayerWeights, World, connect
+from .world import LayerWeights, World
+
+T = TypeVar("T")
 
 
 class Runtime:
@@ -53,9 +56,18 @@ class Runtime:
     From `serve` until its service is closed, `select` and `attend` need no other rank to step.
     """
 
-    def __init__(self, world: World, *, owns_transport: bool) -> None:
+    def __init__(
+        self,
+        world: World,
+        *,
+        owns_transport: bool,
+        whole: RuntimeConfig | None = None,
+        heads: tuple[int, int] | None = None,
+    ) -> None:
         self._world = world
         self._owns_transport = owns_transport
+        self._whole, self._heads = whole or world.config, heads  # of all lanes
+        self._former: Former | None = None  # while it is to rejoin
         self._closed = False
         config = world.config
         self._free_requests = list(range(max(config.private_blocks, 1)))[::-1]
@@ -70,6 +82,7 @@ class Runtime:
         transport: Transport | None = None,
         *,
         heads: tuple[int, int] | None = None,
+        incarnation: int = 0,
     ) -> Runtime:
         """Open this rank. Without a transport: the default process group, one made from torchrun's
         environment, or a world of one that needs no launcher. A transport that is given serves one
@@ -81,23 +94,62 @@ class Runtime:
                 share them (tensor-parallel lanes); None: all. Ranks with the same heads are a lane,
                 and the runtime is one of that lane: its ranks are the instances, its config's layouts
                 have the lane's heads, and so have queries, outputs, sinks and weights.
+            incarnation: above 0, the world goes on that others `rejoin` with the same number: this
+                rank gets their documents, and the copies that it is to hold. Weights it loads itself.
         Raises:
-            PeerError if another rank opened with another config. ValueError on every rank if the
-            lanes do not cover all heads once, or instances are of unequal sizes.
+            PeerError if another rank opened with another config or incarnation. ValueError on every
+            rank if the lanes do not cover all heads once, or instances are of unequal sizes.
         """
-        whole = transport or connect(config.deadline_s)
-        lane, sent_before = whole, whole.counted()
-        try:
-            config, lane = join_lane(config, whole, heads, owned=transport is None)
-            if lane is not whole:  # it numbers receivers anew
-                sent_before = sent_before._replace(bytes_to=Counter())
-            return cls(World(config, lane, sent_before), owns_transport=lane is not transport)
-        except BaseException as error:
-            if not isinstance(error, (PeerError, ValueError)):  # these are raised on every rank
-                lane.abort((lane.rank,), f"raised {type(error).__name__}: {error}")
-            if lane is not transport:
-                lane.close()
-            raise
+        with joined_lane(config, transport, heads, incarnation) as joined:
+            world = World(*joined)
+            if incarnation:
+                rejoin(world, None)
+        owns_transport = joined.transport is not transport
+        return cls(world, owns_transport=owns_transport, whole=config, heads=heads)
+
+    def disconnect(self) -> None:
+        """Leave a world that broke, or that is about to change; all that is stored here stays, and no
+        step is taken before `rejoin`. Idempotent.
+
+        torch.distributed may be begun anew after this; a transport that was given is its maker's to close.
+        """
+        self._check_open()
+        if self._snapshot is not None:
+            self._snapshot.cancel(self.config.deadline_s)
+            self._snapshot = None
+        if self._world.service is not None:
+            with suppress(PeerError):  # of those that are lost it is known
+                self._world.service.close()
+        if self._former is None:
+            self._former = Former.of(self._world, None)
+        if self._owns_transport:
+            self._world.transport.close()
+
+    def rejoin(self, transport: Transport | None = None, *, incarnation: int) -> None:
+        """Go on in a new incarnation of the world, with those who are there now: survivors, who call
+        this, and ranks that come with nothing, who `open` with the same number. A step of them all.
+
+        Ranks may be fewer, more, or numbered anew. Documents, requests, leases and weights stay. Blocks
+        get back the copies that they lost, where there is room; those that nobody has left are named
+        by `lost_blocks`, and come back from a snapshot by `restore`.
+
+        Args:
+            transport: as for `open`; among those who are there now.
+            incarnation: of the world, above all that this rank has seen.
+        Raises: ValueError if it is not. PeerError if a rank is lost meanwhile, and this can be done
+            again without it; or if survivors do not have the same documents.
+        """
+        self._check_open()
+        last = self._world.transport.incarnation
+        if not isinstance(incarnation, int) or incarnation <= last:
+            raise ValueError(f"incarnation must be a number above {last}, got {incarnation!r}")
+        self.disconnect()
+        with joined_lane(self._whole, transport, self._heads, incarnation) as joined:
+            self._former = Former.of(self._world, self._former)
+            self._world.reconnect(joined.transport, joined.sent_before)
+            self._owns_transport = joined.transport is not transport
+            rejoin(self._world, self._former)
+        self._former = None
 
     def __enter__(self) -> Runtime:
         return self
@@ -526,7 +578,7 @@ class Runtime:
             top_k: units a query, the layout's by default.
             unit_tokens: 1 selects entries, more selects blocks of that many (scored by their best).
         """
-        self._check_open()
+        self._check_connected()
         layout = self._layer(layer)
         index = layout.index
         if index is None:
@@ -549,8 +601,8 @@ class Runtime:
         if self.config.checked and not bool(query.isfinite().all() & weights.isfinite().all()):
             raise ValueError("index queries and weights must be finite")
         self._touch(scope)
-        with self._in_step():
-            return select_step(
+        return self._answered(
+            lambda: select_step(
                 self._world,
                 layer,
                 query,
@@ -559,6 +611,7 @@ class Runtime:
                 top_k=count,
                 unit_tokens=unit_tokens,
             )
+        )
 
     def selection(self, ids: Tensor, scope: Scope, *, unit_tokens: int = 1) -> Selection:
         """A selection made elsewhere: unit ids (Q, K) or (Q, G, K) int32, -1 padding."""
@@ -584,9 +637,11 @@ class Runtime:
             (Q, H, `layout.out_dim`), or value columns (`layout.value_dim`) without weights. A query
             that selects nothing gets 0.
         Raises:
-            ValueError at the door; CoverageError if an answer is not what was asked; PeerError.
+            ValueError at the door; CoverageError if an answer is not what was asked; PeerError, or a
+            BlocksLostError that names what nobody has a copy of: of a step it is not told to the
+            others, for whom this rank may still take part with another selection.
         """
-        self._check_open()
+        self._check_connected()
         layout = self._layer(layer)
         dim = layout.key_dim if self._world.weights[layer] is None else layout.query_dim
         check_tensor(query, "query", (None, layout.heads, dim), self.config.dtype)
@@ -600,10 +655,11 @@ class Runtime:
             raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
         check_selection(self._world, layout, selection, len(query))
         self._touch(selection.scope)
-        with self._in_step():
-            return attend_step(
+        return self._answered(
+            lambda: attend_step(
                 self._world, layer, query, selection, sink=sink, mode=mode or self.config.mode
             )
+        )
 
     def idle_select(self, layer: int) -> None:
         """Take part in the others' `select` without a query of one's own."""
@@ -635,7 +691,7 @@ class Runtime:
                 (a single larger request aside) whoever asks is held back.
         Raises: ValueError; RuntimeError if this rank serves already; PeerError.
         """
-        self._check_open()
+        self._check_connected()
         for name, bound in (("max_requests", max_requests), ("max_bytes", max_bytes)):
             if not isinstance(bound, int) or bound < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {bound!r}")
@@ -645,7 +701,8 @@ class Runtime:
             return start_service(self._world, max_requests=max_requests, max_bytes=max_bytes)
 
     def avoid(self, ranks: Collection[int]) -> None:
-        """Ask replicas instead of these ranks from the next `attend` on, where there are any.
+        """Ask replicas instead of these ranks from the next step on, where there are any. Ranks that
+        are lost or silent in service need not be named here.
 
         Raises: ValueError for a rank outside the world or this one; nothing changes then.
         """
@@ -654,9 +711,13 @@ class Runtime:
             raise ValueError(
                 f"rank {self.rank} cannot avoid {wrong} in a world of {self.world_size}"
             )
-        reachable = torch.ones(self.world_size, dtype=torch.bool)
-        reachable[list(ranks)] = False
-        self._world.reachable = reachable
+        self._world.avoided = frozenset(ranks)
+
+    def lost_blocks(self) -> dict[str, tuple[range, ...]]:
+        """By document, the runs of its blocks that no rank that can be asked has a copy of, counted
+        from the document's first; what needs them raises BlocksLostError.
+        """
+        return lost_blocks(self._world.directory, self._world.askable())
 
     # The corpus on disk --------------------------------------------------------------------------
 
@@ -691,19 +752,25 @@ class Runtime:
         with self._in_step():
             return finish_snapshot(self._world, pending)
 
-    def restore(self, path: str | Path) -> RestoreReport:
+    def restore(
+        self, path: str | Path, *, documents: Collection[str] | None = None
+    ) -> RestoreReport:
         """Add the documents of a snapshot, placed by this world's ranks and placement; a step.
 
         Their groups, pins and shared beginnings come back; quotas of groups that have none here.
         Blocks that say what a document here says already are shared with it instead.
 
+        Args: documents: only these; those that are here with blocks of which nobody has a copy are
+            replaced, and what referred to them (scopes, requests) is refused. None: all, as new ones.
         Raises: SnapshotError (a ValueError) on every rank. What is wrong with the manifest, the
         model, names, room or the size of a file is found before anything changes; a block whose
         bytes are damaged is found later, and the world refuses further steps then.
         """
         self._check_not_serving()
         with self._in_step():
-            return restore(self._world, Path(path))
+            return restore(
+                self._world, Path(path), None if documents is None else frozenset(documents)
+            )
 
     def verify(self, sample: int | None = None) -> list[BlockCheck]:
         """Compare the hashes of a block's copies, of `sample` random closed blocks or all; a step.
@@ -738,18 +805,20 @@ class Runtime:
 
     # The door ------------------------------------------------------------------------------------
 
+    def _answered(self, ask: Callable[[], T]) -> T:
+        """A step, or in service a request, which goes on to other holders while there are any."""
+        service = self._world.service
+        if service is not None:
+            return service.persist(ask)
+        with self._in_step():
+            return ask()
+
     @contextmanager
     def _in_step(self) -> Iterator[None]:
-        """Whatever ends a step early is told to every other rank, so that none waits in vain.
-
-        In service nobody waits for this rank's engine, so there is nobody to tell.
-        """
-        if self._world.service is not None:
-            yield
-            return
+        """Whatever ends a step early is told to every other rank, so that none waits in vain."""
         try:
             yield
-        except (PeerError, SnapshotError):  # every rank raises it
+        except (PeerError, SnapshotError):  # every rank raises it, or nothing has happened yet
             raise
         except CoverageError as error:
             self._world.transport.abort(error.holders, f"rank {self.rank} was not served: {error}")
@@ -843,8 +912,13 @@ class Runtime:
         if self._closed:
             raise RuntimeError("the runtime is closed")
 
-    def _check_not_serving(self) -> None:
+    def _check_connected(self) -> None:
         self._check_open()
+        if self._former is not None:
+            raise RuntimeError("the runtime is disconnected: rejoin first")
+
+    def _check_not_serving(self) -> None:
+        self._check_connected()
         self._world.check_not_serving()
 
     def _check_request(self, request: Request) -> None:

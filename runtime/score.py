@@ -37,14 +37,17 @@ def best_units(
     top_k: int,
     unit_tokens: int,
     offsets: Tensor | None = None,
+    askable: Tensor | None = None,
 ) -> BestUnits:
-    """Top units among the index keys held here.
+    """Top units among the index keys held here; of blocks with copies, those that fall to this rank if
+    the requester can ask `askable` (`plan.chosen_copy`).
 
     With `offsets` (Q, R) of the runs, an index query meets the keys of a run rotated back by as much.
     """
     sizes = {"top_k": top_k, "unit_tokens": unit_tokens}
+    blocks = _blocks(world, layer, askable)
     if offsets is None:
-        return _best_units(world, layer, query, weights, runs, **sizes)
+        return _best_units(world, layer, blocks, query, weights, runs, **sizes)
     layout = world.config.model.layers[layer]
     assert layout.index is not None
     assert layout.index_rope is not None
@@ -60,7 +63,7 @@ def best_units(
         at = now.any(1).nonzero()[:, 0]
         turned = rotate_index(query[at], -offset[at, 0].long(), layout.index, layout.index_rope)
         some = only_runs(runs, now)[at]
-        part = _best_units(world, layer, turned, weights[at], some, **sizes)
+        part = _best_units(world, layer, blocks, turned, weights[at], some, **sizes)
         width = part.score.shape[1]
         found = score.new_full((len(query), width), -torch.inf).index_copy(0, at, part.score)
         ids = units.new_full((len(query), width), -1).index_copy(0, at, part.id)
@@ -70,9 +73,20 @@ def best_units(
     return BestUnits(score, units, seen)
 
 
+def _blocks(world: World, layer: int, askable: Tensor | None) -> Tensor:
+    """The blocks whose index keys are scored here: private ones, and those that fall to this rank."""
+    store = world.index
+    blocks = store.key_of[(store.key_of >= 0) & (store.fill[layer] > 0)].sort().values
+    if world.config.index_placement == "replicated":
+        return blocks
+    scorer = world.scorers(blocks, askable)
+    return blocks[(scorer == world.rank) | (blocks >= world.config.max_blocks)]
+
+
 def _best_units(
     world: World,
     layer: int,
+    blocks: Tensor,
     query: Tensor,
     weights: Tensor,
     runs: Tensor,
@@ -83,8 +97,6 @@ def _best_units(
     query, config = query.to(world.compute_dtype), world.config
     # An entry's key, decoded by way of int32, and for each query its score, sight and their sorts.
     entry_bytes = 12 * query.shape[2] + 4 * query.element_size() * len(query)
-    store = world.index
-    blocks = store.key_of[(store.key_of >= 0) & (store.fill[layer] > 0)].sort().values
     score = query.new_full((len(query), 1), -torch.inf)
     units = torch.full((len(query), 1), -1, dtype=torch.int32)
     seen = torch.zeros(len(query), dtype=torch.int32)

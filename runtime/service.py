@@ -24,12 +24,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .errors import PeerError
+from .errors import BlocksLostError, PeerError
 from .holder import answer_attend, answer_select, check_columns, take_pushes
 from .inbox import MAX_OWED, Inbox
 from .messages import Header, Message, decode
@@ -59,6 +59,27 @@ def start_service(world: World, *, max_requests: int, max_bytes: int) -> Service
     return Service(world, max_requests=max_requests, max_bytes=max_bytes)
 
 
+class _Silence(NamedTuple):
+    """Since when a request waits that a peer did not answer (monotonic), and how long it waited."""
+
+    since: float
+    waited_s: float
+
+
+class _Wait(NamedTuple):
+    """How long peers are waited for (monotonic times): `replaceable` ones until `replaced_at`."""
+
+    replaced_at: float
+    expiry: float
+    replaceable: set[int]
+
+    @classmethod
+    def begin(cls, expiry: float, asked: Sequence[int], replaceable: Tensor | None) -> _Wait:
+        left_s = max(expiry - time.monotonic(), 0.0)
+        spare = set() if replaceable is None else {peer for peer in asked if replaceable[peer]}
+        return cls(expiry - left_s / 2, expiry, spare)
+
+
 class Service:
     """Made by `Runtime.serve`; closed by `close`, at the end of a `with`, or with its runtime."""
 
@@ -72,7 +93,9 @@ class Service:
         )
         self._epoch = 0
         self._owed = [0] * world.world_size  # answers that this rank's requests still wait for
-        self._silent: dict[int, float] = {}  # since when, for those that did not answer in time
+        self._silent: dict[int, _Silence] = {}  # those that did not answer in time
+        self._expiry = 0.0  # of what `persist` does
+        self._asked: set[int] = set()  # by its last attempt
         self._engine = threading.Lock()
         self._heard = [0] * world.world_size  # last epoch of each source
         self._broken: BaseException | None = None
@@ -100,25 +123,73 @@ class Service:
 
     # The engine's thread -------------------------------------------------------------------------
 
-    def exchange(
-        self, header: Header, columns: Sequence[Column], own_work: Callable[[], T]
-    ) -> tuple[T, list[Message | None]]:
-        """Ask the holders of whom something is wanted, do own work; returns its result and the
-        answers, at their ranks' places.
+    def persist(self, ask: Callable[[], T]) -> T:
+        """The result of `ask()`, which plans and makes an exchange; done again, within the same deadline,
+        as long as that fails and somebody who was asked is known to be gone or silent by then.
 
         Raises:
-            PeerError within the deadline, naming who is lost, silent, refuses or answers wrongly.
-            Who was silent once is named at once, until the late answer comes.
+            BlocksLostError if there is nobody else to ask. PeerError as `exchange`.
             RuntimeError if another thread of this rank is asking.
         """
         if not self._engine.acquire(blocking=False):
             raise RuntimeError("one thread of a rank attends or selects at a time")
         try:
-            return self._exchange(header, columns, own_work)
+            self._check_whole()
+            if self._finished:
+                raise RuntimeError("this rank has said that it asks no more")
+            self._expiry = time.monotonic() + self._world.transport.deadline_s
+            self._asked = set()
+            while True:
+                try:
+                    return ask()
+                except BlocksLostError:
+                    raise
+                except PeerError:
+                    met = self._asked & self.unreachable().keys()
+                    if not met or time.monotonic() >= self._expiry:
+                        raise
+                    self._world.stats.failures["failover"] += 1
+        finally:
+            self._engine.release()
+
+    def exchange(
+        self,
+        header: Header,
+        columns: Sequence[Column],
+        own_work: Callable[[], T],
+        replaceable: Tensor | None = None,
+    ) -> tuple[T, list[Message | None]]:
+        """Ask the holders of whom something is wanted, do own work; returns its result and the
+        answers, at their ranks' places. Only inside of `persist`.
+
+        Args: replaceable: (W,) bool, holders that are waited for only half of the time that is left,
+            because others can be asked instead; None: nobody is.
+        Raises:
+            PeerError within the deadline, naming who is lost, silent, refuses or answers wrongly.
+            Who was silent is not to be asked until the late answer comes.
+        """
+        try:
+            return self._exchange(header, columns, own_work, replaceable)
         finally:
             for peer in self._inbox.end():
                 self._say(Purpose.LEAVE, peer)
-            self._engine.release()
+
+    def unreachable(self) -> dict[int, PeerError]:
+        """The peers that would be asked in vain, and why; those that are silent until they answer.
+        In the engine's thread, between exchanges.
+        """
+        for peer in self._inbox.drop_answers(list(self._silent)):
+            self._paid(peer)
+        now = time.monotonic()
+        silent = {
+            peer: PeerError(
+                (peer,),
+                f"no answer within {silence.waited_s:.3g} s, to a request of "
+                f"{now - silence.since:.1f} s ago",
+            )
+            for peer, silence in self._silent.items()
+        }
+        return silent | self._inbox.gone()
 
     def wait(self, timeout_s: float) -> bool:
         """Ask no more, and serve until every other rank asks no more (in `wait` or `close`) or is
@@ -133,7 +204,7 @@ class Service:
         return not missing
 
     def lost(self) -> dict[int, str]:
-        """The peers that are gone, and why; whoever holds blocks only there can no longer be asked."""
+        """The peers that are gone, and why; `Runtime.lost_blocks` says what only they had."""
         return {peer: str(error) for peer, error in sorted(self._inbox.lost().items())}
 
     def close(self) -> None:
@@ -171,25 +242,26 @@ class Service:
             raise PeerError(silent, f"did not part within {world.transport.deadline_s:g} s")
 
     def _exchange(
-        self, header: Header, columns: Sequence[Column], own_work: Callable[[], T]
+        self,
+        header: Header,
+        columns: Sequence[Column],
+        own_work: Callable[[], T],
+        replaceable: Tensor | None,
     ) -> tuple[T, list[Message | None]]:
         world, stats = self._world, self._world.stats
-        self._check_whole()
-        if self._finished:
-            raise RuntimeError("this rank has said that it asks no more")
-        expiry = time.monotonic() + world.transport.deadline_s
         with stats.phase("send"):
-            staged = world.entry_pushes[header.layer], world.index_pushes[header.layer]
-            before = [list(pushes) for pushes in staged]
-            shares = deal([*columns, *world.take_pushes(header.layer)], world.world_size)
+            staged = world.staged_at(header.layer)
+            pushes = world.take_pushes(header.layer, not_to=self.unreachable())
+            shares = deal([*columns, *pushes], world.world_size)
             asked = [peer for peer in world.transport.peers if shares[peer]]
+            self._asked = set(asked)
             self._epoch += 1
             header = replace(header, channel=SERVICE_CHANNEL, epoch=self._epoch)
+            wait = _Wait.begin(self._expiry, asked, replaceable)
             try:
-                self._begin(asked)
+                self._begin(asked, wait)
             except PeerError:  # nobody was asked, so nobody has what was written here
-                for pushes, kept in zip(staged, before, strict=True):
-                    pushes[:] = kept
+                world.put_back(header.layer, staged)
                 raise
             for peer in asked:
                 world.transport.send(peer, header, shares[peer], Purpose.ASK)
@@ -197,37 +269,41 @@ class Service:
         with stats.phase("attend own"):
             own = own_work()
         with stats.phase("wait"):
-            return own, self._collect(header, set(asked), expiry)
+            return own, self._collect(header, set(asked), wait)
 
-    def _begin(self, asked: Sequence[int]) -> None:
+    def _begin(self, asked: Sequence[int], wait: _Wait) -> None:
+        """Let no peer owe more than it may: an exchange that failed because of somebody else has left
+        answers under way."""
         for peer in self._inbox.begin(asked):
             self._paid(peer)
-        silent = tuple(peer for peer in asked if peer in self._silent)
-        if silent:
-            since = time.monotonic() - min(self._silent[peer] for peer in silent)
-            raise PeerError(silent, f"no answer to a request of {since:.1f} s ago")
-        pressed = tuple(peer for peer in asked if self._owed[peer] >= MAX_OWED)
-        if pressed:
-            raise PeerError(pressed, f"{MAX_OWED} requests are not answered yet")
+        while pressed := {peer for peer in asked if self._owed[peer] >= MAX_OWED}:
+            self._paid(self._next_answer(pressed, wait)[0])
 
-    def _collect(self, header: Header, missing: set[int], expiry: float) -> list[Message | None]:
+    def _collect(self, header: Header, missing: set[int], wait: _Wait) -> list[Message | None]:
         answers: list[Message | None] = [None] * self._world.world_size
         while missing:
-            arrived = self._inbox.next_answer(missing, expiry)
-            if arrived is None:
-                asked_at = expiry - self._world.transport.deadline_s
-                self._silent |= dict.fromkeys(missing, asked_at)
-                self._world.transport.suspects.update(missing)
-                self._world.transport.expiries += 1
-                deadline_s = self._world.transport.deadline_s
-                raise PeerError(tuple(sorted(missing)), f"no answer within {deadline_s:g} s")
-            peer, buffer = arrived
+            peer, buffer = self._next_answer(missing, wait)
             self._paid(peer)
             message = self._understood(peer, header, buffer)
             if message is not None:
                 answers[peer] = message
                 missing.remove(peer)
         return answers
+
+    def _next_answer(self, missing: set[int], wait: _Wait) -> tuple[int, Tensor]:
+        """The next answer of a peer in `missing`; those that are silent for too long are noted."""
+        replaceable = missing & wait.replaceable
+        until = wait.replaced_at if replaceable else wait.expiry
+        arrived = self._inbox.next_answer(missing, until)
+        if arrived is not None:
+            return arrived
+        silent = replaceable or missing
+        since = wait.expiry - self._world.transport.deadline_s
+        waited_s = until - since
+        self._silent |= dict.fromkeys(silent, _Silence(since, waited_s))
+        self._world.transport.suspects.update(silent)
+        self._world.transport.expiries += 1
+        raise PeerError(tuple(sorted(silent)), f"no answer within {waited_s:.3g} s")
 
     def _take_late_answers(self, expiry: float) -> None:
         """Let what is still owed arrive here, so that no later step meets it."""
@@ -331,7 +407,7 @@ class Service:
         world, header = self._world, message.header
         ours = world.header(header.kind, layer=header.layer)
         if header.incarnation != ours.incarnation:
-            raise ValueError("it was opened with another configuration")
+            raise ValueError("it was opened with another configuration, or in another incarnation")
         if header.tables != ours.tables:
             raise ValueError(
                 f"its tables are {header.tables}, here {ours.tables}; every rank changes documents "

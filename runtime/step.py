@@ -32,12 +32,12 @@ from .exchange import (
     coverage_error,
     exchange,
     fetched_answers,
-    index_holders,
     local_complaints,
     route_columns,
     routed_answers,
     settle,
 )
+from .failover import check_askable, stand_ins, whom_to_ask
 from .holder import answer_attend, answer_select
 from .requests import Scope, unit_offsets, units_visible
 from .score import BestUnits, best_units
@@ -75,15 +75,17 @@ def select_step(
             top_k=top_k,
             unit_tokens=unit_tokens,
             offsets=scope.offsets,
+            askable=askable,
         )
 
+    askable = world.askable()
     header = world.header("select", layer=layer, unit_tokens=unit_tokens, top_k=top_k)
     if world.config.index_placement == "replicated":
         settle(world, header)
-        scores, ids = candidates(world, layer, own_units(), [], scope, unit_tokens)
+        scores, ids = candidates(world, layer, own_units(), [], scope, unit_tokens, askable)
         return Selection(merge_topk(scores, ids, top_k)[1], unit_tokens, scope)
 
-    to = index_holders(world, scope)
+    to, replaceable = whom_to_ask(world, scope, askable)
     columns = [
         broadcast("index.query", query, world, to),
         broadcast("index.weights", weights, world, to),
@@ -91,8 +93,10 @@ def select_step(
     ]
     if scope.offsets is not None:
         columns.append(broadcast("index.offsets", scope.offsets, world, to))
-    own, answers = exchange(world, header, columns, answer_select, own_units)
-    scores, ids = candidates(world, layer, own, answers, scope, unit_tokens)
+    if askable is not None:
+        columns.append(broadcast("index.askable", askable, world, to))
+    own, answers = exchange(world, header, columns, answer_select, own_units, replaceable)
+    scores, ids = candidates(world, layer, own, answers, scope, unit_tokens, askable)
     return Selection(merge_topk(scores, ids, top_k)[1], unit_tokens, scope)
 
 
@@ -109,7 +113,9 @@ def attend_step(
     config, stats = world.config, world.stats
     layout = config.model.layers[layer]
     with stats.phase("decide"):
-        wanted = _wanted(world, layer, selection)
+        askable = world.askable()
+        wanted = _wanted(world, layer, selection, askable)
+        check_askable(world, wanted, askable)
         unit_tokens = wanted.entries.shape[2]
         decision = decide(
             wanted.demand,
@@ -150,6 +156,7 @@ def attend_step(
         columns,
         answer_attend,
         lambda: attend_local(world, layer, absorbed, wanted),
+        stand_ins(world, wanted, askable),
     )
     fetched, complaints = fetched_answers(world, layer, wanted, fetch, answers)
     complaints += local_complaints(world, lacking)
@@ -177,7 +184,7 @@ def attend_step(
     return out.to(config.dtype)
 
 
-def _wanted(world: World, layer: int, selection: Selection) -> plan.Wanted:
+def _wanted(world: World, layer: int, selection: Selection, askable: Tensor | None) -> plan.Wanted:
     """The units of every item, which of their entries exist, and who holds them."""
     config, branches = world.config, world.config.num_branches
     sizes = {"block_tokens": config.block_tokens, "num_branches": branches}
@@ -216,5 +223,5 @@ def _wanted(world: World, layer: int, selection: Selection) -> plan.Wanted:
         world_size=world.world_size,
         block_tokens=config.block_tokens,
         offsets=offsets,
-        reachable=world.reachable,
+        askable=askable,
     )

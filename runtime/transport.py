@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .errors import PeerError
-from .messages import Header, Message, decode, encode
+from .messages import MAX_FIELD, Header, Message, decode, encode
 
 # Before a rank accuses a peer it listens, for this part of the deadline, for somebody who knows
 # better: a peer that is silent because it waits for the real culprit says so when it gives up.
@@ -60,7 +60,8 @@ class Purpose(IntEnum):
 class Frame(NamedTuple):
     """What a carrier delivers from `peer`: a message; that it is gone; or an abort that blames ranks.
 
-    `has_room`: the inbox gave this request room before it was received.
+    `has_room`: the inbox gave this request room before it was received. `incarnation`: in which its
+    sender spoke; None for what the carrier here knows by itself.
     """
 
     peer: int
@@ -69,6 +70,7 @@ class Frame(NamedTuple):
     blame: tuple[int, ...] = ()
     purpose: Purpose = Purpose.STEP
     has_room: bool = False
+    incarnation: int | None = None
 
     @property
     def is_abort(self) -> bool:
@@ -112,6 +114,8 @@ class Transport(ABC):
         self.messages_sent: Counter[str] = Counter()
         self.bytes_to: Counter[int] = Counter()
         self.expiries = 0  # waits that ended at the deadline
+        self.incarnation = 0  # of the world; what was said in a former one is not heard
+        self.late: Counter[int] = Counter()  # messages of former incarnations, by their sender
         self._arrived: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self._waiting: list[deque[Frame]] = [deque() for _ in range(world_size)]
         self._gone: dict[int, str] = {}
@@ -155,6 +159,18 @@ class Transport(ABC):
             return Sent(
                 Counter(self.bytes_sent), Counter(self.messages_sent), Counter(self.bytes_to)
             )
+
+    def begin(self, incarnation: int) -> None:
+        """Speak, and hear the others, in this incarnation of the world from now on.
+
+        Raises: ValueError if it is a former one.
+        """
+        if not isinstance(incarnation, int) or not self.incarnation <= incarnation < MAX_FIELD:
+            raise ValueError(
+                f"incarnation must be a whole number of at least {self.incarnation}, the last one, "
+                f"got {incarnation!r}"
+            )
+        self.incarnation = incarnation
 
     def divert(self, inbox: Receiver) -> None:
         """Give `inbox` what arrives from now on, and what arrived already."""
@@ -229,24 +245,39 @@ class Transport(ABC):
     def _deliver(self, frame: Frame) -> None:
         """Hand over what arrived; called by carriers."""
         with self._handover:
+            if self._is_late(frame):
+                return
             if self._inbox is None:
                 self._arrived.put(frame)
             else:
                 self._inbox.put(frame)
+
+    def _is_late(self, frame: Frame) -> bool:
+        """Whether it was said in a former incarnation; such a frame is counted, and is to be dropped."""
+        late = frame.incarnation is not None and frame.incarnation < self.incarnation
+        if late:
+            self.late[frame.peer] += 1
+        return late
 
     def _drain(self) -> list[Frame]:
         """What arrived and was not collected, and who is gone; under `_handover`."""
         frames = [frame for waiting in self._waiting for frame in waiting]
         while not self._arrived.empty():
             frames.append(self._arrived.get_nowait())
+        frames = [frame for frame in frames if not self._is_late(frame)]
         for waiting in self._waiting:
             waiting.clear()
         return frames + [Frame(peer, None, reason) for peer, reason in self._gone.items()]
 
-    def _make_room(self, peer: int, num_bytes: int, timeout_s: float | None) -> bool:
-        """Hold back a request until there is room for it; outside service nothing is held back."""
+    def _make_room(
+        self, peer: int, num_bytes: int, timeout_s: float | None, incarnation: int
+    ) -> bool:
+        """Hold back a request until there is room for it; outside service nothing is held back, and
+        what was said in a former incarnation needs no room."""
         inbox = self._inbox
-        return inbox is not None and inbox.make_room(peer, num_bytes, timeout_s)
+        if inbox is None or incarnation < self.incarnation:
+            return False
+        return inbox.make_room(peer, num_bytes, timeout_s)
 
     def _count(self, peer: int, kind: str, num_bytes: int) -> None:
         with self._counting:
@@ -278,13 +309,23 @@ class Transport(ABC):
                 if lost:
                     raise self._fail(tuple(lost), next(iter(lost.values())))
                 self.expiries += 1
-                raise self._fail(missing, f"no answer within {self.deadline_s:g} s")
+                late = sum(self.late[peer] for peer in missing)
+                former = f"; {late} messages of a former incarnation were refused" if late else ""
+                raise self._fail(missing, f"no answer within {self.deadline_s:g} s{former}")
             try:
                 frame = self._arrived.get(
                     timeout=min(expiry if now < expiry else verdict_at, verdict_at) - now
                 )
             except queue.Empty:
                 continue
+            if self._is_late(frame):
+                continue
+            if frame.incarnation is not None and frame.incarnation > self.incarnation:
+                raise self._fail(
+                    (frame.peer,),
+                    f"speaks in incarnation {frame.incarnation} of the world, rank {self.rank} in "
+                    f"{self.incarnation}",
+                )
             if frame.is_abort:
                 raise self._fail(frame.blame, frame.reason)
             if frame.buffer is None:
@@ -302,7 +343,8 @@ class Transport(ABC):
             mine, other = getattr(ours, field), getattr(theirs, field)
             if mine != other and field == "incarnation":
                 raise self._fail(
-                    (peer,), f"opened with another configuration than rank {self.rank}"
+                    (peer,),
+                    f"opened with another configuration, or incarnation, than rank {self.rank}",
                 )
             if mine != other:
                 raise self._fail(
@@ -351,15 +393,18 @@ class LoopbackTransport(Transport):
         end = self._ends[peer]
         # Without room in time it is delivered all the same, too late for its sender's deadline.
         has_room = purpose is Purpose.ASK and end._make_room(
-            self.rank, len(buffer), self.deadline_s
+            self.rank, len(buffer), self.deadline_s, self.incarnation
         )
-        end._deliver(Frame(self.rank, buffer, purpose=purpose, has_room=has_room))
+        frame = Frame(self.rank, buffer, purpose=purpose, has_room=has_room)
+        end._deliver(frame._replace(incarnation=self.incarnation))
 
     def _send_abort(self, peer: int, culprits: tuple[int, ...], reason: str) -> None:
-        self._ends[peer]._deliver(Frame(self.rank, None, reason, culprits))
+        frame = Frame(self.rank, None, reason, culprits, incarnation=self.incarnation)
+        self._ends[peer]._deliver(frame)
 
     def close(self) -> None:
         if not self._closed:
             self._closed = True
             for peer in self.peers:
-                self._ends[peer]._deliver(Frame(self.rank, None, "closed its runtime"))
+                goodbye = Frame(self.rank, None, "closed its runtime", incarnation=self.incarnation)
+                self._ends[peer]._deliver(goodbye)

@@ -1,6 +1,6 @@
 """TorchTransport: messages over torch.distributed point-to-point (gloo).
 
-Every message is a fixed frame (int64: magic, body bytes, kind) and a body. A thread per peer
+Every message is a fixed frame (int64: magic, body bytes, kind, incarnation) and a body. A thread per peer
 receives, because gloo cannot poll and a receive that times out closes every pair of the process;
 deadlines are kept by the waiting caller instead, on the queue that the threads fill. In service a
 listener does not receive a request before there is room for it, so its bytes stay with the sender.
@@ -110,7 +110,7 @@ class TorchTransport(Transport):
 
     def _send_frame(self, peer: int, kind: int, body: Tensor | None) -> None:
         size = 0 if body is None else len(body)
-        frame = torch.tensor([_FRAME_MAGIC, size, kind], dtype=torch.int64)
+        frame = torch.tensor([_FRAME_MAGIC, size, kind, self.incarnation], dtype=torch.int64)
         flight = self._in_flight[peer]
         with self._sending:
             for part in (frame, body):
@@ -125,20 +125,21 @@ class TorchTransport(Transport):
         """Put everything `peer` sends on the queue until it says goodbye or is lost."""
         try:
             while True:
-                frame = self._receive(peer, torch.empty(3, dtype=torch.int64))
-                magic, size, kind = frame.tolist()
-                read_frame(magic, size, kind)
+                frame = self._receive(peer, torch.empty(4, dtype=torch.int64))
+                magic, size, kind, incarnation = frame.tolist()
+                read_frame(magic, size, kind, incarnation)
+                said = Frame(peer, None, "closed its runtime", incarnation=incarnation)
                 if kind == _BYE:
-                    self._deliver(Frame(peer, None, "closed its runtime"))
+                    self._deliver(said)
                     return
-                has_room = kind == Purpose.ASK and self._make_room(peer, size, None)
+                has_room = kind == Purpose.ASK and self._make_room(peer, size, None, incarnation)
                 body = self._receive(peer, torch.empty(size, dtype=torch.uint8))
                 if kind == _ABORT:
-                    said = body.numpy().tobytes()
-                    blame, reason = read_abort(said, world_size=self.world_size)
-                    self._deliver(Frame(peer, None, reason, blame))
+                    blame, reason = read_abort(body.numpy().tobytes(), world_size=self.world_size)
+                    self._deliver(said._replace(reason=reason, blame=blame))
                     return
-                self._deliver(Frame(peer, body, purpose=Purpose(kind), has_room=has_room))
+                purpose = Purpose(kind)
+                self._deliver(said._replace(buffer=body, purpose=purpose, has_room=has_room))
         except (RuntimeError, ValueError) as error:
             self._deliver(Frame(peer, None, f"connection lost: {_first_line(error)}"))
 
@@ -150,11 +151,11 @@ class TorchTransport(Transport):
         return into
 
 
-def read_frame(magic: int, size: int, kind: int) -> None:
+def read_frame(magic: int, size: int, kind: int, incarnation: int) -> None:
     """Raise ValueError unless this announces a body that a peer may send."""
     limit = _LIMITS.get(kind, -1)
-    if magic != _FRAME_MAGIC or not 0 <= size <= limit:
-        raise ValueError(f"malformed frame {[magic, size, kind]}")
+    if magic != _FRAME_MAGIC or not 0 <= size <= limit or incarnation < 0:
+        raise ValueError(f"malformed frame {[magic, size, kind, incarnation]}")
 
 
 def abort_body(culprits: tuple[int, ...], reason: str) -> bytes:

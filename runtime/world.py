@@ -6,7 +6,7 @@ import os
 import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,11 +21,12 @@ from ..partition.directory import Directory, empty_directory
 from ..partition.layout import Form, Layout
 from ..partition.pool import BlockStore
 from ..partition.records import BlockHashes
-from ..partition.snapshot import Kind
+from ..partition.snapshot import KINDS, Kind
 from .config import RuntimeConfig
 from .cost.model import LayerFacts
 from .cost.predicate import Decision, Demand, Way
 from .messages import Header
+from .plan import chosen_copy
 from .ranges import named_range
 from .transport import Column, LoopbackTransport, Sent, Transport
 from .transport_torch import TorchTransport
@@ -64,10 +65,17 @@ class Push(NamedTuple):
     ids: Tensor
     rows: Tensor
 
-    def without(self, keys: Tensor, block_tokens: int) -> Push:
-        """What is left when these keys are gone."""
-        left = ~torch.isin(self.ids // block_tokens, keys)
-        return Push(self.holder[left], self.ids[left], self.rows[left])
+    def only(self, kept: Tensor) -> Push:
+        """The rows that are `kept` (n,) bool."""
+        return Push(self.holder[kept], self.ids[kept], self.rows[kept])
+
+
+class Life(NamedTuple):
+    """Which rank of how many this one was, and what tables it had."""
+
+    rank: int
+    world_size: int
+    directory: Directory
 
 
 class LastStep(NamedTuple):
@@ -138,8 +146,7 @@ class World:
         self._sent_before = sent_before or transport.counted()
         self.service: Service | None = None
         self.served = Served()
-        # (W,) bool: whom a plan may ask. Of a unit without such a holder the preferred one is asked.
-        self.reachable = torch.ones(self.world_size, dtype=torch.bool)
+        self.avoided: frozenset[int] = frozenset()  # asked only where nobody else has a copy
         if config.placement.copies > self.world_size:
             raise ValueError(
                 f"{config.placement.copies} copies need as many ranks, the world has {self.world_size}"
@@ -178,8 +185,8 @@ class World:
         }
         self.leases = [self.entries.leases(layer) for layer in range(len(layers))]
         self.weights: list[LayerWeights | None] = [None] * len(layers)
-        self.entry_pushes: list[list[Push]] = [[] for _ in layers]
-        self.index_pushes: list[list[Push]] = [[] for _ in layers]
+        # What was written for copies elsewhere, by layer, until it is sent.
+        self.staged: dict[Kind, list[list[Push]]] = {kind: [[] for _ in layers] for kind in KINDS}
         self.facts = [
             LayerFacts.of(
                 layout, entry_bytes=codec.entry_bytes, element_bytes=config.dtype.itemsize
@@ -187,8 +194,11 @@ class World:
             for layout, codec in zip(layers, entry_codecs, strict=True)
         ]
         self.epoch = 0
+        self._is_whole = True  # every block in use has all of its copies
+        # The life before the last one, until tables change: not all may know yet that it ended.
+        self.former: Life | None = None
         self._weights_mark = 0
-        self._incarnation = config.fingerprint(self.world_size)
+        self._incarnation = config.fingerprint(self.world_size, transport.incarnation)
         ways = torch.zeros(self.world_size, len(Way), dtype=torch.int64)
         self.stats = Stats(ways, profile_ranges=config.profile_ranges)
         self.last: LastStep | None = None
@@ -204,10 +214,21 @@ class World:
         keys = stored_ids.long() // self.config.block_tokens
         return generations[keys.clamp(0, len(generations) - 1)]
 
-    def index_owners(self, units: Tensor, unit_tokens: int) -> Tensor:
-        """The rank that scores each unit when index keys live with their blocks; -1 for private ones."""
-        block = units.long() * unit_tokens // self.config.block_tokens
-        return self._owners(block * self.config.num_branches)[..., 0]
+    def askable(self) -> Tensor | None:
+        """Whom a plan may ask, as `plan.chosen_copy` takes it; in the engine's thread."""
+        gone = {} if self.service is None else self.service.unreachable()
+        if not gone and not self.avoided and self._is_whole:
+            return None
+        askable = torch.full((self.world_size,), 2, dtype=torch.uint8)
+        askable[list(self.avoided)] = 1
+        askable[list(gone)] = 0
+        return askable
+
+    def scorers(self, blocks: Tensor, askable: Tensor | None) -> Tensor:
+        """The rank that scores each block when index keys live with their blocks, for a requester that
+        can ask `askable` (`plan.chosen_copy`); -1 for private blocks, and where nobody can be asked.
+        """
+        return chosen_copy(self._owners(blocks * self.config.num_branches), 0, askable)
 
     def forms(self, layer: int) -> tuple[Form, ...]:
         """Payload forms that can be executed: B with the projection weights, which headers compare."""
@@ -235,29 +256,47 @@ class World:
                 raw, zlib.crc32(bytes([layer % 256]), self._weights_mark)
             )
 
-    def adopt(self, directory: Directory) -> None:
+    def adopt(self, directory: Directory, rank: int | None = None) -> None:
         """Take over another directory: give up the blocks that are gone, with their leases and what
-        was written for them and not sent, and give the copies of new ones here their slots.
+        was written for them and not sent, and the copies that are no longer here; give the new ones
+        here their slots.
+
+        Args: rank: which of the directory's ranks this one is; None: as the transport says.
         """
         self.check_not_serving()
+        rank = self.rank if rank is None else rank
         branches, before = self.config.num_branches, self.directory
         changed = (before.generations != directory.generations).view(-1, branches)[:, 0]
         unused, wanted = before.references == 0, directory.references > 0
         self._give_up((~unused & (changed | ~wanted)).nonzero()[:, 0])
-        blocks = (wanted & (changed | unused)).nonzero()[:, 0]
-        keys = (blocks[:, None] * branches + torch.arange(branches)).reshape(-1)
-        owners = directory.owners[keys]
-        here, copy = (owners == self.rank).nonzero(as_tuple=True)
-        mine = keys[here]
+        here = directory.owners == rank
+        self._let_go(here)
+        mine, copy = here.nonzero(as_tuple=True)
+        fresh = self.entries.slot_of[mine] < 0
+        mine, copy = mine[fresh], copy[fresh]
         self.entries.assign(mine, directory.slots[mine, copy], directory.generations[mine])
         if self.has_index:
+            fresh = wanted & (self.index.slot_of[: len(wanted)] < 0)
             if self.config.index_placement == "with-blocks":
-                blocks = blocks[owners[::branches, 0] == self.rank]
+                fresh &= here[::branches].any(1)
+            blocks = fresh.nonzero()[:, 0]
             free = (self.index.key_of[: self.index_slots] < 0).nonzero()[:, 0]
             generations = directory.generations[blocks * branches]
             self.index.assign(blocks, free[: len(blocks)], generations)
         self.directory = directory
+        held = (directory.owners >= 0).view(self.config.max_blocks, -1)
+        self._is_whole = bool(held[wanted].all())
+        self.former = None
         self.usage.keep({document.serial for document in directory.documents.values()})
+
+    def _let_go(self, here: Tensor) -> None:
+        """Free the slots of copies that are not `here` (K, R) any more."""
+        keys = (self.entries.slot_of[: len(here)] >= 0) & ~here.any(1)
+        self.entries.release(keys.nonzero()[:, 0])
+        if self.has_index and self.config.index_placement == "with-blocks":
+            firsts = here[:: self.config.num_branches].any(1)
+            blocks = (self.index.slot_of[: len(firsts)] >= 0) & ~firsts
+            self.index.release(blocks.nonzero()[:, 0])
 
     def _give_up(self, blocks: Tensor) -> None:
         """Forget all that is here of these blocks."""
@@ -271,9 +310,10 @@ class World:
         stored = (keys[:, None] * block_tokens + torch.arange(block_tokens)).reshape(-1)
         for leases in self.leases:
             leases.forget(stored)
-        for pushes, gone in ((self.entry_pushes, keys), (self.index_pushes, blocks)):
-            for staged in pushes:
-                left = [push.without(gone, block_tokens) for push in staged]
+        of_kind: dict[Kind, Tensor] = {"entries": keys, "index": blocks}
+        for kind, gone in of_kind.items():
+            for staged in self.staged[kind]:
+                left = [push.only(~torch.isin(push.ids // block_tokens, gone)) for push in staged]
                 staged[:] = [push for push in left if len(push.ids)]
 
     def check_not_serving(self) -> None:
@@ -342,10 +382,20 @@ class World:
         stored = self.stored_ids(ids)
         here = self.entries.holds(stored)
         self.entries.write(layer, stored[here], rows[here])
-        owners = self._owners(stored // self.config.block_tokens)
-        self._stage(self.entry_pushes[layer], owners, stored, rows)
+        self.stage("entries", layer, stored, rows)
         if index_rows is not None:
-            self._keep_index(layer, ids, index_rows)
+            here = self.index.holds(ids)
+            self.index.write(layer, ids[here], index_rows[here])
+            self.stage("index", layer, ids, index_rows)
+
+    def stage(self, kind: Kind, layer: int, ids: Tensor, rows: Tensor) -> None:
+        """Keep encoded rows (n, bytes) of ids (n,), stored ids or of index keys, for the copies
+        elsewhere, until the layer's next step.
+        """
+        for copy in self._holders(kind, ids // self.config.block_tokens).unbind(1):
+            away = (copy >= 0) & (copy != self.rank)
+            if bool(away.any()):
+                self.staged[kind][layer].append(Push(copy[away], ids[away], rows[away]))
 
     def _encode(self, codec: Codec, entries: Tensor, chosen: Tensor) -> Tensor:
         """Rows of the `chosen` (N,) of entries (N, D), encoded tile by tile within the workspace."""
@@ -357,29 +407,20 @@ class World:
             rows[tile] = codec.encode(entries[at[tile]])
         return rows
 
-    def _keep_index(self, layer: int, ids: Tensor, rows: Tensor) -> None:
-        here = self.index.holds(ids)
-        self.index.write(layer, ids[here], rows[here])
-        block = ids // self.config.block_tokens
+    def _holders(self, kind: Kind, keys: Tensor) -> Tensor:
+        """Ranks (n, *) that have a copy of keys (n,) of a kind; -1 for none."""
+        if kind == "entries":
+            return self._owners(keys)
         if self.config.index_placement == "replicated":
-            everyone = torch.arange(self.world_size, dtype=torch.int32).expand(len(ids), -1)
-            corpus = (block < self.config.max_blocks)[:, None]
-            holders = torch.where(corpus, everyone, -1)
-        else:
-            holders = self._owners(block * self.config.num_branches)[:, :1]
-        self._stage(self.index_pushes[layer], holders, ids, rows)
+            everyone = torch.arange(self.world_size, dtype=torch.int32).expand(len(keys), -1)
+            return torch.where((keys < self.config.max_blocks)[:, None], everyone, -1)
+        return self._owners(keys * self.config.num_branches)
 
     def _owners(self, keys: Tensor) -> Tensor:
         """Ranks (*, R) of the copies of keys (*); -1 for private ones, which are only here."""
         owners = self.directory.owners
         corpus = (keys >= 0) & (keys < len(owners))
         return torch.where(corpus[..., None], owners[torch.where(corpus, keys, 0).long()], -1)
-
-    def _stage(self, pushes: list[Push], holders: Tensor, ids: Tensor, rows: Tensor) -> None:
-        for copy in holders.unbind(1):
-            away = (copy >= 0) & (copy != self.rank)
-            if bool(away.any()):
-                pushes.append(Push(copy[away], ids[away], rows[away]))
 
     def counted(self) -> dict[str, Any]:
         """The counters as plain values."""
@@ -405,7 +446,13 @@ class World:
                 "most_bytes": served.most_bytes,
             },
             "leases": {"hit": 0, "evicted": 0, **stats.leases},
-            "failures": {"coverage": 0, "deadline": self.transport.expiries, **stats.failures},
+            "failures": {
+                "coverage": 0,
+                "failover": 0,
+                "deadline": self.transport.expiries,
+                "late": self.transport.late.total(),
+                **stats.failures,
+            },
             "lifetime": {"block": blocks.lifetime.plain(), "lease": leases.lifetime.plain()},
             "reuse_gap": {"block": blocks.reuse_gap.plain(), "lease": leases.reuse_gap.plain()},
             "phase_s": dict(stats.phase_s),
@@ -414,31 +461,61 @@ class World:
             "block_bytes": self.entries.held_bytes + self.index.held_bytes,
         }
 
-    def take_pushes(self, layer: int) -> list[Column]:
-        """The columns of what was written for other ranks at this layer, forgotten once taken."""
+    def reconnect(self, transport: Transport, sent_before: Sent) -> None:
+        """Speak through another transport, as another rank perhaps: what is here stays, what was
+        counted by rank begins anew.
+        """
+        self.transport, self._sent_before = transport, sent_before
+        self.rank, self.world_size = transport.rank, transport.world_size
+        self._incarnation = self.config.fingerprint(self.world_size, transport.incarnation)
+        self.avoided = frozenset()
+        self.served, self.last = Served(), None
+        self.stats.ways = torch.zeros(self.world_size, len(Way), dtype=torch.int64)
+
+    def staged_at(self, layer: int) -> dict[Kind, list[Push]]:
+        """What is staged now, for `put_back` if it turns out that nobody may have got it."""
+        return {kind: staged[layer] for kind, staged in self.staged.items()}
+
+    def put_back(self, layer: int, pushes: Mapping[Kind, list[Push]]) -> None:
+        for kind, staged in self.staged.items():
+            staged[layer] = pushes[kind]
+
+    def take_pushes(self, layer: int, not_to: Collection[int] = ()) -> list[Column]:
+        """The columns of what was written for other ranks at this layer, forgotten once taken; what
+        is for the ranks `not_to` stays.
+        """
         columns: list[Column] = []
-        for name, pushes in (("push", self.entry_pushes), ("push_index", self.index_pushes)):
-            if pushes[layer]:
-                holder = torch.cat([push.holder for push in pushes[layer]]).long()
+        staying = torch.tensor(sorted(not_to), dtype=torch.int32)
+        for name, staged in (
+            ("push", self.staged["entries"]),
+            ("push_index", self.staged["index"]),
+        ):
+            pushes, staged[layer] = staged[layer], []
+            if len(staying):
+                stays = [torch.isin(push.holder, staying) for push in pushes]
+                kept = [push.only(here) for push, here in zip(pushes, stays, strict=True)]
+                pushes = [push.only(~here) for push, here in zip(pushes, stays, strict=True)]
+                staged[layer] = [push for push in kept if len(push.ids)]
+            if any(len(push.ids) for push in pushes):
+                holder = torch.cat([push.holder for push in pushes]).long()
                 order = holder.argsort(stable=True)
                 counts = torch.bincount(holder, minlength=self.world_size)
-                ids = torch.cat([push.ids for push in pushes[layer]])
-                rows = torch.cat([push.rows for push in pushes[layer]])
+                ids = torch.cat([push.ids for push in pushes])
+                rows = torch.cat([push.rows for push in pushes])
                 columns.append(Column(f"{name}.ids", ids, counts, order))
                 columns.append(Column(f"{name}.rows", rows, counts, order))
-                pushes[layer].clear()
         return columns
 
 
 def index_slots(config: RuntimeConfig, world_size: int) -> int:
-    """Blocks whose index keys one rank may have to hold: as the owner of their first branch, or all."""
+    """Blocks whose index keys one rank may have to hold: with copies of their first branch, or all."""
     placement, branches = config.placement, config.num_branches
     if config.index_placement == "replicated":
         return config.max_blocks
     if placement.policy == "block-cyclic":
         rounds = -(-config.max_blocks // (placement.run * world_size))
-        return min(rounds * placement.run, config.max_blocks)
-    # Elsewhere a rank may own all that it holds, and hold few replicas or none.
+        return min(rounds * placement.run * placement.copies, config.max_blocks)
+    # Elsewhere all that a rank holds may be first branches.
     per_block = 1 if placement.policy == "branch-split" else branches
     return min(-(-config.slots_for(world_size) // per_block), config.max_blocks)
 

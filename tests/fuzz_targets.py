@@ -33,8 +33,18 @@ from fuzz_world import (
 from fuzzing import Target, hostile, mutated_bytes, mutated_tree
 from torch import Tensor
 
+from qroam.partition.directory import (
+    Directory,
+    empty_directory,
+    with_document,
+    with_pin,
+    with_quota,
+    without_document,
+)
 from qroam.partition.layout import named_layout, uniform_model
-from qroam.partition.placement import POLICIES, Placement
+from qroam.partition.placement import POLICIES, Placement, place_at
+from qroam.partition.repair import repaired
+from qroam.partition.tables import directory_columns, directory_of
 from qroam.runtime import CoverageError, PeerError, RuntimeConfig, load_profile
 from qroam.runtime.agreement import heard, introduction
 from qroam.runtime.cost.predicate import MODES
@@ -345,6 +355,79 @@ def check_config(given: dict[str, Any], config: RuntimeConfig) -> None:
 
 SETTINGS = Target(name="config", draw=draw_config, read=read_config, check=check_config)
 
+# Tables for a rank that joins -----------------------------------------------------------------------
+
+TABLES_CAPACITY = 20
+BLANK = empty_directory(max_blocks=12, block_tokens=4, num_branches=2, copies=2, world_size=WORLD)
+
+
+def _directory() -> Directory:
+    """Four documents, two of which share a beginning, and one of which is gone."""
+    directory = BLANK
+    shared = tuple(bytes([number]) * 32 for number in range(3))
+    contents = {"a": shared[:2], "b": (), "c": shared, "d": ()}
+    for name, tokens in {"a": 9, "b": 3, "c": 13, "d": 8}.items():
+        fresh = -(-tokens // 4) - len(directory.prefix(contents[name]))
+        ranks = place_at(1, fresh, num_branches=2, copies=2, world_size=WORLD)
+        directory = with_document(
+            directory,
+            name,
+            tokens=tokens,
+            position=len(name),
+            ranks=ranks,
+            capacity=TABLES_CAPACITY,
+            hashes=contents[name],
+            group="g" if tokens > 8 else "",
+        )
+    return with_quota(with_pin(without_document(directory, "b"), "c", True), "g", 9)
+
+
+def draw_tables(random: Random) -> dict[str, Tensor]:
+    columns = {name: rows.clone() for name, rows in directory_columns(_directory()).items()}
+    for _ in range(random.choice((1, 1, 2))):
+        name = random.choice(list(columns))
+        rows = columns[name]
+        if name == "documents" and random.random() < 0.9:
+            raw = as_bytes(rows)
+            try:
+                raw = packb(mutated_tree(random, msgpack.unpackb(raw)))
+            except (ValueError, msgpack.UnpackException):  # it was edited before
+                raw = mutated_bytes(random, raw, [raw])
+            columns[name] = as_tensor(raw)
+        elif random.random() < 0.8 and rows.numel():
+            value = random.choice((-2, -1, 0, 1, 2, 3, 4, 11, 19, 20, 2**31 - 1, -(2**31)))
+            at = random.randrange(rows.numel())
+            rows.view(-1)[at] = value % 256 if name == "documents" else value
+        else:
+            columns[name] = random.choice((rows[:-1], rows.double(), rows[None], rows[:0]))
+    if random.random() < 0.1:
+        del columns[random.choice(list(columns))]
+    return columns
+
+
+def check_tables(columns: dict[str, Tensor], directory: Directory) -> None:
+    """It says what was sent, and is what deltas could have made: it can be changed further."""
+    for name, rows in directory_columns(directory).items():
+        sent = columns.get(name, rows[:0])
+        assert torch.equal(rows, sent), f"{name} have another encoding too"
+    held = [block for document in directory.documents.values() for block in document.blocks]
+    assert directory.references.tolist() == [held.count(block) for block in range(12)]
+    assert all((count > 0) == (block in held) for block, count in enumerate(directory.tokens))
+    assert int(directory.used.sum()) == int((directory.owners >= 0).sum())
+    for name in list(directory.documents):
+        directory = without_document(with_pin(directory, name, False), name)
+    assert not bool((directory.owners >= 0).any()), "somebody's copy stays for ever"
+    assert directory.used.tolist() == [0] * WORLD
+    repaired(directory, [1, 0], world_size=2, capacity=TABLES_CAPACITY, index_capacity=12)
+
+
+JOINING = Target(
+    name="tables",
+    draw=draw_tables,
+    read=partial(directory_of, like=BLANK, world_size=WORLD, capacity=TABLES_CAPACITY),
+    check=check_tables,
+)
+
 # What a holder does for a message, and a requester with an answer -----------------------------------
 
 
@@ -397,7 +480,8 @@ REQUESTER = Target(
 
 # (target, its share of a run)
 TARGETS = (
-    (WIRE, 0.62),
+    (WIRE, 0.6),
+    (JOINING, 0.02),
     (ABORT, 0.1),
     (OPENING, 0.1),
     (PROFILE, 0.05),

@@ -119,6 +119,9 @@ def prepare(runtime: Runtime, layout: Layout) -> None:
 def take(runtime: Runtime, step: Asked) -> Tensor:
     """Take part in a step; returns the selected ids, or the output."""
     scope = runtime.scope(documents=[("there", step.offset)], queries=len(step.query))
+    runtime.avoid(
+        [1 - runtime.rank] if step.offset else []
+    )  # asked all the same: nobody else has it
     if step.layer_step == "select":
         return runtime.select(
             0, step.query, step.weights, scope=scope, top_k=5, unit_tokens=step.unit_tokens
@@ -378,8 +381,11 @@ def _check_fetched(subject: Subject, served: Served, message: Message) -> None:
 def _check_select(subject: Subject, served: Served, message: Message) -> None:
     columns, header = message.columns, message.header
     query, weights = columns["index.query"].double(), columns["index.weights"].double()
-    here = [at for at, row in enumerate(served.index_keys) if row is not None]
-    keys = torch.stack([_numbers(served.index_keys[at]) for at in here])
+    askable = columns.get("index.askable")
+    mine = askable is None or int(askable[subject.world.rank]) > 0  # there is one copy of each
+    here = [at for at, row in enumerate(served.index_keys) if row is not None and mine]
+    rows = [_numbers(served.index_keys[at])[None] for at in here]
+    keys = torch.cat([torch.zeros(0, query.shape[2], dtype=torch.float64), *rows])
     offsets = columns.get("index.offsets", torch.zeros(len(query), 1)).tolist()
     found = served.answer["id"].view(len(query), -1) if len(query) else torch.empty(0, 0)
     for at, runs in enumerate(columns["index.runs"].tolist()):
@@ -455,7 +461,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 _KNOWN = re.compile(
-    r"push(_index)?\.(ids|rows)|fetch|fetch\.(rows|mark)|score|id|seen|index\.(query|weights|runs|offsets)"
+    r"push(_index)?\.(ids|rows)|fetch|fetch\.(rows|mark)|score|id|seen|index\.(query|weights|runs|offsets|askable)"
     r"|[AB]\.(query|item|count|units|hidden|offsets|out|lse|covered)"
 )
 

@@ -17,10 +17,18 @@ class RestoredPlayer(Player):
     """Knows what a case's documents hold, and finds them in a snapshot instead of writing them."""
 
     def restore(self, folder: Path) -> RestoreReport:
+        self.load_weights()
+        report = self.runtime.restore(folder)
+        self.learn()
+        return report
+
+    def load_weights(self) -> None:
         if self.case.weights and self.layout.projection:
             for layer in range(self.case.layers):
                 self._load_weights(layer)
-        report = self.runtime.restore(folder)
+
+    def learn(self) -> None:
+        """What the documents say that this rank did not add."""
         for number in range(len(self.case.documents)):
             document = self.runtime._world.directory.document(f"d{number}")
             ids = document.ids().long()
@@ -29,7 +37,6 @@ class RestoredPlayer(Player):
                 self._invent(layer, ids, noise)
             self.documents.append(document)
         self.complete = list(self.documents)
-        return report
 
 
 def hashes_of(checks: list[BlockCheck]) -> dict[tuple[str, str, int, int], str]:

@@ -38,7 +38,7 @@ def test_agents_come_and_go() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "all well"
     assert done.stdout.count("2 of 2 agents as alone") == 2
-    assert done.stdout.count("failures   coverage 0, deadline 0") == 2
+    assert done.stdout.count("failures   coverage 0, failover 0, deadline 0, late 0") == 2
     logged = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
     assert {line["rank"] for line in logged} == {0, 1}
     assert {line["event"] for line in logged} == {"decision"}

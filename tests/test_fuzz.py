@@ -22,6 +22,7 @@ QUICK = {
     fuzz_targets.OPENING: 1000,
     fuzz_targets.PROFILE: 600,
     fuzz_targets.SETTINGS: 1000,
+    fuzz_targets.JOINING: 1500,
     fuzz_targets.HOLDER: 700,
     fuzz_targets.REQUESTER: 150,
 }

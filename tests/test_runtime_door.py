@@ -108,7 +108,7 @@ class Bench:
         ]
         request = (self.request.length, list(self.request.blocks), self.request.is_open)
         free = (list(self.runtime._free_blocks), list(self.runtime._free_requests))
-        pushes = [len(p) for p in world.entry_pushes + world.index_pushes]
+        pushes = [len(p) for p in world.staged["entries"] + world.staged["index"]]
         return [tables, request, free, pushes, world.directory.version, world.epoch]
 
     def pick(self, *ids: int, unit_tokens: int = 1) -> Selection:

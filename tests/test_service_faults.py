@@ -223,7 +223,7 @@ def test_a_late_answer_is_named_in_time_once_waited_for_and_forgiven(
         error = caught(world)  # a sick peer costs one deadline, not one per step
         assert time.monotonic() - start < 0.5 * deadline_s
         assert error.culprits == (0,)
-        assert "no answer to a request of" in error.reason
+        assert "no answer within 1 s, to a request of" in error.reason
         release.set()
         until(lambda: bool(served._inbox._answers[0]))
         for _ in range(3):
@@ -234,7 +234,7 @@ def test_a_late_answer_is_named_in_time_once_waited_for_and_forgiven(
     serving(3, work, deadline_s=deadline_s)
 
 
-def test_a_lost_peer_is_named_at_once_by_all_and_costs_the_others_nothing() -> None:
+def test_a_lost_peer_is_known_at_once_to_all_and_its_replicas_are_asked() -> None:
     gone, asked = threading.Event(), threading.Barrier(3)
 
     def rank(end: Transport) -> None:
@@ -250,12 +250,9 @@ def test_a_lost_peer_is_named_at_once_by_all_and_costs_the_others_nothing() -> N
             gone.set()
             until(lambda: 0 in served.lost())
             start = time.monotonic()
-            if world.rank != 2:  # which has all the blocks of rank 0 itself
-                error = caught(world)
-                assert error.culprits == (0,)
-                assert "closed its runtime" in error.reason
-            runtime.avoid([0])
-            world.check()
+            assert "closed its runtime" in served.lost()[0]
+            world.check()  # its blocks have copies at rank 2
+            assert runtime.lost_blocks() == {}
             assert served.wait(20.0)
             served.close()
             assert time.monotonic() - start < 5.0

@@ -34,7 +34,8 @@ class RuntimeCollector(Collector):
     qroam_sent_bytes_total{phase}, qroam_sent_messages_total{phase}
     qroam_seconds_total{phase}                      time of this rank by phase of a step
     qroam_leases_total{event}                       entries hit, and entries evicted
-    qroam_failures_total{kind}                      coverage failures, deadline expiries
+    qroam_failures_total{kind}                      coverage failures, deadline expiries, requests planned
+                                                    again (failover), messages of former lives (late)
     qroam_pool_bytes{kind}                          pool (blocks, held or free), lease, held
     qroam_lifetime_seconds{of}, qroam_reuse_gap_seconds{of}     histograms of blocks and leases
     """
