@@ -16,7 +16,7 @@ one exchange ahead, and a message of this parity finds its place read. The epoch
 device, counted up once everybody in the launch of `receive` has read it; replays need no host.
 
 A CTA waits for other ranks only, and for roles whose launch ended or whose CTAs are in the same
-launch. There, all CTAs have to be resident: `exchange` refuses launches that may not be.
+launch. There all CTAs are resident: `exchange` makes no more of them.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ _REGISTERS = 128  # of a thread, so that an SM holds four CTAs
 _CTAS_OF_SM = 65536 // (_REGISTERS * 32 * _WARPS)
 _TILE = 2048  # words a CTA copies at once, four accesses of 16 bytes a thread
 _HEADS = 8  # that a CTA merges
+_MOST_PARTS = 64
 
 
 class Ends(NamedTuple):
@@ -258,13 +259,13 @@ def _rows_before(
 
 @triton.jit
 def _accept(
-    program, epoch, lane, rank, units_ptr, lengths_ptr, query_of_ptr, num_rows_ptr,
+    work, epoch, lane, rank, units_ptr, lengths_ptr, query_of_ptr, num_rows_ptr,
     tables_ptr, own_ptr, peers_ptr, status_ptr, budget_ns,
     W: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, QUERY: tl.constexpr,
     LIST: tl.constexpr, LISTS: tl.constexpr, E: tl.constexpr, INBOX_CHUNK: tl.constexpr,
     QUERY_SIGNALS: tl.constexpr, ABORT: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    seat, source = program % N, program // N
+    seat, source = work % N, work // N
     source += (source >= rank).to(tl.int32)
     before, count, code = _rows_before(
         source, epoch, lane, rank, own_ptr, peers_ptr, status_ptr, budget_ns,
@@ -275,7 +276,7 @@ def _accept(
             head = own_ptr + _message(epoch, source, 0, W, CHUNKS) * INBOX_CHUNK
             if tl.load(head + LISTS * QUERY - _HEAD) != tl.load(tables_ptr):
                 tell_abort((_UNTRUE << 16) + source.to(tl.int64) + 1, peers_ptr, status_ptr, ABORT, W)
-        if program == (W - 2) * N:
+        if work == (W - 2) * N:
             tl.store(num_rows_ptr, before + count)
     if seat < count:
         chunk, row = seat // CHUNK, seat % CHUNK
@@ -363,14 +364,14 @@ def _add(
 
 @triton.jit
 def _receive(
-    program, epoch, lane, rank, outs_ptr, lses_ptr, out_ptr, lse_ptr, fault_ptr,
+    work, epoch, lane, rank, outs_ptr, lses_ptr, out_ptr, lse_ptr, fault_ptr,
     items_ptr, pairs_ptr, expected_ptr, own_ptr, peers_ptr, status_ptr, budget_ns,
     W: tl.constexpr, WP: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, ANSWER: tl.constexpr, RECORD: tl.constexpr,
     WINDOW: tl.constexpr, ANSWER_SIGNALS: tl.constexpr, ABORT: tl.constexpr, N: tl.constexpr,
     NP: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    item, heads = program // GROUPS, program % GROUPS * HEADS + tl.arange(0, HEADS)
+    item, heads = work // GROUPS, work % GROUPS * HEADS + tl.arange(0, HEADS)
     used, columns = heads < H, tl.arange(0, CP)
     top = tl.full((HEADS,), -float("inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
@@ -387,9 +388,9 @@ def _receive(
             seats = tl.arange(0, NP)
             asked = tl.load(items_ptr + before + seats, mask=seats < count, other=-1)
             seat = tl.max(tl.where(asked == item, seats, -1), axis=0)
-            # The first program waits for everybody: without this credit a rank that asks nothing
+            # The first of them waits for everybody: without this credit a rank that asks nothing
             # could write over what the others have not read yet.
-            if (seat >= 0) | (program == 0):
+            if (seat >= 0) | (work == 0):
                 chunk = tl.maximum(seat, 0) // CHUNK
                 message = _message(epoch, holder, chunk, W, CHUNKS)
                 answered, code = wait_for(
@@ -416,7 +417,7 @@ def _receive(
     place = out_ptr + row[:, None] * C + columns[None, :]
     tl.store(place, out, mask=used[:, None] & (columns < C)[None, :])
     tl.store(lse_ptr + row, lse, mask=used)
-    tl.store(fault_ptr + item, fault, mask=program % GROUPS == 0)
+    tl.store(fault_ptr + item, fault, mask=work % GROUPS == 0)
 
 
 @triton.jit
@@ -427,7 +428,7 @@ def _note(ring_ptr, epoch, stamp: tl.constexpr, RING: tl.constexpr):
         tl.atomic_max(ring_ptr + (epoch % RING) * _STAMPS + stamp, now, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lane", "rank", "budget_ns"])  # so every rank compiles the same
 def _exchange_kernel(
     query, items, units_of, route_units, pairs, expected, units, lengths, query_of, num_rows,
     partial_out, partial_lse, covered, own_outs, own_lses, out, lse, fault,
@@ -461,11 +462,13 @@ def _exchange_kernel(
     program -= SENDS
     if ACCEPTS > 0:
         if (program >= 0) & (program < ACCEPTS):
-            _accept(
-                program, epoch, lane, rank, units, lengths, query_of, num_rows, tables, arena,
-                peers, status, budget_ns, W, CHUNKS, CHUNK, QUERY, LIST, LISTS, E, INBOX_CHUNK,
-                QUERY_SIGNALS, ABORT, ROWS, TILE,
-            )  # fmt: skip
+            for first in range(0, (W - 1) * ROWS, ACCEPTS):
+                if program + first < (W - 1) * ROWS:
+                    _accept(
+                        program + first, epoch, lane, rank, units, lengths, query_of, num_rows,
+                        tables, arena, peers, status, budget_ns, W, CHUNKS, CHUNK, QUERY, LIST,
+                        LISTS, E, INBOX_CHUNK, QUERY_SIGNALS, ABORT, ROWS, TILE,
+                    )  # fmt: skip
             _note(ring, epoch, 2, RING)
     program -= ACCEPTS
     if ANSWERS > 0:
@@ -479,11 +482,14 @@ def _exchange_kernel(
     program -= ANSWERS
     if RECEIVES > 0:
         if program >= 0:
-            _receive(
-                program, epoch, lane, rank, own_outs, own_lses, out, lse, fault, items, pairs,
-                expected, arena, peers, status, budget_ns, W, WP, CHUNKS, CHUNK, H, C, CP, ANSWER,
-                RECORD, WINDOW, ANSWER_SIGNALS, ABORT, N, NP, P, HEADS, GROUPS,
-            )  # fmt: skip
+            for first in range(0, N * GROUPS, RECEIVES):
+                if program + first < N * GROUPS:
+                    _receive(
+                        program + first, epoch, lane, rank, own_outs, own_lses, out, lse, fault,
+                        items, pairs, expected, arena, peers, status, budget_ns, W, WP, CHUNKS,
+                        CHUNK, H, C, CP, ANSWER, RECORD, WINDOW, ANSWER_SIGNALS, ABORT, N, NP, P,
+                        HEADS, GROUPS,
+                    )  # fmt: skip
             _note(ring, epoch, 4, RING)
 
 
@@ -507,8 +513,8 @@ def exchange(
         receive: own partials in, the merged result out.
         send_parts, answer_parts: CTAs that copy a chunk; by default so many that the device is full.
     Raises:
-        ValueError: on shapes, dtypes or devices that do not fit the wire, on no role, or roles
-            together that need more CTAs than are resident.
+        ValueError: on shapes, dtypes or devices that do not fit the wire, on no role, or on roles
+            together that need more CTAs than can be resident.
     """
     wire, device = ends.wire, ends.arena.device
     others, items = wire.world_size - 1, len(routes.expected)
@@ -516,23 +522,26 @@ def exchange(
     if all(role is None for role in roles):
         raise ValueError("give at least one of send, accept, answer and receive")
     _check(ends, routes, send, accept, answer, receive)
-    sms = _multiprocessors(device)
-    full = max(min(2 * sms // (others * wire.chunks), 64), 1)
-    send_parts, answer_parts = send_parts or full, answer_parts or full
     groups = triton.cdiv(wire.heads, _HEADS)
     chunks = others * wire.chunks
-    programs = (
-        chunks * send_parts if send is not None else 0,
-        others * wire.rows if accept is not None else 0,
-        chunks * answer_parts if answer is not None else 0,
-        items * groups if receive is not None else 0,
-    )
-    resident = sms * _CTAS_OF_SM
-    if sum(count > 0 for count in programs) > 1 and sum(programs) > resident:
-        raise ValueError(
-            f"send, accept, answer and receive of {programs} programs wait for one another and must "
-            f"be resident together: at most {resident} on {device}; give them launches of their own"
-        )
+    sms = _multiprocessors(device)
+    alone = sum(role is not None for role in roles) == 1
+    full = max(min((2 if alone else 1) * sms // chunks, _MOST_PARTS), 1)
+    send_parts, answer_parts = send_parts or full, answer_parts or full
+    sends = chunks * send_parts if send is not None else 0
+    answers = chunks * answer_parts if answer is not None else 0
+    accepts = others * wire.rows if accept is not None else 0
+    receives = items * groups if receive is not None else 0
+    if not alone:  # they wait for one another, so all of them have to be resident
+        left = sms * _CTAS_OF_SM - sends - answers
+        if left < 2:
+            raise ValueError(
+                f"{sends + answers} CTAs that send and answer leave no room on {device} for those "
+                f"that wait: use fewer parts, or launches of their own"
+            )
+        accepts = min(accepts, left // 2)
+        receives = min(receives, left - accepts)
+    programs = (sends, accepts, answers, receives)
     nothing = ends.counters  # what a role that does not take part points to
     query = nothing if send is None else send.view(torch.int32)
     asked = accept or Accepted(nothing, nothing, nothing, nothing)
