@@ -44,14 +44,14 @@ _REGISTERS = 128  # of a thread, so that an SM holds four CTAs
 _CTAS_OF_SM = 65536 // (_REGISTERS * 32 * _WARPS)
 _TILE = 2048  # words a CTA copies at once, four accesses of 16 bytes a thread
 _HEADS = 8  # that a CTA merges
-_MOST_PARTS = 64
+_ALONE = 2  # CTAs an SM that copy where nobody waits beside them
 
 
 class Ends(NamedTuple):
     """This rank's end of a channel. Made once by the transport; the kernels alone change it.
 
     arena: (words,) int32, of `wire`'s layout, zero before the first exchange. peers: (W,) int64,
-    where each rank's arena is mapped here, or with `put` only this rank's own. epoch: (1,) int64.
+    where each rank's arena is mapped here; with `put` 0 but for this rank's own. epoch: (1,) int64.
     counters: (2 * W * chunks + 1,) int32, zero. tables: (1,) int32, version of the directory.
     status: (1,) int64 that the host can read at any time, an abort code or 0. ring: (R, stamps)
     int64, nanoseconds of `STAMPS` by epoch % R, or None.
@@ -136,12 +136,23 @@ class Merge(NamedTuple):
 
 
 @triton.jit
-def _share(pairs_ptr, peer, W: tl.constexpr, WP: tl.constexpr):
-    """How many rows go to ranks before `peer`, and to it."""
-    ranks = tl.arange(0, WP)
-    pairs = tl.load(pairs_ptr + ranks, mask=ranks < W, other=0)
-    before = tl.sum(tl.where(ranks < peer, pairs, 0), axis=0)
-    return before, tl.sum(tl.where(ranks == peer, pairs, 0), axis=0)
+def _share(counts, peer):
+    """Of counts (ranks,), how many rows are of ranks before `peer`, and how many are its own."""
+    ranks = tl.arange(0, counts.shape[0])
+    before = tl.sum(tl.where(ranks < peer, counts, 0), axis=0)
+    return before, tl.sum(tl.where(ranks == peer, counts, 0), axis=0)
+
+
+@triton.jit
+def _turn(turn, rank, W: tl.constexpr):
+    """The chunk and the rank whose turn it is: chunk after chunk, each rank beginning with its next."""
+    return turn // (W - 1), (rank + 1 + turn % (W - 1)) % W
+
+
+@triton.jit
+def _first(part, begin, PARTS: tl.constexpr):
+    """The first tile from `begin` on of this CTA, whose tiles are all that are `part` modulo PARTS."""
+    return begin + (part + PARTS - begin % PARTS) % PARTS
 
 
 @triton.jit
@@ -184,100 +195,100 @@ def _signal(arena_ptr, REGION: tl.constexpr, message):
 
 @triton.jit
 def _send(
-    program, epoch, lane, rank, query_ptr, items_ptr, units_of_ptr, route_units_ptr, pairs_ptr,
+    part, epoch, lane, rank, query_ptr, items_ptr, units_of_ptr, route_units_ptr, pairs_ptr,
     tables_ptr, own_ptr, peers_ptr, counters_ptr,
     W: tl.constexpr, WP: tl.constexpr, BP: tl.constexpr, CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr, QUERY: tl.constexpr, LIST: tl.constexpr, LISTS: tl.constexpr,
     E: tl.constexpr, INBOX_CHUNK: tl.constexpr, QUERY_SIGNALS: tl.constexpr, OUTBOX: tl.constexpr,
     PARTS: tl.constexpr, TILE: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
-    part, chunk, peer = program % PARTS, program // PARTS % CHUNKS, program // (PARTS * CHUNKS)
-    peer += (peer >= rank).to(tl.int32)
-    before, count = _share(pairs_ptr, peer, W, WP)
-    first = chunk * CHUNK
-    rows = tl.minimum(count - first, CHUNK)
-    if (rows > 0) | (chunk == 0):
-        mine = _message(epoch, rank, chunk, W, CHUNKS)
-        place = mine * INBOX_CHUNK
-        from_ptr = own_ptr + OUTBOX + _message(epoch, peer, chunk, W, CHUNKS) * INBOX_CHUNK
-        if PUT:
-            to_ptr = from_ptr
-        else:
-            to_ptr = _arena_of(peers_ptr, peer) + place
-        if (chunk == 0) & (part == 0):
-            tl.store(to_ptr + LISTS * QUERY - _HEAD, tl.load(tables_ptr))
-        LIST_TILES: tl.constexpr = (E + TILE - 1) // TILE
-        TILES: tl.constexpr = LIST_TILES + (QUERY + TILE - 1) // TILE
-        for t in range(part, rows * TILES, PARTS):
-            row, tile = t // TILES, t % TILES
-            seat = before + first + row
-            if tile < LIST_TILES:
-                length = tl.minimum(tl.load(units_of_ptr + seat), E)
-                all_seats = tl.arange(0, BP)
-                earlier = tl.load(units_of_ptr + all_seats, mask=all_seats < seat, other=0)
-                to_list = to_ptr + LISTS * QUERY - _HEAD - (row + 1) * LIST
-                at = tile * TILE + tl.arange(0, TILE)
-                from_list = route_units_ptr + tl.sum(earlier, axis=0) + at
-                tl.store(to_list + _LIST_HEAD + at, tl.load(from_list, mask=at < length),
-                         mask=at < length)  # fmt: skip
-                tl.store(to_list, length)
+    """This CTA's tiles of every message, chunk after chunk, so that the first are there early."""
+    LIST_TILES: tl.constexpr = (E + TILE - 1) // TILE
+    TILES: tl.constexpr = LIST_TILES + (QUERY + TILE - 1) // TILE
+    BEFORE: tl.constexpr = LISTS * QUERY - _HEAD  # of a chunk's words, where its head is
+    ranks = tl.arange(0, WP)
+    pairs = tl.load(pairs_ptr + ranks, mask=ranks < W, other=0)
+    for turn in range((W - 1) * CHUNKS):
+        chunk, peer = _turn(turn, rank, W)
+        before, count = _share(pairs, peer)
+        rows = tl.minimum(count - chunk * CHUNK, CHUNK)
+        if (rows > 0) | (chunk == 0):
+            mine = _message(epoch, rank, chunk, W, CHUNKS)
+            place = mine * INBOX_CHUNK
+            from_ptr = own_ptr + OUTBOX + _message(epoch, peer, chunk, W, CHUNKS) * INBOX_CHUNK
+            if PUT:
+                to_ptr = from_ptr
             else:
-                item = tl.load(items_ptr + seat).to(tl.int64)
-                _copy(to_ptr + (LISTS + row) * QUERY, query_ptr + item * QUERY, tile - LIST_TILES,
-                      QUERY, TILE)  # fmt: skip
-        rows = tl.maximum(rows, 0)
-        skipped = LISTS * QUERY - _HEAD - rows * LIST
-        _leave(counters_ptr + peer * CHUNKS + chunk, own_ptr, place + skipped, from_ptr + skipped,
-               _HEAD + rows * (LIST + QUERY),
-               QUERY_SIGNALS + 2 * mine, (stamp_of(epoch, lane) << 16) | count, peers_ptr, peer,
-               PARTS, PUT)  # fmt: skip
+                to_ptr = _arena_of(peers_ptr, peer) + place
+            if (chunk == 0) & (part == 0):
+                tl.store(to_ptr + BEFORE, tl.load(tables_ptr))
+            begin = chunk * (CHUNK * TILES)
+            for t in range(_first(part, begin, PARTS), begin + rows * TILES, PARTS):
+                row, tile = t // TILES - chunk * CHUNK, t % TILES
+                seat = before + t // TILES
+                if tile < LIST_TILES:
+                    length = tl.minimum(tl.load(units_of_ptr + seat), E)
+                    all_seats = tl.arange(0, BP)
+                    earlier = tl.load(units_of_ptr + all_seats, mask=all_seats < seat, other=0)
+                    to_list = to_ptr + BEFORE - (row + 1) * LIST
+                    at = tile * TILE + tl.arange(0, TILE)
+                    from_list = route_units_ptr + tl.sum(earlier, axis=0) + at
+                    listed = tl.load(from_list, mask=at < length)
+                    tl.store(to_list + _LIST_HEAD + at, listed, mask=at < length)
+                    tl.store(to_list, length)
+                else:
+                    item = tl.load(items_ptr + seat).to(tl.int64)
+                    _copy(to_ptr + (LISTS + row) * QUERY, query_ptr + item * QUERY,
+                          tile - LIST_TILES, QUERY, TILE)  # fmt: skip
+            rows = tl.maximum(rows, 0)
+            skipped = BEFORE - rows * LIST
+            _leave(counters_ptr + peer * CHUNKS + chunk, own_ptr, place + skipped,
+                   from_ptr + skipped, _HEAD + rows * (LIST + QUERY), QUERY_SIGNALS + 2 * mine,
+                   (stamp_of(epoch, lane) << 16) | count, peers_ptr, peer, PARTS, PUT)  # fmt: skip
 
 
 @triton.jit
-def _rows_before(
-    source, epoch, lane, rank, own_ptr, peers_ptr, status_ptr, budget_ns,
-    W: tl.constexpr, CHUNKS: tl.constexpr, QUERY_SIGNALS: tl.constexpr, ABORT: tl.constexpr,
-    N: tl.constexpr,
+def _headers(
+    epoch, lane, rank, own_ptr, peers_ptr, status_ptr, budget_ns,
+    W: tl.constexpr, WP: tl.constexpr, CHUNKS: tl.constexpr, QUERY_SIGNALS: tl.constexpr,
+    ABORT: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """How many rows came from ranks before `source`, how many from it, and an abort code or 0."""
-    before = tl.full((), 0, tl.int32)
-    count = tl.full((), 0, tl.int32)
+    """Wait for all messages to begin: how many rows (ranks,) came, and an abort code or 0."""
+    counts = tl.zeros((WP,), tl.int32)
     fault = tl.full((), 0, tl.int64)
-    for other in range(source + 1):
+    for other in range(W):
         if other != rank:
-            before += count
             header = _signal(own_ptr, QUERY_SIGNALS, _message(epoch, other, 0, W, CHUNKS))
             count, code = wait_for(header, stamp_of(epoch, lane), other, peers_ptr, status_ptr,
                                    budget_ns, rank, ABORT, W)  # fmt: skip
             if (code == 0) & (count > N):
-                code = (_UNTRUE << 16) + other.to(tl.int64) + 1
+                code = tl.full((), (_UNTRUE << 16) + 1, tl.int64) + other
                 tell_abort(code, peers_ptr, status_ptr, ABORT, W)
                 count = 0
+            counts = tl.where(tl.arange(0, WP) == other, count, counts)
             fault = tl.maximum(fault, code)
-    return before, count, fault
+    return counts, fault
 
 
 @triton.jit
 def _accept(
-    work, epoch, lane, rank, units_ptr, lengths_ptr, query_of_ptr, num_rows_ptr,
+    work, counts, code, epoch, lane, rank, units_ptr, lengths_ptr, query_of_ptr, num_rows_ptr,
     tables_ptr, own_ptr, peers_ptr, status_ptr, budget_ns,
     W: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, QUERY: tl.constexpr,
     LIST: tl.constexpr, LISTS: tl.constexpr, E: tl.constexpr, INBOX_CHUNK: tl.constexpr,
     QUERY_SIGNALS: tl.constexpr, ABORT: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    BEFORE: tl.constexpr = LISTS * QUERY - _HEAD
     seat, source = work % N, work // N
     source += (source >= rank).to(tl.int32)
-    before, count, code = _rows_before(
-        source, epoch, lane, rank, own_ptr, peers_ptr, status_ptr, budget_ns,
-        W, CHUNKS, QUERY_SIGNALS, ABORT, N,
-    )  # fmt: skip
+    before, count = _share(counts, source)
     if seat == 0:
         if code == 0:
             head = own_ptr + _message(epoch, source, 0, W, CHUNKS) * INBOX_CHUNK
-            if tl.load(head + LISTS * QUERY - _HEAD) != tl.load(tables_ptr):
-                tell_abort((_UNTRUE << 16) + source.to(tl.int64) + 1, peers_ptr, status_ptr, ABORT, W)
-        if work == (W - 2) * N:
-            tl.store(num_rows_ptr, before + count)
+            if tl.load(head + BEFORE) != tl.load(tables_ptr):
+                untrue = tl.full((), (_UNTRUE << 16) + 1, tl.int64) + source
+                tell_abort(untrue, peers_ptr, status_ptr, ABORT, W)
+        tl.store(num_rows_ptr, tl.sum(counts, axis=0), mask=work == 0)
     if seat < count:
         chunk, row = seat // CHUNK, seat % CHUNK
         message = _message(epoch, source, chunk, W, CHUNKS)
@@ -286,7 +297,7 @@ def _accept(
             status_ptr, budget_ns, rank, ABORT, W,
         )  # fmt: skip
         m = before + seat
-        from_list = own_ptr + message * INBOX_CHUNK + LISTS * QUERY - _HEAD - (row + 1) * LIST
+        from_list = own_ptr + message * INBOX_CHUNK + BEFORE - (row + 1) * LIST
         length = tl.full((), 0, tl.int32)
         if arrived > 0:
             length = tl.minimum(tl.maximum(tl.load(from_list), 0), E)
@@ -300,49 +311,48 @@ def _accept(
 
 @triton.jit
 def _answer(
-    program, epoch, lane, rank, out_ptr, lse_ptr, covered_ptr, own_ptr, peers_ptr, counters_ptr,
-    status_ptr, budget_ns,
+    part, counts, code, epoch, lane, rank, out_ptr, lse_ptr, covered_ptr, own_ptr, peers_ptr,
+    counters_ptr, status_ptr, budget_ns,
     W: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr,
     ANSWER: tl.constexpr, RECORD: tl.constexpr, WINDOW: tl.constexpr, QUERY_SIGNALS: tl.constexpr,
-    ANSWER_SIGNALS: tl.constexpr, OUTGOING: tl.constexpr, ABORT: tl.constexpr, N: tl.constexpr,
+    ANSWER_SIGNALS: tl.constexpr, OUTGOING: tl.constexpr, ABORT: tl.constexpr,
     PARTS: tl.constexpr, TILE: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
-    part, chunk, source = program % PARTS, program // PARTS % CHUNKS, program // (PARTS * CHUNKS)
-    source += (source >= rank).to(tl.int32)
-    before, count, code = _rows_before(
-        source, epoch, lane, rank, own_ptr, peers_ptr, status_ptr, budget_ns,
-        W, CHUNKS, QUERY_SIGNALS, ABORT, N,
-    )  # fmt: skip
-    first = chunk * CHUNK
-    rows = tl.minimum(count - first, CHUNK)
-    if (code == 0) & ((rows > 0) | (chunk == 0)):
+    """This CTA's tiles of every answer, chunk after chunk, each as soon as its queries are there."""
+    TILES: tl.constexpr = 1 + (ANSWER + TILE - 1) // TILE
+    for turn in range((W - 1) * CHUNKS):
+        chunk, source = _turn(turn, rank, W)
+        before, count = _share(counts, source)
+        rows = tl.minimum(count - chunk * CHUNK, CHUNK)
         if rows > 0:  # in a launch of its own this is there already
             signal = _signal(own_ptr, QUERY_SIGNALS, _message(epoch, source, chunk, W, CHUNKS))
-            arrived, code = wait_for(signal, stamp_of(epoch, lane), source, peers_ptr, status_ptr,
-                                     budget_ns, rank, ABORT, W)  # fmt: skip
-        mine = _message(epoch, rank, chunk, W, CHUNKS)
-        place = WINDOW + mine * (CHUNK * RECORD)
-        theirs = _message(epoch, source, chunk, W, CHUNKS)
-        from_ptr = own_ptr + OUTGOING + theirs * (CHUNK * RECORD)
-        if PUT:
-            to_ptr = from_ptr
-        else:
-            to_ptr = _arena_of(peers_ptr, source) + place
-        TILES: tl.constexpr = 1 + (ANSWER + TILE - 1) // TILE
-        for t in range(part, rows * TILES, PARTS):
-            row, tile = t // TILES, t % TILES
-            m = (before + first + row).to(tl.int64)
-            record = to_ptr + row * RECORD
-            if tile == 0:
-                _copy(record + ANSWER, lse_ptr + m * H, 0, H, triton.next_power_of_2(H))
-                both = tl.arange(0, 2)
-                tl.store(record + ANSWER + H + both, tl.load(covered_ptr + m * 2 + both))
+            arrived, missing = wait_for(signal, stamp_of(epoch, lane), source, peers_ptr,
+                                        status_ptr, budget_ns, rank, ABORT, W)  # fmt: skip
+            code = tl.maximum(code, missing)
+        if (code == 0) & ((rows > 0) | (chunk == 0)):
+            mine = _message(epoch, rank, chunk, W, CHUNKS)
+            place = WINDOW + mine * (CHUNK * RECORD)
+            theirs = _message(epoch, source, chunk, W, CHUNKS)
+            from_ptr = own_ptr + OUTGOING + theirs * (CHUNK * RECORD)
+            if PUT:
+                to_ptr = from_ptr
             else:
-                _copy(record, out_ptr + m * ANSWER, tile - 1, ANSWER, TILE)
-        rows = tl.maximum(rows, 0)
-        _leave(counters_ptr + (W + source) * CHUNKS + chunk, own_ptr, place, from_ptr, rows * RECORD,
-               ANSWER_SIGNALS + 2 * mine, (stamp_of(epoch, lane) << 16) | rows, peers_ptr, source,
-               PARTS, PUT)  # fmt: skip
+                to_ptr = _arena_of(peers_ptr, source) + place
+            begin = chunk * (CHUNK * TILES)
+            for t in range(_first(part, begin, PARTS), begin + rows * TILES, PARTS):
+                row, tile = t // TILES - chunk * CHUNK, t % TILES
+                m = tl.cast(before + t // TILES, tl.int64)
+                record = to_ptr + row * RECORD
+                if tile == 0:
+                    _copy(record + ANSWER, lse_ptr + m * H, 0, H, triton.next_power_of_2(H))
+                    both = tl.arange(0, 2)
+                    tl.store(record + ANSWER + H + both, tl.load(covered_ptr + m * 2 + both))
+                else:
+                    _copy(record, out_ptr + m * ANSWER, tile - 1, ANSWER, TILE)
+            rows = tl.maximum(rows, 0)
+            _leave(counters_ptr + (W + source) * CHUNKS + chunk, own_ptr, place, from_ptr,
+                   rows * RECORD, ANSWER_SIGNALS + 2 * mine, (stamp_of(epoch, lane) << 16) | rows,
+                   peers_ptr, source, PARTS, PUT)  # fmt: skip
 
 
 @triton.jit
@@ -382,9 +392,11 @@ def _receive(
                                top, total, acc, columns, C)  # fmt: skip
     aborted = tl.full((), 0, tl.int64)
     fault = tl.full((), 0, tl.int32)
+    ranks = tl.arange(0, WP)
+    pairs = tl.load(pairs_ptr + ranks, mask=ranks < W, other=0)
     for holder in range(W):
         if holder != rank:
-            before, count = _share(pairs_ptr, holder, W, WP)
+            before, count = _share(pairs, holder)
             seats = tl.arange(0, NP)
             asked = tl.load(items_ptr + before + seats, mask=seats < count, other=-1)
             seat = tl.max(tl.where(asked == item, seats, -1), axis=0)
@@ -440,8 +452,7 @@ def _exchange_kernel(
     WINDOW: tl.constexpr, QUERY_SIGNALS: tl.constexpr, ANSWER_SIGNALS: tl.constexpr,
     ABORT: tl.constexpr, OUTBOX: tl.constexpr, OUTGOING: tl.constexpr, RING: tl.constexpr,
     SENDS: tl.constexpr, ACCEPTS: tl.constexpr, ANSWERS: tl.constexpr, RECEIVES: tl.constexpr,
-    SEND_PARTS: tl.constexpr, ANSWER_PARTS: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr,
-    GROUPS: tl.constexpr, PUT: tl.constexpr,
+    TILE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
     """Programs of the roles that take part, one role behind another."""
     program = tl.program_id(0)
@@ -456,27 +467,31 @@ def _exchange_kernel(
             _send(
                 program, epoch, lane, rank, query, items, units_of, route_units, pairs, tables,
                 arena, peers, counters, W, WP, BP, CHUNKS, CHUNK, QUERY, LIST, LISTS, E,
-                INBOX_CHUNK, QUERY_SIGNALS, OUTBOX, SEND_PARTS, TILE, PUT,
+                INBOX_CHUNK, QUERY_SIGNALS, OUTBOX, SENDS, TILE, PUT,
             )  # fmt: skip
             _note(ring, epoch, 1, RING)
     program -= SENDS
     if ACCEPTS > 0:
         if (program >= 0) & (program < ACCEPTS):
+            counts, code = _headers(epoch, lane, rank, arena, peers, status, budget_ns, W, WP,
+                                    CHUNKS, QUERY_SIGNALS, ABORT, ROWS)  # fmt: skip
             for first in range(0, (W - 1) * ROWS, ACCEPTS):
                 if program + first < (W - 1) * ROWS:
                     _accept(
-                        program + first, epoch, lane, rank, units, lengths, query_of, num_rows,
-                        tables, arena, peers, status, budget_ns, W, CHUNKS, CHUNK, QUERY, LIST,
-                        LISTS, E, INBOX_CHUNK, QUERY_SIGNALS, ABORT, ROWS, TILE,
+                        program + first, counts, code, epoch, lane, rank, units, lengths, query_of,
+                        num_rows, tables, arena, peers, status, budget_ns, W, CHUNKS, CHUNK, QUERY,
+                        LIST, LISTS, E, INBOX_CHUNK, QUERY_SIGNALS, ABORT, ROWS, TILE,
                     )  # fmt: skip
             _note(ring, epoch, 2, RING)
     program -= ACCEPTS
     if ANSWERS > 0:
         if (program >= 0) & (program < ANSWERS):
+            counts, code = _headers(epoch, lane, rank, arena, peers, status, budget_ns, W, WP,
+                                    CHUNKS, QUERY_SIGNALS, ABORT, ROWS)  # fmt: skip
             _answer(
-                program, epoch, lane, rank, partial_out, partial_lse, covered, arena, peers,
-                counters, status, budget_ns, W, CHUNKS, CHUNK, H, ANSWER, RECORD, WINDOW,
-                QUERY_SIGNALS, ANSWER_SIGNALS, OUTGOING, ABORT, ROWS, ANSWER_PARTS, TILE, PUT,
+                program, counts, code, epoch, lane, rank, partial_out, partial_lse, covered, arena,
+                peers, counters, status, budget_ns, W, CHUNKS, CHUNK, H, ANSWER, RECORD, WINDOW,
+                QUERY_SIGNALS, ANSWER_SIGNALS, OUTGOING, ABORT, ANSWERS, TILE, PUT,
             )  # fmt: skip
             _note(ring, epoch, 3, RING)
     program -= ANSWERS
@@ -501,8 +516,8 @@ def exchange(
     accept: Accepted | None = None,
     answer: Partials | None = None,
     receive: Merge | None = None,
-    send_parts: int | None = None,
-    answer_parts: int | None = None,
+    send_ctas: int | None = None,
+    answer_ctas: int | None = None,
 ) -> None:
     """Launch the given roles as one kernel; on the stream they must follow in their order.
 
@@ -511,7 +526,7 @@ def exchange(
         accept: where to list what the others ask; its rows beyond `num_rows` are not written.
         answer: partials of the accepted rows, of `send`'s dtype.
         receive: own partials in, the merged result out.
-        send_parts, answer_parts: CTAs that copy a chunk; by default so many that the device is full.
+        send_ctas, answer_ctas: how many copy; by default one on each SM, or more that are alone.
     Raises:
         ValueError: on shapes, dtypes or devices that do not fit the wire, on no role, or on roles
             together that need more CTAs than can be resident.
@@ -523,13 +538,15 @@ def exchange(
         raise ValueError("give at least one of send, accept, answer and receive")
     _check(ends, routes, send, accept, answer, receive)
     groups = triton.cdiv(wire.heads, _HEADS)
-    chunks = others * wire.chunks
     sms = _multiprocessors(device)
     alone = sum(role is not None for role in roles) == 1
-    full = max(min((2 if alone else 1) * sms // chunks, _MOST_PARTS), 1)
-    send_parts, answer_parts = send_parts or full, answer_parts or full
-    sends = chunks * send_parts if send is not None else 0
-    answers = chunks * answer_parts if answer is not None else 0
+    full = _ALONE * sms if alone else sms
+    queries = (
+        others * items * (triton.cdiv(wire.units, _TILE) + triton.cdiv(wire.query_words, _TILE))
+    )
+    partials = others * wire.rows * (1 + triton.cdiv(wire.answer_words, _TILE))
+    sends = min(send_ctas or full, queries) if send is not None else 0
+    answers = min(answer_ctas or full, partials) if answer is not None else 0
     accepts = others * wire.rows if accept is not None else 0
     receives = items * groups if receive is not None else 0
     if not alone:  # they wait for one another, so all of them have to be resident
@@ -537,7 +554,7 @@ def exchange(
         if left < 2:
             raise ValueError(
                 f"{sends + answers} CTAs that send and answer leave no room on {device} for those "
-                f"that wait: use fewer parts, or launches of their own"
+                f"that wait: use fewer, or launches of their own"
             )
         accepts = min(accepts, left // 2)
         receives = min(receives, left - accepts)
@@ -545,11 +562,11 @@ def exchange(
     nothing = ends.counters  # what a role that does not take part points to
     query = nothing if send is None else send.view(torch.int32)
     asked = accept or Accepted(nothing, nothing, nothing, nothing)
-    partials = answer or Partials(nothing, nothing, nothing)
+    answered = answer or Partials(nothing, nothing, nothing)
     merge = receive or Merge(nothing, nothing, nothing, nothing, nothing)
     columns = 1 if receive is None else merge.outs.shape[-1]
     # Messages are copied as words, whatever they hold.
-    words = [t if t is nothing else t.view(torch.int32) for t in partials]
+    words = [t if t is nothing else t.view(torch.int32) for t in answered]
     options: dict[str, Any] = {"num_warps": _WARPS, "num_stages": 1, "maxnreg": _REGISTERS}
     if ends.put is not None:
         options["extern_libs"] = {"libnvshmem_device": ends.put}
@@ -569,8 +586,7 @@ def exchange(
         OUTBOX=wire.outbox, OUTGOING=wire.outgoing,
         RING=0 if ends.ring is None else len(ends.ring),
         SENDS=programs[0], ACCEPTS=programs[1], ANSWERS=programs[2], RECEIVES=programs[3],
-        SEND_PARTS=send_parts, ANSWER_PARTS=answer_parts, TILE=_TILE, HEADS=_HEADS, GROUPS=groups,
-        PUT=ends.put is not None, **options,
+        TILE=_TILE, HEADS=_HEADS, GROUPS=groups, PUT=ends.put is not None, **options,
     )  # fmt: skip
 
 

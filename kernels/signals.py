@@ -1,6 +1,6 @@
 """How a CTA tells CTAs of another GPU that data is there, and how they learn it.
 
-A signal is one word of the receiver's memory: epoch << 32 | lane << 16 | rows. It belongs to one
+A signal is one word of the receiver's memory: epoch << 32 | lane << 16 | rows, 31, 16 and 16 bits. It belongs to one
 chunk of one message, is set and never added to, and is compared for equality, so that nothing of
 another epoch, channel or incarnation is taken for it.
 
@@ -24,6 +24,7 @@ from triton.language.extra import cuda
 SILENT, UNTRUE = 1, 2  # why a rank is blamed: no signal in time; a message that cannot be
 _SILENT: tl.constexpr = tl.constexpr(SILENT)
 _POLLS: tl.constexpr = tl.constexpr(64)  # between looks at the clock and the abort word
+_POLL: tl.constexpr = tl.constexpr("relaxed")
 
 
 def blame(code: int) -> tuple[int, int]:
@@ -34,7 +35,7 @@ def blame(code: int) -> tuple[int, int]:
 @triton.jit
 def stamp_of(epoch, lane):
     """What a signal of this epoch has above its lowest 16 bits."""
-    return (epoch << 16) | lane
+    return ((epoch & 0x7FFFFFFF) << 16) | lane
 
 
 @triton.jit
@@ -83,7 +84,8 @@ def wait_for(
                 verdict = tl.where(late, (_SILENT << 16) + peer + 1, 0).to(tl.int64)
                 code = tl.atomic_cas(abort_ptr, nobody, verdict, sem="acq_rel", scope="sys")
             polls += 1
-            word = tl.atomic_add(signal_ptr, 0, sem="acquire", scope="sys")
+            word = tl.atomic_add(signal_ptr, 0, sem=_POLL, scope="sys")
+        word = tl.atomic_add(signal_ptr, 0, sem="acquire", scope="sys")
         if (word >> 16) == stamp:
             code = nobody
         else:
@@ -97,7 +99,8 @@ def tell_abort(code, peers_ptr, status_ptr, ABORT: tl.constexpr, W: tl.constexpr
     """Set every rank's abort word, and this host's status, where nobody was blamed before."""
     nobody = tl.full((), 0, tl.int64)
     for other in range(W):
-        word_ptr = tl.load(peers_ptr + other).to(tl.pointer_type(tl.int32)) + ABORT
-        word_ptr = word_ptr.to(tl.pointer_type(tl.int64))
-        tl.atomic_cas(word_ptr, nobody, code, sem="acq_rel", scope="sys")
+        arena = tl.load(peers_ptr + other)
+        if arena != 0:  # whom this rank cannot store to must find out for itself
+            word_ptr = (arena.to(tl.pointer_type(tl.int32)) + ABORT).to(tl.pointer_type(tl.int64))
+            tl.atomic_cas(word_ptr, nobody, code, sem="acq_rel", scope="sys")
     tl.store(status_ptr, code)

@@ -134,7 +134,9 @@ class NvshmemTransport:
                 f"product below {_MAX_LANE}"
             )
         if device.type != "cuda" or device.index is None or not deadline_s > 0:
-            raise ValueError(f"needs a CUDA device with its index and a deadline, got {device}, {deadline_s} s")
+            raise ValueError(
+                f"needs a CUDA device with its index and a deadline, got {device}, {deadline_s} s"
+            )
         self._stride = -(-wire.num_bytes // _ALIGNMENT) * _ALIGNMENT
         num_bytes = channels * self._stride
         torch.cuda.set_device(device)
@@ -149,10 +151,15 @@ class NvshmemTransport:
             raise ValueError(reason)
         self._start(num_bytes)
         self._base = int(bindings.malloc(num_bytes))
-        bases = [int(bindings.ptr(self._base, peer)) for peer in range(self.world_size)]
-        if self._base == 0 or (not put and 0 in bases):
+        bases = [
+            0 if put and peer != self.rank else int(bindings.ptr(self._base, peer))
+            for peer in range(self.world_size)
+        ]
+        if not put and 0 in bases:
             self.close(abort=True)
-            raise ValueError(f"NVSHMEM mapped the arenas at {bases}: a peer is out of reach")
+            raise ValueError(
+                f"rank {bases.index(0)} cannot be stored to though its device can: open with put=True"
+            )
         memory = _view(self._base, num_bytes, device)
         memory.zero_()
         self._status = torch.zeros(channels, dtype=torch.int64, pin_memory=True)
@@ -164,7 +171,9 @@ class NvshmemTransport:
                 rank=self.rank,
                 lane=incarnation * channels + channel,
                 arena=memory.view(torch.int32)[channel * self._stride // 4 :][: wire.words],
-                peers=torch.tensor(bases, device=device) + channel * self._stride,
+                peers=torch.tensor(
+                    [base and base + channel * self._stride for base in bases], device=device
+                ),
                 epoch=torch.zeros(1, dtype=torch.int64, device=device),
                 counters=torch.zeros(
                     2 * self.world_size * wire.chunks + 1, dtype=torch.int32, device=device
@@ -243,9 +252,7 @@ class NvshmemTransport:
         said = self._gather(ctypes.string_at(unique.ptr, _UNIQUE_ID_BYTES))[0]
         ctypes.memmove(unique.ptr, said, _UNIQUE_ID_BYTES)
         attributes = self._library.InitAttr()
-        self._library.set_attr_uniqueid_args(
-            self.rank, self.world_size, unique.ptr, attributes.ptr
-        )
+        self._library.set_attr_uniqueid_args(self.rank, self.world_size, unique.ptr, attributes.ptr)
         self._library.hostlib_init_attr(self._library.Flags.INIT_WITH_UNIQUEID, attributes.ptr)
 
 

@@ -79,10 +79,14 @@ def random_plans(rank: int, *, put: bool, steps: int) -> dict[str, Any]:
         wrong += not torch.equal(found, theirs.query[chosen])
         lengths = theirs.routes.expected[chosen, rank, 0]
         wrong += not torch.equal(accepted.lengths[:count].cpu(), lengths)
-        listed = torch.cat([accepted.units[m, :n].cpu() for m, n in enumerate(lengths)] or [lengths])
+        listed = torch.cat(
+            [accepted.units[m, :n].cpu() for m, n in enumerate(lengths)] or [lengths]
+        )
         wrong += not torch.equal(listed, theirs.routes.route_units[: int(lengths.sum())])
         answer = partials_of(found, lengths, VALUE)
-        full = Partials(*(torch.zeros(5, *t.shape[1:], dtype=t.dtype, device=device) for t in answer))
+        full = Partials(
+            *(torch.zeros(5, *t.shape[1:], dtype=t.dtype, device=device) for t in answer)
+        )
         for to, part in zip(full, answer, strict=True):
             to[:count].copy_(part)
         exchange(ends, ours.routes, answer=full, receive=merge)
@@ -182,14 +186,18 @@ class Replay:
         return graph
 
 
-def soak(rank: int, *, put: bool, replays: int, idle_rank: int, deadline_s: float) -> dict[str, Any]:
+def soak(
+    rank: int, *, put: bool, replays: int, idle_rank: int, deadline_s: float
+) -> dict[str, Any]:
     """Back-to-back replays without a host synchronisation; rank 1 is late by a whole step at first,
     and both stop for a while now and then."""
     transport = opened(rank, wire_of(8, chunk=4, put=put), deadline_s=deadline_s)
     replay = Replay(transport.ends(), rank, rows=8, idle=rank == idle_rank)
     graph = replay.captured()
     dist.barrier()
-    pauses = torch.randint(1_000, 100_000, (replays,), generator=torch.Generator().manual_seed(rank))
+    pauses = torch.randint(
+        1_000, 100_000, (replays,), generator=torch.Generator().manual_seed(rank)
+    )
     if rank == 1:
         torch.cuda._sleep(20_000_000)
     for turn, cycles in enumerate(pauses.tolist()):
@@ -200,7 +208,7 @@ def soak(rank: int, *, put: bool, replays: int, idle_rank: int, deadline_s: floa
     try:
         transport.check()
     except PeerError as error:
-        print(json.dumps({"named": str(error)}), flush=True)
+        say({"named": str(error)})
         transport.close(abort=True)
         os._exit(0)
     result = {"wrong": int(replay.wrong), "epochs": int(transport.ends().epoch)}
@@ -214,7 +222,9 @@ def silence(rank: int, *, deadline_s: float) -> dict[str, Any]:
     replay = Replay(transport.ends(), rank, rows=8, idle=False)
     graph = replay.captured()
     dist.barrier()
-    (print if rank == 1 else str)("ready", flush=True)  # type: ignore[operator]
+    if rank == 1:
+        sys.stdout.write("ready\n")
+        sys.stdout.flush()
     until = time.monotonic() + 30
     while time.monotonic() < until:
         for _ in range(20):
@@ -228,8 +238,7 @@ def silence(rank: int, *, deadline_s: float) -> dict[str, Any]:
             side = torch.randn(512, 512, device=transport.device)
             well = bool(torch.isfinite(side @ side).all())
             nan = bool(replay._merge.out.isnan().all())
-            said = {"named": str(error), "at": named_at, "well": well, "nan": nan}
-            print(json.dumps(said), flush=True)
+            say({"named": str(error), "at": named_at, "well": well, "nan": nan})
             transport.close(abort=True)
             transport.close()
             os._exit(0)
@@ -247,8 +256,13 @@ def main() -> None:
         timeout=timedelta(seconds=60),
     )
     given = {name: json.loads(value) for name, value in (o.split("=", 1) for o in options)}
-    print(json.dumps(globals()[job](int(rank), **given)), flush=True)
+    say(globals()[job](int(rank), **given))
     dist.destroy_process_group()
+
+
+def say(result: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

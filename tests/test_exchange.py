@@ -57,7 +57,7 @@ def test_every_row_arrives_and_every_answer_returns(world: int, items: int) -> N
         accepted = [room(wire) for _ in ends]
         merged = [target(a) for a in given]
         for end, ask in zip(ends, given, strict=True):
-            exchange(end, ask.routes, send=ask.query, send_parts=3)
+            exchange(end, ask.routes, send=ask.query, send_ctas=3)
         for end, ask, rows in zip(ends, given, accepted, strict=True):
             exchange(end, ask.routes, accept=rows)
         for holder, (end, ask, rows) in enumerate(zip(ends, given, accepted, strict=True)):
@@ -80,7 +80,7 @@ def test_every_row_arrives_and_every_answer_returns(world: int, items: int) -> N
                 start = stop
             assert start == int(rows.num_rows)
             answer = full(wire, partials_of(found, lengths, COLUMNS))
-            exchange(end, ask.routes, answer=answer, answer_parts=3)
+            exchange(end, ask.routes, answer=answer, answer_ctas=3)
         for end, ask, merge in zip(ends, given, merged, strict=True):
             exchange(end, ask.routes, receive=merge)
             out, lse = due(ask, COLUMNS)
@@ -142,8 +142,12 @@ def test_refusals_say_what_is_allowed() -> None:
         exchange(ends, ask.routes, send=ask.query.float())
     with pytest.raises(ValueError, match=r"lses must be \(1, 5, 4\)"):
         exchange(ends, ask.routes, receive=target(ask)._replace(lses=ask.lses[:, :4]))
+    big = small_wire(2, rows=512)
+    many = asked(big, 0, 512, columns=COLUMNS, seed=0, dtype=torch.float16)
     with pytest.raises(ValueError, match="600 CTAs that send and answer leave no room on cpu"):
-        exchange(ends, ask.routes, send=ask.query, receive=target(ask), send_parts=200)
+        exchange(
+            connected(big)[0], many.routes, send=many.query, receive=target(many), send_ctas=600
+        )
 
 
 @pytest.mark.parametrize(
@@ -181,7 +185,9 @@ def test_regions_of_the_arena_do_not_overlap(staged: bool) -> None:
             (wire.outgoing, messages * wire.window_chunk),
         ]
     ends = [begin + size for begin, size in sizes]
-    assert all(end <= begin for end, (begin, _) in zip(ends, [*sizes[1:], (wire.words, 0)], strict=True))
+    assert all(
+        end <= begin for end, (begin, _) in zip(ends, [*sizes[1:], (wire.words, 0)], strict=True)
+    )
     assert all(begin % 32 == 0 for begin, _ in sizes)
     assert wire.query_rows * wire.query_words == sizes[0][1]
 
