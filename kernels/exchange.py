@@ -15,8 +15,8 @@ signal. That is the credit: an exchange ends when all answers to it came, so nob
 one exchange ahead, and a message of this parity finds its place read. The epoch is a word on the
 device, counted up once everybody in the launch of `receive` has read it; replays need no host.
 
-A CTA waits for other ranks only, and for roles whose launch ended or whose CTAs are in the same
-launch. There all CTAs are resident: `exchange` makes no more of them.
+A CTA waits for other ranks only, which wait for what this one has sent, never for what it waits
+for; and a launch has no more CTAs than are resident, so that all of them do send.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _REGISTERS = 128  # of a thread, so that an SM holds four CTAs
 _CTAS_OF_SM = 65536 // (_REGISTERS * 32 * _WARPS)
 _TILE = 2048  # words a CTA copies at once, four accesses of 16 bytes a thread
 _HEADS = 8  # that a CTA merges
-_ALONE = 2  # CTAs an SM that copy where nobody waits beside them
+_MOST_PARTS = 64  # CTAs that copy a chunk; each of them counts, one after another
 
 
 class Ends(NamedTuple):
@@ -144,15 +144,10 @@ def _share(counts, peer):
 
 
 @triton.jit
-def _turn(turn, rank, W: tl.constexpr):
-    """The chunk and the rank whose turn it is: chunk after chunk, each rank beginning with its next."""
-    return turn // (W - 1), (rank + 1 + turn % (W - 1)) % W
-
-
-@triton.jit
-def _first(part, begin, PARTS: tl.constexpr):
-    """The first tile from `begin` on of this CTA, whose tiles are all that are `part` modulo PARTS."""
-    return begin + (part + PARTS - begin % PARTS) % PARTS
+def _part(unit, rank, W: tl.constexpr, PARTS: tl.constexpr):
+    """Which of the PARTS of which chunk for which rank; first all first chunks, the next rank first."""
+    part, turn = unit % PARTS, unit // PARTS
+    return part, turn // (W - 1), (rank + 1 + turn % (W - 1)) % W
 
 
 @triton.jit
@@ -195,56 +190,50 @@ def _signal(arena_ptr, REGION: tl.constexpr, message):
 
 @triton.jit
 def _send(
-    part, epoch, lane, rank, query_ptr, items_ptr, units_of_ptr, route_units_ptr, pairs_ptr,
+    unit, epoch, lane, rank, query_ptr, items_ptr, units_of_ptr, route_units_ptr, pairs_ptr,
     tables_ptr, own_ptr, peers_ptr, counters_ptr,
     W: tl.constexpr, WP: tl.constexpr, BP: tl.constexpr, CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr, QUERY: tl.constexpr, LIST: tl.constexpr, LISTS: tl.constexpr,
     E: tl.constexpr, INBOX_CHUNK: tl.constexpr, QUERY_SIGNALS: tl.constexpr, OUTBOX: tl.constexpr,
     PARTS: tl.constexpr, TILE: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
-    """This CTA's tiles of every message, chunk after chunk, so that the first are there early."""
+    """The tiles of a chunk that are one part's."""
     LIST_TILES: tl.constexpr = (E + TILE - 1) // TILE
     TILES: tl.constexpr = LIST_TILES + (QUERY + TILE - 1) // TILE
     BEFORE: tl.constexpr = LISTS * QUERY - _HEAD  # of a chunk's words, where its head is
+    part, chunk, peer = _part(unit, rank, W, PARTS)
     ranks = tl.arange(0, WP)
-    pairs = tl.load(pairs_ptr + ranks, mask=ranks < W, other=0)
-    for turn in range((W - 1) * CHUNKS):
-        chunk, peer = _turn(turn, rank, W)
-        before, count = _share(pairs, peer)
-        rows = tl.minimum(count - chunk * CHUNK, CHUNK)
-        if (rows > 0) | (chunk == 0):
-            mine = _message(epoch, rank, chunk, W, CHUNKS)
-            place = mine * INBOX_CHUNK
-            from_ptr = own_ptr + OUTBOX + _message(epoch, peer, chunk, W, CHUNKS) * INBOX_CHUNK
-            if PUT:
-                to_ptr = from_ptr
+    before, count = _share(tl.load(pairs_ptr + ranks, mask=ranks < W, other=0), peer)
+    rows = tl.minimum(count - chunk * CHUNK, CHUNK)
+    if (rows > 0) | (chunk == 0):
+        mine = _message(epoch, rank, chunk, W, CHUNKS)
+        place = mine * INBOX_CHUNK
+        from_ptr = own_ptr + OUTBOX + _message(epoch, peer, chunk, W, CHUNKS) * INBOX_CHUNK
+        to_ptr = from_ptr if PUT else _arena_of(peers_ptr, peer) + place
+        if (chunk == 0) & (part == 0):
+            tl.store(to_ptr + BEFORE, tl.load(tables_ptr))
+        for t in range(part, rows * TILES, PARTS):
+            row, tile = t // TILES, t % TILES
+            seat = before + chunk * CHUNK + row
+            if tile < LIST_TILES:
+                length = tl.minimum(tl.load(units_of_ptr + seat), E)
+                all_seats = tl.arange(0, BP)
+                earlier = tl.load(units_of_ptr + all_seats, mask=all_seats < seat, other=0)
+                to_list = to_ptr + BEFORE - (row + 1) * LIST
+                at = tile * TILE + tl.arange(0, TILE)
+                from_list = route_units_ptr + tl.sum(earlier, axis=0) + at
+                listed = tl.load(from_list, mask=at < length)
+                tl.store(to_list + _LIST_HEAD + at, listed, mask=at < length)
+                tl.store(to_list, length)
             else:
-                to_ptr = _arena_of(peers_ptr, peer) + place
-            if (chunk == 0) & (part == 0):
-                tl.store(to_ptr + BEFORE, tl.load(tables_ptr))
-            begin = chunk * (CHUNK * TILES)
-            for t in range(_first(part, begin, PARTS), begin + rows * TILES, PARTS):
-                row, tile = t // TILES - chunk * CHUNK, t % TILES
-                seat = before + t // TILES
-                if tile < LIST_TILES:
-                    length = tl.minimum(tl.load(units_of_ptr + seat), E)
-                    all_seats = tl.arange(0, BP)
-                    earlier = tl.load(units_of_ptr + all_seats, mask=all_seats < seat, other=0)
-                    to_list = to_ptr + BEFORE - (row + 1) * LIST
-                    at = tile * TILE + tl.arange(0, TILE)
-                    from_list = route_units_ptr + tl.sum(earlier, axis=0) + at
-                    listed = tl.load(from_list, mask=at < length)
-                    tl.store(to_list + _LIST_HEAD + at, listed, mask=at < length)
-                    tl.store(to_list, length)
-                else:
-                    item = tl.load(items_ptr + seat).to(tl.int64)
-                    _copy(to_ptr + (LISTS + row) * QUERY, query_ptr + item * QUERY,
-                          tile - LIST_TILES, QUERY, TILE)  # fmt: skip
-            rows = tl.maximum(rows, 0)
-            skipped = BEFORE - rows * LIST
-            _leave(counters_ptr + peer * CHUNKS + chunk, own_ptr, place + skipped,
-                   from_ptr + skipped, _HEAD + rows * (LIST + QUERY), QUERY_SIGNALS + 2 * mine,
-                   (stamp_of(epoch, lane) << 16) | count, peers_ptr, peer, PARTS, PUT)  # fmt: skip
+                item = tl.load(items_ptr + seat).to(tl.int64)
+                _copy(to_ptr + (LISTS + row) * QUERY, query_ptr + item * QUERY, tile - LIST_TILES,
+                      QUERY, TILE)  # fmt: skip
+        rows = tl.maximum(rows, 0)
+        skipped = BEFORE - rows * LIST
+        _leave(counters_ptr + peer * CHUNKS + chunk, own_ptr, place + skipped, from_ptr + skipped,
+               _HEAD + rows * (LIST + QUERY), QUERY_SIGNALS + 2 * mine,
+               (stamp_of(epoch, lane) << 16) | count, peers_ptr, peer, PARTS, PUT)  # fmt: skip
 
 
 @triton.jit
@@ -272,14 +261,14 @@ def _headers(
 
 @triton.jit
 def _accept(
-    work, counts, code, epoch, lane, rank, units_ptr, lengths_ptr, query_of_ptr, num_rows_ptr,
+    unit, counts, code, epoch, lane, rank, units_ptr, lengths_ptr, query_of_ptr, num_rows_ptr,
     tables_ptr, own_ptr, peers_ptr, status_ptr, budget_ns,
     W: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, QUERY: tl.constexpr,
     LIST: tl.constexpr, LISTS: tl.constexpr, E: tl.constexpr, INBOX_CHUNK: tl.constexpr,
     QUERY_SIGNALS: tl.constexpr, ABORT: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     BEFORE: tl.constexpr = LISTS * QUERY - _HEAD
-    seat, source = work % N, work // N
+    seat, source = unit % N, unit // N
     source += (source >= rank).to(tl.int32)
     before, count = _share(counts, source)
     if seat == 0:
@@ -288,7 +277,7 @@ def _accept(
             if tl.load(head + BEFORE) != tl.load(tables_ptr):
                 untrue = tl.full((), (_UNTRUE << 16) + 1, tl.int64) + source
                 tell_abort(untrue, peers_ptr, status_ptr, ABORT, W)
-        tl.store(num_rows_ptr, tl.sum(counts, axis=0), mask=work == 0)
+        tl.store(num_rows_ptr, tl.sum(counts, axis=0), mask=unit == 0)
     if seat < count:
         chunk, row = seat // CHUNK, seat % CHUNK
         message = _message(epoch, source, chunk, W, CHUNKS)
@@ -311,48 +300,43 @@ def _accept(
 
 @triton.jit
 def _answer(
-    part, counts, code, epoch, lane, rank, out_ptr, lse_ptr, covered_ptr, own_ptr, peers_ptr,
+    unit, counts, code, epoch, lane, rank, out_ptr, lse_ptr, covered_ptr, own_ptr, peers_ptr,
     counters_ptr, status_ptr, budget_ns,
     W: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr,
     ANSWER: tl.constexpr, RECORD: tl.constexpr, WINDOW: tl.constexpr, QUERY_SIGNALS: tl.constexpr,
     ANSWER_SIGNALS: tl.constexpr, OUTGOING: tl.constexpr, ABORT: tl.constexpr,
     PARTS: tl.constexpr, TILE: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
-    """This CTA's tiles of every answer, chunk after chunk, each as soon as its queries are there."""
+    """The tiles of a chunk of answers that are one part's, as soon as its queries are there."""
     TILES: tl.constexpr = 1 + (ANSWER + TILE - 1) // TILE
-    for turn in range((W - 1) * CHUNKS):
-        chunk, source = _turn(turn, rank, W)
-        before, count = _share(counts, source)
-        rows = tl.minimum(count - chunk * CHUNK, CHUNK)
-        if rows > 0:  # in a launch of its own this is there already
-            signal = _signal(own_ptr, QUERY_SIGNALS, _message(epoch, source, chunk, W, CHUNKS))
-            arrived, missing = wait_for(signal, stamp_of(epoch, lane), source, peers_ptr,
-                                        status_ptr, budget_ns, rank, ABORT, W)  # fmt: skip
-            code = tl.maximum(code, missing)
-        if (code == 0) & ((rows > 0) | (chunk == 0)):
-            mine = _message(epoch, rank, chunk, W, CHUNKS)
-            place = WINDOW + mine * (CHUNK * RECORD)
-            theirs = _message(epoch, source, chunk, W, CHUNKS)
-            from_ptr = own_ptr + OUTGOING + theirs * (CHUNK * RECORD)
-            if PUT:
-                to_ptr = from_ptr
+    part, chunk, source = _part(unit, rank, W, PARTS)
+    before, count = _share(counts, source)
+    rows = tl.minimum(count - chunk * CHUNK, CHUNK)
+    if rows > 0:  # in a launch of its own this is there already
+        signal = _signal(own_ptr, QUERY_SIGNALS, _message(epoch, source, chunk, W, CHUNKS))
+        _, missing = wait_for(signal, stamp_of(epoch, lane), source, peers_ptr, status_ptr,
+                              budget_ns, rank, ABORT, W)  # fmt: skip
+        code = tl.maximum(code, missing)
+    if (code == 0) & ((rows > 0) | (chunk == 0)):
+        mine = _message(epoch, rank, chunk, W, CHUNKS)
+        place = WINDOW + mine * (CHUNK * RECORD)
+        theirs = _message(epoch, source, chunk, W, CHUNKS)
+        from_ptr = own_ptr + OUTGOING + theirs * (CHUNK * RECORD)
+        to_ptr = from_ptr if PUT else _arena_of(peers_ptr, source) + place
+        for t in range(part, rows * TILES, PARTS):
+            row, tile = t // TILES, t % TILES
+            m = tl.cast(before + chunk * CHUNK + row, tl.int64)
+            record = to_ptr + row * RECORD
+            if tile == 0:
+                _copy(record + ANSWER, lse_ptr + m * H, 0, H, triton.next_power_of_2(H))
+                both = tl.arange(0, 2)
+                tl.store(record + ANSWER + H + both, tl.load(covered_ptr + m * 2 + both))
             else:
-                to_ptr = _arena_of(peers_ptr, source) + place
-            begin = chunk * (CHUNK * TILES)
-            for t in range(_first(part, begin, PARTS), begin + rows * TILES, PARTS):
-                row, tile = t // TILES - chunk * CHUNK, t % TILES
-                m = tl.cast(before + t // TILES, tl.int64)
-                record = to_ptr + row * RECORD
-                if tile == 0:
-                    _copy(record + ANSWER, lse_ptr + m * H, 0, H, triton.next_power_of_2(H))
-                    both = tl.arange(0, 2)
-                    tl.store(record + ANSWER + H + both, tl.load(covered_ptr + m * 2 + both))
-                else:
-                    _copy(record, out_ptr + m * ANSWER, tile - 1, ANSWER, TILE)
-            rows = tl.maximum(rows, 0)
-            _leave(counters_ptr + (W + source) * CHUNKS + chunk, own_ptr, place, from_ptr,
-                   rows * RECORD, ANSWER_SIGNALS + 2 * mine, (stamp_of(epoch, lane) << 16) | rows,
-                   peers_ptr, source, PARTS, PUT)  # fmt: skip
+                _copy(record, out_ptr + m * ANSWER, tile - 1, ANSWER, TILE)
+        rows = tl.maximum(rows, 0)
+        _leave(counters_ptr + (W + source) * CHUNKS + chunk, own_ptr, place, from_ptr, rows * RECORD,
+               ANSWER_SIGNALS + 2 * mine, (stamp_of(epoch, lane) << 16) | rows, peers_ptr, source,
+               PARTS, PUT)  # fmt: skip
 
 
 @triton.jit
@@ -374,14 +358,14 @@ def _add(
 
 @triton.jit
 def _receive(
-    work, epoch, lane, rank, outs_ptr, lses_ptr, out_ptr, lse_ptr, fault_ptr,
+    unit, epoch, lane, rank, outs_ptr, lses_ptr, out_ptr, lse_ptr, fault_ptr,
     items_ptr, pairs_ptr, expected_ptr, own_ptr, peers_ptr, status_ptr, budget_ns,
     W: tl.constexpr, WP: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, ANSWER: tl.constexpr, RECORD: tl.constexpr,
     WINDOW: tl.constexpr, ANSWER_SIGNALS: tl.constexpr, ABORT: tl.constexpr, N: tl.constexpr,
     NP: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    item, heads = work // GROUPS, work % GROUPS * HEADS + tl.arange(0, HEADS)
+    item, heads = unit // GROUPS, unit % GROUPS * HEADS + tl.arange(0, HEADS)
     used, columns = heads < H, tl.arange(0, CP)
     top = tl.full((HEADS,), -float("inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
@@ -402,7 +386,7 @@ def _receive(
             seat = tl.max(tl.where(asked == item, seats, -1), axis=0)
             # The first of them waits for everybody: without this credit a rank that asks nothing
             # could write over what the others have not read yet.
-            if (seat >= 0) | (work == 0):
+            if (seat >= 0) | (unit == 0):
                 chunk = tl.maximum(seat, 0) // CHUNK
                 message = _message(epoch, holder, chunk, W, CHUNKS)
                 answered, code = wait_for(
@@ -429,7 +413,14 @@ def _receive(
     place = out_ptr + row[:, None] * C + columns[None, :]
     tl.store(place, out, mask=used[:, None] & (columns < C)[None, :])
     tl.store(lse_ptr + row, lse, mask=used)
-    tl.store(fault_ptr + item, fault, mask=work % GROUPS == 0)
+    tl.store(fault_ptr + item, fault, mask=unit % GROUPS == 0)
+
+
+@triton.jit
+def _advance(epoch_ptr, epoch, counter_ptr):
+    """Count the epoch up once every CTA of the launch has read it; no later one reads it again."""
+    if last_of(counter_ptr, tl.num_programs(0)):
+        tl.store(epoch_ptr, epoch)
 
 
 @triton.jit
@@ -452,60 +443,56 @@ def _exchange_kernel(
     WINDOW: tl.constexpr, QUERY_SIGNALS: tl.constexpr, ANSWER_SIGNALS: tl.constexpr,
     ABORT: tl.constexpr, OUTBOX: tl.constexpr, OUTGOING: tl.constexpr, RING: tl.constexpr,
     SENDS: tl.constexpr, ACCEPTS: tl.constexpr, ANSWERS: tl.constexpr, RECEIVES: tl.constexpr,
-    TILE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, PUT: tl.constexpr,
+    SEND_PARTS: tl.constexpr, ANSWER_PARTS: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr,
+    GROUPS: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
-    """Programs of the roles that take part, one role behind another."""
-    program = tl.program_id(0)
+    """Every CTA takes its units of each role, role after role; it has sent before it waits."""
+    cta, ctas = tl.program_id(0), tl.num_programs(0)
     epoch = tl.load(epoch_ptr) + 1
     if RECEIVES > 0:
-        if last_of(counters + 2 * W * CHUNKS, tl.num_programs(0)):
-            tl.store(epoch_ptr, epoch)
+        _advance(epoch_ptr, epoch, counters + 2 * W * CHUNKS)
     if SENDS > 0:
-        if program < SENDS:
-            if program == 0:
-                _note(ring, epoch, 0, RING)
-            _send(
-                program, epoch, lane, rank, query, items, units_of, route_units, pairs, tables,
-                arena, peers, counters, W, WP, BP, CHUNKS, CHUNK, QUERY, LIST, LISTS, E,
-                INBOX_CHUNK, QUERY_SIGNALS, OUTBOX, SENDS, TILE, PUT,
-            )  # fmt: skip
-            _note(ring, epoch, 1, RING)
-    program -= SENDS
-    if ACCEPTS > 0:
-        if (program >= 0) & (program < ACCEPTS):
-            counts, code = _headers(epoch, lane, rank, arena, peers, status, budget_ns, W, WP,
-                                    CHUNKS, QUERY_SIGNALS, ABORT, ROWS)  # fmt: skip
-            for first in range(0, (W - 1) * ROWS, ACCEPTS):
-                if program + first < (W - 1) * ROWS:
-                    _accept(
-                        program + first, counts, code, epoch, lane, rank, units, lengths, query_of,
-                        num_rows, tables, arena, peers, status, budget_ns, W, CHUNKS, CHUNK, QUERY,
-                        LIST, LISTS, E, INBOX_CHUNK, QUERY_SIGNALS, ABORT, ROWS, TILE,
-                    )  # fmt: skip
+        if cta == 0:
+            _note(ring, epoch, 0, RING)
+        for first in range(0, SENDS, ctas):
+            if first + cta < SENDS:
+                _send(
+                    first + cta, epoch, lane, rank, query, items, units_of, route_units, pairs,
+                    tables, arena, peers, counters, W, WP, BP, CHUNKS, CHUNK, QUERY, LIST, LISTS, E,
+                    INBOX_CHUNK, QUERY_SIGNALS, OUTBOX, SEND_PARTS, TILE, PUT,
+                )  # fmt: skip
+        _note(ring, epoch, 1, RING)
+    if ACCEPTS + ANSWERS > 0:
+        counts, code = _headers(epoch, lane, rank, arena, peers, status, budget_ns, W, WP, CHUNKS,
+                                QUERY_SIGNALS, ABORT, ROWS)  # fmt: skip
+        idle = ctas - 1 - cta  # from behind: the last CTAs have the fewest tiles to copy
+        for first in range(0, ACCEPTS, ctas):
+            if first + idle < ACCEPTS:
+                _accept(
+                    first + idle, counts, code, epoch, lane, rank, units, lengths, query_of,
+                    num_rows, tables, arena, peers, status, budget_ns, W, CHUNKS, CHUNK, QUERY,
+                    LIST, LISTS, E, INBOX_CHUNK, QUERY_SIGNALS, ABORT, ROWS, TILE,
+                )  # fmt: skip
+        if ACCEPTS > 0:
             _note(ring, epoch, 2, RING)
-    program -= ACCEPTS
-    if ANSWERS > 0:
-        if (program >= 0) & (program < ANSWERS):
-            counts, code = _headers(epoch, lane, rank, arena, peers, status, budget_ns, W, WP,
-                                    CHUNKS, QUERY_SIGNALS, ABORT, ROWS)  # fmt: skip
-            _answer(
-                program, counts, code, epoch, lane, rank, partial_out, partial_lse, covered, arena,
-                peers, counters, status, budget_ns, W, CHUNKS, CHUNK, H, ANSWER, RECORD, WINDOW,
-                QUERY_SIGNALS, ANSWER_SIGNALS, OUTGOING, ABORT, ANSWERS, TILE, PUT,
-            )  # fmt: skip
+        for first in range(0, ANSWERS, ctas):
+            if first + cta < ANSWERS:
+                _answer(
+                    first + cta, counts, code, epoch, lane, rank, partial_out, partial_lse, covered,
+                    arena, peers, counters, status, budget_ns, W, CHUNKS, CHUNK, H, ANSWER, RECORD,
+                    WINDOW, QUERY_SIGNALS, ANSWER_SIGNALS, OUTGOING, ABORT, ANSWER_PARTS, TILE, PUT,
+                )  # fmt: skip
+        if ANSWERS > 0:
             _note(ring, epoch, 3, RING)
-    program -= ANSWERS
     if RECEIVES > 0:
-        if program >= 0:
-            for first in range(0, N * GROUPS, RECEIVES):
-                if program + first < N * GROUPS:
-                    _receive(
-                        program + first, epoch, lane, rank, own_outs, own_lses, out, lse, fault,
-                        items, pairs, expected, arena, peers, status, budget_ns, W, WP, CHUNKS,
-                        CHUNK, H, C, CP, ANSWER, RECORD, WINDOW, ANSWER_SIGNALS, ABORT, N, NP, P,
-                        HEADS, GROUPS,
-                    )  # fmt: skip
-            _note(ring, epoch, 4, RING)
+        for first in range(0, RECEIVES, ctas):
+            if first + cta < RECEIVES:
+                _receive(
+                    first + cta, epoch, lane, rank, own_outs, own_lses, out, lse, fault, items,
+                    pairs, expected, arena, peers, status, budget_ns, W, WP, CHUNKS, CHUNK, H, C,
+                    CP, ANSWER, RECORD, WINDOW, ANSWER_SIGNALS, ABORT, N, NP, P, HEADS, GROUPS,
+                )  # fmt: skip
+        _note(ring, epoch, 4, RING)
 
 
 def exchange(
@@ -516,8 +503,6 @@ def exchange(
     accept: Accepted | None = None,
     answer: Partials | None = None,
     receive: Merge | None = None,
-    send_ctas: int | None = None,
-    answer_ctas: int | None = None,
 ) -> None:
     """Launch the given roles as one kernel; on the stream they must follow in their order.
 
@@ -526,10 +511,8 @@ def exchange(
         accept: where to list what the others ask; its rows beyond `num_rows` are not written.
         answer: partials of the accepted rows, of `send`'s dtype.
         receive: own partials in, the merged result out.
-        send_ctas, answer_ctas: how many copy; by default one on each SM, or more that are alone.
     Raises:
-        ValueError: on shapes, dtypes or devices that do not fit the wire, on no role, or on roles
-            together that need more CTAs than can be resident.
+        ValueError: on shapes, dtypes or devices that do not fit the wire, or on no role.
     """
     wire, device = ends.wire, ends.arena.device
     others, items = wire.world_size - 1, len(routes.expected)
@@ -537,28 +520,18 @@ def exchange(
     if all(role is None for role in roles):
         raise ValueError("give at least one of send, accept, answer and receive")
     _check(ends, routes, send, accept, answer, receive)
-    groups = triton.cdiv(wire.heads, _HEADS)
-    sms = _multiprocessors(device)
-    alone = sum(role is not None for role in roles) == 1
-    full = _ALONE * sms if alone else sms
-    queries = (
-        others * items * (triton.cdiv(wire.units, _TILE) + triton.cdiv(wire.query_words, _TILE))
+    groups, chunks = triton.cdiv(wire.heads, _HEADS), others * wire.chunks
+    resident = _multiprocessors(device) * _CTAS_OF_SM
+    most = min(max(resident // chunks, 1), _MOST_PARTS)
+    list_tiles, query_tiles = triton.cdiv(wire.units, _TILE), triton.cdiv(wire.query_words, _TILE)
+    send_parts = _even(wire.chunk_rows * (list_tiles + query_tiles), most)
+    answer_parts = _even(wire.chunk_rows * (1 + triton.cdiv(wire.answer_words, _TILE)), most)
+    units = (
+        chunks * send_parts if send is not None else 0,
+        others * wire.rows if accept is not None else 0,
+        chunks * answer_parts if answer is not None else 0,
+        items * groups if receive is not None else 0,
     )
-    partials = others * wire.rows * (1 + triton.cdiv(wire.answer_words, _TILE))
-    sends = min(send_ctas or full, queries) if send is not None else 0
-    answers = min(answer_ctas or full, partials) if answer is not None else 0
-    accepts = others * wire.rows if accept is not None else 0
-    receives = items * groups if receive is not None else 0
-    if not alone:  # they wait for one another, so all of them have to be resident
-        left = sms * _CTAS_OF_SM - sends - answers
-        if left < 2:
-            raise ValueError(
-                f"{sends + answers} CTAs that send and answer leave no room on {device} for those "
-                f"that wait: use fewer, or launches of their own"
-            )
-        accepts = min(accepts, left // 2)
-        receives = min(receives, left - accepts)
-    programs = (sends, accepts, answers, receives)
     nothing = ends.counters  # what a role that does not take part points to
     query = nothing if send is None else send.view(torch.int32)
     asked = accept or Accepted(nothing, nothing, nothing, nothing)
@@ -570,7 +543,7 @@ def exchange(
     options: dict[str, Any] = {"num_warps": _WARPS, "num_stages": 1, "maxnreg": _REGISTERS}
     if ends.put is not None:
         options["extern_libs"] = {"libnvshmem_device": ends.put}
-    _exchange_kernel[(sum(programs),)](
+    _exchange_kernel[(min(max(units), resident),)](
         query, routes.items, routes.units_of, routes.route_units, routes.pairs, routes.expected,
         *asked, *words, *merge,
         ends.arena, ends.peers, ends.epoch, ends.counters, ends.tables, ends.status, ends.ring,
@@ -585,9 +558,15 @@ def exchange(
         QUERY_SIGNALS=wire.query_signals, ANSWER_SIGNALS=wire.answer_signals, ABORT=wire.abort,
         OUTBOX=wire.outbox, OUTGOING=wire.outgoing,
         RING=0 if ends.ring is None else len(ends.ring),
-        SENDS=programs[0], ACCEPTS=programs[1], ANSWERS=programs[2], RECEIVES=programs[3],
-        TILE=_TILE, HEADS=_HEADS, GROUPS=groups, PUT=ends.put is not None, **options,
+        SENDS=units[0], ACCEPTS=units[1], ANSWERS=units[2], RECEIVES=units[3],
+        SEND_PARTS=send_parts, ANSWER_PARTS=answer_parts, TILE=_TILE, HEADS=_HEADS, GROUPS=groups,
+        PUT=ends.put is not None, **options,
     )  # fmt: skip
+
+
+def _even(tiles: int, most: int) -> int:
+    """As many parts, `most` of them, as a chunk's tiles fall into evenly."""
+    return int(triton.cdiv(tiles, triton.cdiv(tiles, most)))
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -610,7 +589,7 @@ def _check(
     if not 1 <= items <= wire.rows:
         raise ValueError(f"expected must be of 1 to {wire.rows} items, got {items}")
     pairs = wire.world_size * items
-    listed = [
+    listed: list[tuple[str, Tensor, tuple[int | None, ...], torch.dtype | None]] = [
         ("items", routes.items, (pairs,), i32),
         ("units_of", routes.units_of, (pairs,), i32),
         ("route_units", routes.route_units, (None,), i32),

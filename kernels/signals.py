@@ -1,8 +1,9 @@
 """How a CTA tells CTAs of another GPU that data is there, and how they learn it.
 
-A signal is one word of the receiver's memory: epoch << 32 | lane << 16 | rows, 31, 16 and 16 bits. It belongs to one
-chunk of one message, is set and never added to, and is compared for equality, so that nothing of
-another epoch, channel or incarnation is taken for it.
+A signal is one word of the receiver's memory: 31 bits of the epoch, 16 of the lane (which channel of
+which incarnation), 16 of a number of rows. It belongs to one chunk of one message, is set and never
+added to, and is compared for equality, so that nothing of another epoch, channel or incarnation is
+taken for it.
 
     writer                                     reader
     stores of all CTAs of the chunk            `wait_for` (acquire, system; then a barrier)

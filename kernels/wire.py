@@ -68,6 +68,11 @@ class Wire:
         return -(-self.rows // self.chunk)
 
     @property
+    def chunk_rows(self) -> int:
+        """The most rows that a chunk can have."""
+        return min(self.rows, self.chunk)
+
+    @property
     def list_words(self) -> int:
         return LIST_HEAD + _up(self.units, 4)
 

@@ -40,8 +40,7 @@ _BY_LIBRARY = {"NVSHMEM_DISABLE_NVLS": "1", "NVSHMEM_DISABLE_NCCL": "1", "NVSHME
 class Facts:
     """What a rank says before NVSHMEM starts. All but `host` to `free_bytes` must be equal."""
 
-    wire: str
-    channels: int
+    wires: tuple[str, ...]
     incarnation: int
     put: bool
     libnvshmem: str
@@ -98,11 +97,10 @@ class NvshmemTransport:
 
     def __init__(
         self,
-        wire: Wire,
+        wires: Sequence[Wire],
         *,
         group: dist.ProcessGroup,
         device: torch.device,
-        channels: int = 1,
         incarnation: int = 1,
         deadline_s: float = 2.0,
         put: bool = False,
@@ -111,8 +109,9 @@ class NvshmemTransport:
         """Open it; every rank of `group` (gloo) at the same time.
 
         Args:
-            wire: sizes of all messages, equal everywhere; `staged` exactly if `put`.
-            incarnation: of this world, other than that of any earlier one with these channels.
+            wires: of each channel the sizes of its messages, equal everywhere; `staged` exactly if
+                `put`.
+            incarnation: of this world, other than that of any earlier one of these ranks.
             deadline_s: after which a silent rank is named; the kernels wait 90 % of it.
             put: send by NVSHMEM's put instead of stores, for peers of other hosts. Experimental
                 until it has run over InfiniBand.
@@ -121,24 +120,27 @@ class NvshmemTransport:
             ValueError: naming what does not fit, on every rank alike, before NVSHMEM is entered.
         """
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-        self.wire, self.device, self.deadline_s = wire, device, deadline_s
+        self.device, self.deadline_s = device, deadline_s
         self._group, self._put = group, put
         self._closed = False
-        if wire.world_size != self.world_size:
-            raise ValueError(f"the wire is for {wire.world_size} ranks, not {self.world_size}")
-        if put != wire.staged:
-            raise ValueError("a wire is staged exactly if its messages are put")
-        if not 1 <= channels or not 0 < incarnation or incarnation * channels >= _MAX_LANE:
+        channels = len(wires)
+        for wire in wires:
+            if wire.world_size != self.world_size or wire.staged != put:
+                raise ValueError(
+                    f"a wire of {wire.world_size} ranks, staged {wire.staged}: here are "
+                    f"{self.world_size}, and wires are staged exactly if messages are put"
+                )
+        if not channels or incarnation < 1 or (incarnation + 1) * channels > _MAX_LANE:
             raise ValueError(
-                f"incarnation {incarnation} of {channels} channels: both must be positive, their "
-                f"product below {_MAX_LANE}"
+                f"incarnation {incarnation} of {channels} channels: both must be positive, and "
+                f"{_MAX_LANE} lanes are all there are"
             )
         if device.type != "cuda" or device.index is None or not deadline_s > 0:
             raise ValueError(
                 f"needs a CUDA device with its index and a deadline, got {device}, {deadline_s} s"
             )
-        self._stride = -(-wire.num_bytes // _ALIGNMENT) * _ALIGNMENT
-        num_bytes = channels * self._stride
+        sizes = [-(-wire.num_bytes // _ALIGNMENT) * _ALIGNMENT for wire in wires]
+        starts, num_bytes = [sum(sizes[:channel]) for channel in range(channels)], sum(sizes)
         torch.cuda.set_device(device)
         torch.cuda.init()
         import nvshmem.bindings as bindings  # only here: the package needs a GPU's libraries
@@ -146,7 +148,7 @@ class NvshmemTransport:
 
         load_nvidia_dynamic_lib("nvshmem_host")
         self._library = bindings
-        ours = _facts(bindings, wire, device, channels=channels, incarnation=incarnation, put=put)
+        ours = _facts(bindings, wires, device, incarnation=incarnation, put=put)
         if reason := refusal(self._gather(ours), num_bytes):
             raise ValueError(reason)
         self._start(num_bytes)
@@ -170,10 +172,8 @@ class NvshmemTransport:
                 wire=wire,
                 rank=self.rank,
                 lane=incarnation * channels + channel,
-                arena=memory.view(torch.int32)[channel * self._stride // 4 :][: wire.words],
-                peers=torch.tensor(
-                    [base and base + channel * self._stride for base in bases], device=device
-                ),
+                arena=memory[start : start + wire.num_bytes].view(torch.int32),
+                peers=torch.tensor([base and base + start for base in bases], device=device),
                 epoch=torch.zeros(1, dtype=torch.int64, device=device),
                 counters=torch.zeros(
                     2 * self.world_size * wire.chunks + 1, dtype=torch.int32, device=device
@@ -186,7 +186,7 @@ class NvshmemTransport:
                 budget_ns=int(0.9e9 * deadline_s),
                 put=bitcode,
             )
-            for channel in range(channels)
+            for channel, (wire, start) in enumerate(zip(wires, starts, strict=True))
         ]
         torch.cuda.synchronize(device)
         self._gather(None)  # nobody writes to an arena that is not zero yet
@@ -194,6 +194,11 @@ class NvshmemTransport:
     def ends(self, channel: int = 0) -> Ends:
         """What `exchange` works with on this channel."""
         return self._ends[channel]
+
+    def mapped(self, peer: int) -> int:
+        """The address here of a rank's memory of all channels, 0 if it cannot be reached. It stays
+        readable while this process lives, also when that rank is dead."""
+        return int(self._library.ptr(self._base, peer))
 
     def check(self) -> None:
         """Read the status that the kernels write; no synchronisation. Before a token leaves, the
@@ -257,7 +262,7 @@ class NvshmemTransport:
 
 
 def _facts(
-    library: Any, wire: Wire, device: torch.device, *, channels: int, incarnation: int, put: bool
+    library: Any, wires: Sequence[Wire], device: torch.device, *, incarnation: int, put: bool
 ) -> Facts:
     parts = [ctypes.c_int() for _ in range(3)]
     library.vendor_get_version_info(*(ctypes.addressof(part) for part in parts))
@@ -271,8 +276,7 @@ def _facts(
         if index != device.index and torch.cuda.can_device_access_peer(device.index, index)
     )
     return Facts(
-        wire=str(wire),
-        channels=channels,
+        wires=tuple(map(str, wires)),
         incarnation=incarnation,
         put=put,
         libnvshmem=".".join(str(part.value) for part in parts),

@@ -45,7 +45,7 @@ def opened(rank: int, wire: Wire, *, deadline_s: float) -> NvshmemTransport:
     group = dist.group.WORLD
     assert group is not None
     return NvshmemTransport(
-        wire,
+        [wire],
         group=group,
         device=torch.device("cuda", rank),
         deadline_s=deadline_s,
@@ -172,6 +172,11 @@ class Replay:
         self.wrong += (self._merge.out != wanted).any() | self._merge.fault.any()
         self._step += 1
 
+    def routed_are_nan(self) -> bool:
+        """Whether nothing that the last step should have asked of the peer has an output."""
+        routed = self._routed[int(self._step - 1) % PLANS]
+        return bool(self._merge.out[routed].isnan().all())
+
     def captured(self) -> torch.cuda.CUDAGraph:
         """The step in a graph; what it needs is compiled and loaded by a first run outside."""
         aside = torch.cuda.Stream()
@@ -237,7 +242,7 @@ def silence(rank: int, *, deadline_s: float) -> dict[str, Any]:
             torch.cuda.synchronize()
             side = torch.randn(512, 512, device=transport.device)
             well = bool(torch.isfinite(side @ side).all())
-            nan = bool(replay._merge.out.isnan().all())
+            nan = replay.routed_are_nan()
             say({"named": str(error), "at": named_at, "well": well, "nan": nan})
             transport.close(abort=True)
             transport.close()

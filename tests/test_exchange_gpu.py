@@ -41,19 +41,22 @@ def _late(program):
 
 
 @triton.jit(do_not_specialize"""
-DELAYS: Changes = {
-    "exchange.py": [
-        ("\n@triton.jit(do_not_specialize", LATE),
-        ("    program = tl.program_id(0)\n", "    program = _late(tl.program_id(0))\n"),
-    ]
-}
-NO_CREDIT: Changes = {"exchange.py": [("if (seat >= 0) | (work == 0):", "if seat >= 0:")]}
+LATE_START = [
+    ("\n@triton.jit(do_not_specialize", LATE),
+    ("cta, ctas = tl.program_id(0),", "cta, ctas = _late(tl.program_id(0)),"),
+]
+ONE_PARITY = ("return ((epoch & 1) * W + peer)", "return peer")
+NO_CREDIT = ("if (seat >= 0) | (unit == 0):", "if seat >= 0:")
+DELAYS: Changes = {"exchange.py": LATE_START}
+CREDIT: Changes = {"exchange.py": [*LATE_START, ONE_PARITY]}
+WITHOUT_CREDIT: Changes = {"exchange.py": [*LATE_START, ONE_PARITY, NO_CREDIT]}
 
 
 @contextmanager
-def ranks(folder: Path, job: str, **options: object) -> Iterator[list[subprocess.Popen[str]]]:
+def ranks(
+    folder: Path, job: str, *, environment: dict[str, str] | None = None, **options: object
+) -> Iterator[list[subprocess.Popen[str]]]:
     """Both ranks of a job; killed at the end, whatever happened."""
-    environment = options.pop("environment", None)
     given = [f"{name}={json.dumps(value)}" for name, value in options.items()]
     children = [
         subprocess.Popen(
@@ -65,7 +68,7 @@ def ranks(folder: Path, job: str, **options: object) -> Iterator[list[subprocess
                 str(folder),
                 *given,
             ],
-            env=environment,  # type: ignore[arg-type]
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -112,16 +115,17 @@ def test_replays_without_the_host(
     assert [rank["epochs"] for rank in said] == [replays + 1] * 2
 
 
-@pytest.mark.parametrize("changes", [DELAYS, NO_CREDIT], ids=["with credit", "without"])
-def test_a_rank_that_asks_nothing_must_not_run_ahead(tmp_path: Path, changes: Changes) -> None:
-    """Without the wait for bare answers it does, and overwrites what the other has not read."""
-    environment = environment_of(tmp_path, changes)
+@pytest.mark.parametrize("credit", [True, False], ids=["with credit", "without"])
+def test_a_rank_that_asks_nothing_must_not_run_ahead(tmp_path: Path, credit: bool) -> None:
+    """The wait for bare answers holds a rank so that even one parity would do; without it, it does
+    not: the next header covers one that was not read yet."""
+    environment = environment_of(tmp_path, CREDIT if credit else WITHOUT_CREDIT)
     with ranks(
         tmp_path, "soak", put=False, replays=500, idle_rank=0, deadline_s=DEADLINE_S,
         environment=environment,
     ) as both:  # fmt: skip
         said = [result(rank) for rank in both]
-    if changes is DELAYS:
+    if credit:
         assert [rank.get("wrong") for rank in said] == [0, 0], said
     else:
         assert any("named" in rank or rank["wrong"] > 0 for rank in said), said
