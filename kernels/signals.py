@@ -36,7 +36,7 @@ def blame(code: int) -> tuple[int, int]:
 @triton.jit
 def stamp_of(epoch, lane):
     """What a signal of this epoch has above its lowest 16 bits."""
-    return ((epoch & 0x7FFFFFFF) << 16) | lane
+    return ((tl.cast(epoch, tl.int64) & 0x7FFFFFFF) << 16) | lane
 
 
 @triton.jit

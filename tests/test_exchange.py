@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
+from triton.runtime.errors import InterpreterError
 from wires import asked, connected, due, partials_of, room, target
 
 from qroam.kernels.exchange import Accepted, Ends, Merge, Partials, exchange
@@ -132,6 +133,27 @@ def test_other_tables_are_refused() -> None:
     ends[1].tables.fill_(2)
     run(ends)
     assert [blame(int(end.status)) for end in ends] == [(1, UNTRUE), (0, UNTRUE)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter refuses to wait")
+def test_who_asked_nothing_waits_for_the_bare_answer_all_the_same() -> None:
+    """That is the credit. Here a wait for what never comes ends at the clock it cannot read."""
+    ends = connected(small_wire(2))
+    given = [
+        asked(ends[0].wire, r, 5, columns=COLUMNS, seed=2, dtype=torch.float16) for r in (0, 1)
+    ]
+    assert not bool(given[0].routed.any())
+    for end, ask in zip(ends, given, strict=True):
+        exchange(end, ask.routes, send=ask.query)
+    accepted = room(ends[0].wire)
+    exchange(ends[0], given[0].routes, accept=accepted)
+    exchange(
+        ends[0],
+        given[0].routes,
+        answer=full(ends[0].wire, partials_of(*queries(ends[0], accepted), COLUMNS)),
+    )
+    with pytest.raises(InterpreterError):
+        exchange(ends[0], given[0].routes, receive=target(given[0]))
 
 
 def test_refusals_say_what_is_allowed() -> None:
