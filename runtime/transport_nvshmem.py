@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -33,6 +34,7 @@ _RESERVE = 1 << 30  # bytes that NVSHMEM and kernels need beside the arena
 _OLDEST, _NEWEST = (3, 4), (3, 7)  # of libnvshmem: from the first up to below the second
 _MAX_LANE = 1 << 16
 _UNIQUE_ID_BYTES = 128
+_MOST_SAID = 1 << 14  # bytes that a rank says at once
 _BY_LIBRARY = {"NVSHMEM_DISABLE_NVLS": "1", "NVSHMEM_DISABLE_NCCL": "1", "NVSHMEM_MAX_TEAMS": "7"}
 
 
@@ -50,6 +52,30 @@ class Facts:
     device: str
     reaches: tuple[str, ...]
     free_bytes: int
+
+    def encoded(self) -> bytes:
+        packed: bytes = msgpack.packb(asdict(self))
+        return packed
+
+    def read(self, rank: int, said: bytes) -> Facts:
+        """What a rank said, of the same kinds as these.
+
+        Raises: ValueError naming the rank if it said anything else.
+        """
+        try:
+            values = msgpack.unpackb(said)
+        except ValueError as error:
+            raise ValueError(f"rank {rank} sent what is no msgpack: {error}") from error
+        ours = msgpack.unpackb(self.encoded())
+        if not isinstance(values, dict) or [(n, type(v)) for n, v in values.items()] != [
+            (n, type(v)) for n, v in ours.items()
+        ]:
+            raise ValueError(f"rank {rank} sent other facts than {list(ours)}: {said[:60]!r}")
+        theirs: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return Facts(**theirs)
 
     @property
     def shared(self) -> dict[str, object]:
@@ -149,7 +175,8 @@ class NvshmemTransport:
         load_nvidia_dynamic_lib("nvshmem_host")
         self._library = bindings
         ours = _facts(bindings, wires, device, incarnation=incarnation, put=put)
-        if reason := refusal(self._gather(ours), num_bytes):
+        said = gather(ours.encoded(), group)
+        if reason := refusal([ours.read(rank, text) for rank, text in enumerate(said)], num_bytes):
             raise ValueError(reason)
         self._start(num_bytes)
         self._base = int(bindings.malloc(num_bytes))
@@ -189,7 +216,7 @@ class NvshmemTransport:
             for channel, (wire, start) in enumerate(zip(wires, starts, strict=True))
         ]
         torch.cuda.synchronize(device)
-        self._gather(None)  # nobody writes to an arena that is not zero yet
+        gather(b"", group)  # nobody writes to an arena that is not zero yet
 
     def ends(self, channel: int = 0) -> Ends:
         """What `exchange` works with on this channel."""
@@ -233,17 +260,12 @@ class NvshmemTransport:
         if abort:
             return
         torch.cuda.synchronize(self.device)
-        self._gather(None)
+        gather(b"", self._group)
         if self._hook is not None:
             self._hook.remove()
         self._ends = []
         self._library.free(self._base)
         self._library.hostlib_finalize()
-
-    def _gather(self, fact: Any) -> list[Any]:
-        facts: list[Any] = [None] * self.world_size
-        dist.all_gather_object(facts, fact, group=self._group)
-        return facts
 
     def _start(self, num_bytes: int) -> None:
         """Initialise NVSHMEM with a unique id of rank 0; its settings are environment variables."""
@@ -254,11 +276,26 @@ class NvshmemTransport:
         unique = self._library.uniqueid()
         if self.rank == 0:
             self._library.get_uniqueid(unique.ptr)
-        said = self._gather(ctypes.string_at(unique.ptr, _UNIQUE_ID_BYTES))[0]
+        said = gather(ctypes.string_at(unique.ptr, _UNIQUE_ID_BYTES), self._group)[0]
+        if len(said) != _UNIQUE_ID_BYTES:
+            raise ValueError(f"rank 0 sent a unique id of {len(said)} bytes")
         ctypes.memmove(unique.ptr, said, _UNIQUE_ID_BYTES)
         attributes = self._library.InitAttr()
         self._library.set_attr_uniqueid_args(self.rank, self.world_size, unique.ptr, attributes.ptr)
         self._library.hostlib_init_attr(self._library.Flags.INIT_WITH_UNIQUEID, attributes.ptr)
+
+
+def gather(said: bytes, group: dist.ProcessGroup) -> list[bytes]:
+    """What every rank of a gloo group says, in rank order; so it is a barrier, too."""
+    if len(said) > _MOST_SAID:
+        raise ValueError(f"{len(said)} bytes are too long to say, {_MOST_SAID} are allowed")
+    ours = torch.zeros(4 + _MOST_SAID, dtype=torch.uint8)
+    text = len(said).to_bytes(4, "little") + said
+    ours[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    everyone = [torch.empty_like(ours) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, ours, group=group)
+    texts = [heard.numpy().tobytes() for heard in everyone]
+    return [text[4 : 4 + int.from_bytes(text[:4], "little")] for text in texts]
 
 
 def _facts(

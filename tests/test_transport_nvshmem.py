@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
+import msgpack
 import pytest
+import torch.distributed as dist
+from ranks import RankPool
 
 pytest.importorskip("triton")
 
-from qroam.runtime.transport_nvshmem import Facts, refusal
+from qroam.runtime.transport import Transport
+from qroam.runtime.transport_nvshmem import Facts, gather, refusal
 
 GIB = 1 << 30
 RANK = Facts(
@@ -64,3 +68,36 @@ def test_refusals_name_value_and_remedy(ranks: list[Facts], says: str) -> None:
 def test_other_hosts_are_reached_by_put() -> None:
     ranks = [replace(RANK, put=True), replace(OTHER, put=True, host="two", reaches=())]
     assert refusal(ranks, 4 * GIB) is None
+
+
+def test_facts_are_read_as_they_were_written() -> None:
+    assert RANK.read(1, OTHER.encoded()) == OTHER
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"\xc1",
+        b"\x80",
+        b"\x93\x01\x02\x03",
+        OTHER.encoded()[:-1],
+        msgpack.packb({**asdict(RANK), "free_bytes": "much"}),
+    ],
+)
+def test_whoever_says_something_else_is_named(said: bytes) -> None:
+    with pytest.raises(ValueError, match="rank 3 sent"):
+        RANK.read(3, said)
+
+
+def say(transport: Transport, lengths: list[int]) -> list[int]:
+    group = dist.group.WORLD
+    assert group is not None
+    said = gather(bytes([transport.rank]) * lengths[transport.rank], group)
+    assert all(set(text) <= {rank} for rank, text in enumerate(said))
+    return [len(text) for text in said]
+
+
+def test_everyone_hears_what_everyone_says(four_ranks: RankPool) -> None:
+    lengths = [0, 1, 1 << 14, 128]
+    assert four_ranks.run(say, lengths) == [lengths] * 4
