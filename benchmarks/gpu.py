@@ -116,7 +116,7 @@ class Bench:
             f"GFLOP at {self.matmul_rate / 1e12:.0f} TFLOP/s, both measured in this run"
         )
         print(
-            f"{case:<42} {ours.name:<40} {_show(own)}  {floor_us / own.median:6.1%} of the floor, "
+            f"{case:<42} {ours.name:<40} {shown(own)}  {floor_us / own.median:6.1%} of the floor, "
             f"{num_bytes / own.median / 1e6:.2f} TB/s, {flops / own.median / 1e6:.0f} TFLOP/s",
             flush=True,
         )
@@ -125,7 +125,7 @@ class Bench:
             variant = graph.variant
             host = f", host planning {variant.host_us:.0f} us" if variant.host_us else ""
             ratio = timing.median / own.median
-            print(f"{'':<42} {variant.name:<40} {_show(timing)}  ratio {ratio:.2f}{host}")
+            print(f"{'':<42} {variant.name:<40} {shown(timing)}  ratio {ratio:.2f}{host}")
             self._record(case, "time", own.median, variant.name, timing.median)
             self._record(case, "time, 90th percentile", own.high, variant.name, timing.high)
             if variant.host_us:
@@ -137,11 +137,9 @@ class Bench:
         print(f"{self.name}: {time.perf_counter() - self._started:.0f} s", flush=True)
         return self.status
 
-    def _checked(self, case: str, variant: Variant) -> _Graph | None:
-        graph = _Graph(variant)
-        for tensor in _tensors(graph.results):
-            poison = torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
-            tensor.fill_(poison)
+    def _checked(self, case: str, variant: Variant) -> Graph | None:
+        graph = Graph(variant)
+        graph.poison()
         graph.replay()
         torch.cuda.synchronize()
         try:
@@ -152,7 +150,7 @@ class Bench:
             return None
         return graph
 
-    def _timings(self, graphs: Sequence[_Graph]) -> list[Timing]:
+    def _timings(self, graphs: Sequence[Graph]) -> list[Timing]:
         rounds, replays = (2, 5) if self._quick else (6, 12)
         until = time.perf_counter() + (0.02 if self._quick else 0.1)
         while time.perf_counter() < until:
@@ -172,7 +170,7 @@ class Bench:
                     measured.append((start, end))
             torch.cuda.synchronize()
         return [
-            _timing([1e3 * start.elapsed_time(end) / graph.calls for start, end in measured])
+            timing_of([1e3 * start.elapsed_time(end) / graph.calls for start, end in measured])
             for graph, measured in zip(graphs, pairs, strict=True)
         ]
 
@@ -186,7 +184,7 @@ class Bench:
         c = torch.empty_like(a)
         one = torch.zeros(1, device=DEVICE)
         graphs = [
-            _Graph(Variant(name=name, calls=[call] * calls, check=lambda results: None))
+            Graph(Variant(name=name, calls=[call] * calls, check=lambda results: None))
             for name, calls, call in (
                 ("copy", 4, lambda: target.copy_(source)),
                 ("elementwise copy", 4, lambda: torch.neg(words, out=result)),
@@ -215,7 +213,7 @@ class Bench:
             )
 
 
-class _Graph:
+class Graph:
     """A variant's calls, warmed up and captured, and what they returned."""
 
     def __init__(self, variant: Variant) -> None:
@@ -230,6 +228,11 @@ class _Graph:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self.results = [call() for call in variant.calls]
+
+    def poison(self) -> None:
+        """Fill the results, so that what a replay does not write shows up."""
+        for tensor in _tensors(self.results):
+            tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
 
     def replay(self) -> None:
         self._graph.replay()
@@ -284,11 +287,11 @@ def _tensors(results: object) -> Iterator[Tensor]:
             yield from _tensors(result)
 
 
-def _timing(microseconds: list[float]) -> Timing:
+def timing_of(microseconds: list[float]) -> Timing:
     ordered = sorted(microseconds)
     last = len(ordered) - 1
     return Timing(*(ordered[round(last * share)] for share in (0.5, 0.1, 0.9)))
 
 
-def _show(timing: Timing) -> str:
+def shown(timing: Timing) -> str:
     return f"{timing.median:8.2f} us [{timing.low:.2f}, {timing.high:.2f}]"

@@ -133,6 +133,33 @@ def rope(*, layers: int) -> None:
     )
 
 
+def exchange(*, rows: int) -> None:
+    from qroam.kernels.exchange import Accepted, Ends, Merge, Partials, Routes, exchange
+    from qroam.kernels.wire import Wire
+
+    wire = Wire(
+        world_size=2, rows=rows, heads=128, query_words=36864, answer_words=32768, units=2048
+    )  # fmt: skip
+    i64 = torch.int64
+    ends = Ends(
+        wire, 0, 1, on_gpu(wire.words), on_gpu(2, dtype=i64), on_gpu(1, dtype=i64),
+        on_gpu(4 * wire.chunks + 1), on_gpu(1), on_gpu(1, dtype=i64), on_gpu(64, 5, dtype=i64),
+        10**9, None,
+    )  # fmt: skip
+    routes = Routes(
+        on_gpu(2 * rows), on_gpu(2 * rows), on_gpu(rows * 2048), on_gpu(2), on_gpu(rows, 2, 2)
+    )
+    out, lse = on_gpu(rows, 128, 512, dtype=_BF16), on_gpu(rows, 128, dtype=_F32)
+    exchange(
+        ends,
+        routes,
+        send=on_gpu(rows, 128, 576, dtype=_BF16),
+        accept=Accepted.make(wire, _GPU),
+        answer=Partials(out, lse, on_gpu(rows, 2)),
+        receive=Merge(out[None], lse[None], out, lse, on_gpu(rows)),
+    )
+
+
 @dataclass(frozen=True)
 class Launch:
     run: Callable[..., None]
@@ -165,6 +192,7 @@ LAUNCHES = {
         for verb in ("encode_latent", "decode_latent", "encode_index", "decode_index")
     },
     "rope": launch(rope, "_rotate_kernel", layers=61),
+    "exchange 64": launch(exchange, "_exchange_kernel", rows=64),
 }
 
 
@@ -184,8 +212,8 @@ class StandIn(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def compile_all(names: list[str]) -> None:
-    """In the child: run launchers, print the name of each before what ptxas says."""
+def pretend_hopper(seen: Callable[[Any], None]) -> None:
+    """Compile for sm_90 what is launched from now on instead of running it, and show it to `seen`."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction, MockTensor
@@ -207,10 +235,19 @@ def compile_all(names: list[str]) -> None:
 
         mocked = {name: mock(value) for name, value in options.items()}
         compiled = run(kernel, *map(mock, args), grid=grid, warmup=True, **mocked)
-        sys.stdout.write(f"shared memory: {compiled.metadata.shared}\n")
+        seen(compiled)
         return compiled
 
     JITFunction.run = compile_only
+
+
+def compile_all(names: list[str]) -> None:
+    """In the child: run launchers, print the name of each before what ptxas says."""
+
+    def tell(made: Any) -> None:
+        sys.stdout.write(f"shared memory: {made.metadata.shared}\n")
+
+    pretend_hopper(tell)
     for name in names:
         sys.stdout.write(f"== {name}\n")
         sys.stdout.flush()

@@ -1,0 +1,636 @@
+"""An exchange of routed queries and their answers: launcher and kernels over peer memory.
+
+Letters: W ranks, N items of this rank, M rows that arrived, H heads, D query columns, C value
+columns, E units of a list, P partials of this rank's own.
+
+Four roles, in this order on the stream, each of them a launch or together with its neighbours:
+
+    send      query rows and unit lists, from the plan, into the inboxes of their holders
+    accept    wait for the queries of all other ranks; one dense list of them for `attend`
+    answer    partials of the accepted rows into the windows of who asked
+    receive   wait for the answers to each item, check their coverage, merge them with its own
+
+Every message has at least its first chunk, and every first chunk is answered, if only by a bare
+signal. That is the credit: an exchange ends when all answers to it came, so nobody can be more than
+one exchange ahead, and a message of this parity finds its place read. The epoch is a word on the
+device, counted up once everybody in the launch of `receive` has read it; replays need no host.
+
+A CTA waits for other ranks only, which wait for what this one has sent, never for what it waits
+for; and a launch has no more CTAs than are resident, so that all of them do send.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import cuda
+
+from .checks import check_tensor
+from .put import put_and_signal
+from .signals import UNTRUE, last_of, publish, stamp_of, tell_abort, wait_for
+from .wire import HEAD, LIST_HEAD, Wire
+
+STAMPS = ("begun", "sent", "arrived", "answered", "merged")
+_HEAD: tl.constexpr = tl.constexpr(HEAD)
+_LIST_HEAD: tl.constexpr = tl.constexpr(LIST_HEAD)
+_UNTRUE: tl.constexpr = tl.constexpr(UNTRUE)
+_STAMPS: tl.constexpr = tl.constexpr(len(STAMPS))
+_WARPS = 4
+_REGISTERS = 128  # of a thread, so that an SM holds four CTAs
+_CTAS_OF_SM = 65536 // (_REGISTERS * 32 * _WARPS)
+_TILE = 2048  # words a CTA copies at once, four accesses of 16 bytes a thread
+_HEADS = 8  # that a CTA merges
+_MOST_PARTS = 64  # CTAs that copy a chunk; each of them counts, one after another
+
+
+class Ends(NamedTuple):
+    """This rank's end of a channel. Made once by the transport; the kernels alone change it.
+
+    arena: (words,) int32, of `wire`'s layout, zero before the first exchange. peers: (W,) int64,
+    where each rank's arena is mapped here; with `put` 0 but for this rank's own. epoch: (1,) int64.
+    counters: (2 * W * chunks + 1,) int32, zero. tables: (1,) int32, version of the directory.
+    status: (1,) int64 that the host can read at any time, an abort code or 0. ring: (R, stamps)
+    int64, nanoseconds of `STAMPS` by epoch % R, or None.
+    """
+
+    wire: Wire
+    rank: int
+    lane: int
+    arena: Tensor
+    peers: Tensor
+    epoch: Tensor
+    counters: Tensor
+    tables: Tensor
+    status: Tensor
+    ring: Tensor | None
+    budget_ns: int
+    put: str | None  # path of NVSHMEM's device library where peers cannot be stored to
+
+    @property
+    def inbox(self) -> Tensor:
+        """(rows, query words) int32, a view of the arena: what `Accepted.query_of` points into."""
+        rows, words = self.wire.query_rows, self.wire.query_words
+        return self.arena[: rows * words].view(rows, words)
+
+
+class Routes(NamedTuple):
+    """Of a plan, one form: who is asked for what. `kernels.plan.Plan` says more.
+
+    items, units_of: (W * N,) int32. route_units: (N * E',) int32. pairs: (W,) int32. expected:
+    (N, W, 2) int32.
+    """
+
+    items: Tensor
+    units_of: Tensor
+    route_units: Tensor
+    pairs: Tensor
+    expected: Tensor
+
+
+class Accepted(NamedTuple):
+    """What others ask, for `attend`: rows by source, then as each source listed them.
+
+    units: (M, E) int32. lengths, query_of: (M,) int32, the latter rows of the inbox. num_rows: (1,).
+    """
+
+    units: Tensor
+    lengths: Tensor
+    query_of: Tensor
+    num_rows: Tensor
+
+    @staticmethod
+    def make(wire: Wire, device: torch.device | str) -> Accepted:
+        """With room for all that can arrive."""
+        rows = (wire.world_size - 1) * wire.rows
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(*shape, dtype=torch.int32, device=device)
+
+        return Accepted(empty(rows, wire.units), empty(rows), empty(rows), empty(1))
+
+
+class Partials(NamedTuple):
+    """Of the accepted rows: out (M, H, C), lse (M, H) fp32, covered (M, 2) int32."""
+
+    out: Tensor
+    lse: Tensor
+    covered: Tensor
+
+
+class Merge(NamedTuple):
+    """Own partials, outs (P, N, H, C) and lses (P, N, H) fp32, and where the result goes.
+
+    out: (N, H, C), lse: (N, H) fp32; NaN where something was missing. fault: (N,) int32, 0, or 1 +
+    the last holder whose answer covers something else than was asked.
+    """
+
+    outs: Tensor
+    lses: Tensor
+    out: Tensor
+    lse: Tensor
+    fault: Tensor
+
+
+@triton.jit
+def _share(counts, peer):
+    """Of counts (ranks,), how many rows are of ranks before `peer`, and how many are its own."""
+    ranks = tl.arange(0, counts.shape[0])
+    before = tl.sum(tl.where(ranks < peer, counts, 0), axis=0)
+    return before, tl.sum(tl.where(ranks == peer, counts, 0), axis=0)
+
+
+@triton.jit
+def _part(unit, rank, W: tl.constexpr, PARTS: tl.constexpr):
+    """Which of the PARTS of which chunk for which rank; first all first chunks, the next rank first."""
+    part, turn = unit % PARTS, unit // PARTS
+    return part, turn // (W - 1), (rank + 1 + turn % (W - 1)) % W
+
+
+@triton.jit
+def _message(epoch, peer, chunk, W: tl.constexpr, CHUNKS: tl.constexpr):
+    """Which chunk of all it is, in an arena of either parity."""
+    return ((epoch & 1) * W + peer) * CHUNKS + chunk
+
+
+@triton.jit
+def _arena_of(peers_ptr, peer):
+    return tl.multiple_of(tl.load(peers_ptr + peer).to(tl.pointer_type(tl.int32)), 16)
+
+
+@triton.jit
+def _copy(to_ptr, from_ptr, tile, WORDS: tl.constexpr, TILE: tl.constexpr):
+    at = tile * TILE + tl.arange(0, TILE)
+    tl.store(to_ptr + at, tl.load(from_ptr + at, mask=at < WORDS), mask=at < WORDS)
+
+
+@triton.jit
+def _leave(
+    counter_ptr, own_ptr, place, from_ptr, words, signal, word, peers_ptr, peer,
+    PARTS: tl.constexpr, PUT: tl.constexpr,
+):  # fmt: skip
+    """Publish a chunk that is in place, or put it there if it was staged."""
+    signals = tl.full((), signal, tl.int64)
+    if PUT:
+        if last_of(counter_ptr, PARTS):
+            to_signal = (own_ptr + signals).to(tl.pointer_type(tl.int64))
+            put_and_signal(own_ptr + place, from_ptr, words, to_signal, word, peer)
+    else:
+        to_signal = (_arena_of(peers_ptr, peer) + signals).to(tl.pointer_type(tl.int64))
+        publish(counter_ptr, PARTS, to_signal, word)
+
+
+@triton.jit
+def _signal(arena_ptr, REGION: tl.constexpr, message):
+    return (arena_ptr + REGION).to(tl.pointer_type(tl.int64)) + message
+
+
+@triton.jit
+def _send(
+    unit, epoch, lane, rank, query_ptr, items_ptr, units_of_ptr, route_units_ptr, pairs_ptr,
+    tables_ptr, own_ptr, peers_ptr, counters_ptr,
+    W: tl.constexpr, WP: tl.constexpr, BP: tl.constexpr, CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr, QUERY: tl.constexpr, LIST: tl.constexpr, LISTS: tl.constexpr,
+    E: tl.constexpr, INBOX_CHUNK: tl.constexpr, QUERY_SIGNALS: tl.constexpr, OUTBOX: tl.constexpr,
+    PARTS: tl.constexpr, TILE: tl.constexpr, PUT: tl.constexpr,
+):  # fmt: skip
+    """The tiles of a chunk that are one part's."""
+    LIST_TILES: tl.constexpr = (E + TILE - 1) // TILE
+    TILES: tl.constexpr = LIST_TILES + (QUERY + TILE - 1) // TILE
+    BEFORE: tl.constexpr = LISTS * QUERY - _HEAD  # of a chunk's words, where its head is
+    part, chunk, peer = _part(unit, rank, W, PARTS)
+    ranks = tl.arange(0, WP)
+    before, count = _share(tl.load(pairs_ptr + ranks, mask=ranks < W, other=0), peer)
+    rows = tl.minimum(count - chunk * CHUNK, CHUNK)
+    if (rows > 0) | (chunk == 0):
+        mine = _message(epoch, rank, chunk, W, CHUNKS)
+        place = mine * INBOX_CHUNK
+        from_ptr = own_ptr + OUTBOX + _message(epoch, peer, chunk, W, CHUNKS) * INBOX_CHUNK
+        to_ptr = from_ptr if PUT else _arena_of(peers_ptr, peer) + place
+        if (chunk == 0) & (part == 0):
+            tl.store(to_ptr + BEFORE, tl.load(tables_ptr))
+        for t in range(part, rows * TILES, PARTS):
+            row, tile = t // TILES, t % TILES
+            seat = before + chunk * CHUNK + row
+            if tile < LIST_TILES:
+                length = tl.minimum(tl.load(units_of_ptr + seat), E)
+                all_seats = tl.arange(0, BP)
+                earlier = tl.load(units_of_ptr + all_seats, mask=all_seats < seat, other=0)
+                to_list = to_ptr + BEFORE - (row + 1) * LIST
+                at = tile * TILE + tl.arange(0, TILE)
+                from_list = route_units_ptr + tl.sum(earlier, axis=0) + at
+                listed = tl.load(from_list, mask=at < length)
+                tl.store(to_list + _LIST_HEAD + at, listed, mask=at < length)
+                tl.store(to_list, length)
+            else:
+                item = tl.load(items_ptr + seat).to(tl.int64)
+                _copy(to_ptr + (LISTS + row) * QUERY, query_ptr + item * QUERY, tile - LIST_TILES,
+                      QUERY, TILE)  # fmt: skip
+        rows = tl.maximum(rows, 0)
+        skipped = BEFORE - rows * LIST
+        _leave(counters_ptr + peer * CHUNKS + chunk, own_ptr, place + skipped, from_ptr + skipped,
+               _HEAD + rows * (LIST + QUERY), QUERY_SIGNALS + 2 * mine,
+               (stamp_of(epoch, lane) << 16) | count, peers_ptr, peer, PARTS, PUT)  # fmt: skip
+
+
+@triton.jit
+def _headers(
+    epoch, lane, rank, own_ptr, peers_ptr, status_ptr, budget_ns,
+    W: tl.constexpr, WP: tl.constexpr, CHUNKS: tl.constexpr, QUERY_SIGNALS: tl.constexpr,
+    ABORT: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Wait for all messages to begin: how many rows (ranks,) came, and an abort code or 0."""
+    counts = tl.zeros((WP,), tl.int32)
+    fault = tl.full((), 0, tl.int64)
+    for other in range(W):
+        if other != rank:
+            header = _signal(own_ptr, QUERY_SIGNALS, _message(epoch, other, 0, W, CHUNKS))
+            count, code = wait_for(header, stamp_of(epoch, lane), other, peers_ptr, status_ptr,
+                                   budget_ns, rank, ABORT, W)  # fmt: skip
+            if (code == 0) & (count > N):
+                code = tl.full((), (_UNTRUE << 16) + 1, tl.int64) + other
+                tell_abort(code, peers_ptr, status_ptr, ABORT, W)
+                count = 0
+            counts = tl.where(tl.arange(0, WP) == other, count, counts)
+            fault = tl.maximum(fault, code)
+    return counts, fault
+
+
+@triton.jit
+def _accept(
+    unit, counts, code, epoch, lane, rank, units_ptr, lengths_ptr, query_of_ptr, num_rows_ptr,
+    tables_ptr, own_ptr, peers_ptr, status_ptr, budget_ns,
+    W: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, QUERY: tl.constexpr,
+    LIST: tl.constexpr, LISTS: tl.constexpr, E: tl.constexpr, INBOX_CHUNK: tl.constexpr,
+    QUERY_SIGNALS: tl.constexpr, ABORT: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    BEFORE: tl.constexpr = LISTS * QUERY - _HEAD
+    seat, source = unit % N, unit // N
+    source += (source >= rank).to(tl.int32)
+    before, count = _share(counts, source)
+    if seat == 0:
+        if code == 0:
+            head = own_ptr + _message(epoch, source, 0, W, CHUNKS) * INBOX_CHUNK
+            if tl.load(head + BEFORE) != tl.load(tables_ptr):
+                untrue = tl.full((), (_UNTRUE << 16) + 1, tl.int64) + source
+                tell_abort(untrue, peers_ptr, status_ptr, ABORT, W)
+        tl.store(num_rows_ptr, tl.sum(counts, axis=0), mask=unit == 0)
+    if seat < count:
+        chunk, row = seat // CHUNK, seat % CHUNK
+        message = _message(epoch, source, chunk, W, CHUNKS)
+        arrived, code = wait_for(
+            _signal(own_ptr, QUERY_SIGNALS, message), stamp_of(epoch, lane), source, peers_ptr,
+            status_ptr, budget_ns, rank, ABORT, W,
+        )  # fmt: skip
+        m = before + seat
+        from_list = own_ptr + message * INBOX_CHUNK + BEFORE - (row + 1) * LIST
+        length = tl.full((), 0, tl.int32)
+        if arrived > 0:
+            length = tl.minimum(tl.maximum(tl.load(from_list), 0), E)
+        for tile in range((length + TILE - 1) // TILE):
+            at = tile * TILE + tl.arange(0, TILE)
+            listed = tl.load(from_list + _LIST_HEAD + at, mask=at < length)
+            tl.store(units_ptr + m.to(tl.int64) * E + at, listed, mask=at < length)
+        tl.store(lengths_ptr + m, length)
+        tl.store(query_of_ptr + m, (message * (LISTS + CHUNK) + LISTS + row).to(tl.int32))
+
+
+@triton.jit
+def _answer(
+    unit, counts, code, epoch, lane, rank, out_ptr, lse_ptr, covered_ptr, own_ptr, peers_ptr,
+    counters_ptr, status_ptr, budget_ns,
+    W: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr,
+    ANSWER: tl.constexpr, RECORD: tl.constexpr, WINDOW: tl.constexpr, QUERY_SIGNALS: tl.constexpr,
+    ANSWER_SIGNALS: tl.constexpr, OUTGOING: tl.constexpr, ABORT: tl.constexpr,
+    PARTS: tl.constexpr, TILE: tl.constexpr, PUT: tl.constexpr,
+):  # fmt: skip
+    """The tiles of a chunk of answers that are one part's, as soon as its queries are there."""
+    TILES: tl.constexpr = 1 + (ANSWER + TILE - 1) // TILE
+    part, chunk, source = _part(unit, rank, W, PARTS)
+    before, count = _share(counts, source)
+    rows = tl.minimum(count - chunk * CHUNK, CHUNK)
+    if rows > 0:  # in a launch of its own this is there already
+        signal = _signal(own_ptr, QUERY_SIGNALS, _message(epoch, source, chunk, W, CHUNKS))
+        _, missing = wait_for(signal, stamp_of(epoch, lane), source, peers_ptr, status_ptr,
+                              budget_ns, rank, ABORT, W)  # fmt: skip
+        code = tl.maximum(code, missing)
+    if (code == 0) & ((rows > 0) | (chunk == 0)):
+        mine = _message(epoch, rank, chunk, W, CHUNKS)
+        place = WINDOW + mine * (CHUNK * RECORD)
+        theirs = _message(epoch, source, chunk, W, CHUNKS)
+        from_ptr = own_ptr + OUTGOING + theirs * (CHUNK * RECORD)
+        to_ptr = from_ptr if PUT else _arena_of(peers_ptr, source) + place
+        for t in range(part, rows * TILES, PARTS):
+            row, tile = t // TILES, t % TILES
+            m = tl.cast(before + chunk * CHUNK + row, tl.int64)
+            record = to_ptr + row * RECORD
+            if tile == 0:
+                _copy(record + ANSWER, lse_ptr + m * H, 0, H, triton.next_power_of_2(H))
+                both = tl.arange(0, 2)
+                tl.store(record + ANSWER + H + both, tl.load(covered_ptr + m * 2 + both))
+            else:
+                _copy(record, out_ptr + m * ANSWER, tile - 1, ANSWER, TILE)
+        rows = tl.maximum(rows, 0)
+        _leave(counters_ptr + (W + source) * CHUNKS + chunk, own_ptr, place, from_ptr, rows * RECORD,
+               ANSWER_SIGNALS + 2 * mine, (stamp_of(epoch, lane) << 16) | rows, peers_ptr, source,
+               PARTS, PUT)  # fmt: skip
+
+
+@triton.jit
+def _add(
+    lse_at, row_at, used, top, total, acc, columns, C: tl.constexpr,
+):  # fmt: skip
+    """One more partial of these heads; an empty one is not even read."""
+    lses = tl.load(lse_at, mask=used, other=-float("inf"))
+    some = used & (lses != -float("inf"))
+    outs = tl.load(row_at, mask=some[:, None] & (columns < C)[None, :], other=0.0)
+    # The maximum may skip a NaN; the shares do not.
+    new_top = tl.maximum(top, lses)
+    safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)
+    share, decay = tl.exp(lses - safe_top), tl.exp(top - safe_top)
+    total = total * decay + share
+    acc = acc * decay[:, None] + outs.to(tl.float32) * share[:, None]
+    return new_top, total, acc
+
+
+@triton.jit
+def _receive(
+    unit, epoch, lane, rank, outs_ptr, lses_ptr, out_ptr, lse_ptr, fault_ptr,
+    items_ptr, pairs_ptr, expected_ptr, own_ptr, peers_ptr, status_ptr, budget_ns,
+    W: tl.constexpr, WP: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr,
+    C: tl.constexpr, CP: tl.constexpr, ANSWER: tl.constexpr, RECORD: tl.constexpr,
+    WINDOW: tl.constexpr, ANSWER_SIGNALS: tl.constexpr, ABORT: tl.constexpr, N: tl.constexpr,
+    NP: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    item, heads = unit // GROUPS, unit % GROUPS * HEADS + tl.arange(0, HEADS)
+    used, columns = heads < H, tl.arange(0, CP)
+    top = tl.full((HEADS,), -float("inf"), tl.float32)
+    total = tl.zeros((HEADS,), tl.float32)
+    acc = tl.zeros((HEADS, CP), tl.float32)
+    for p in range(P):
+        row = (p * N + item).to(tl.int64) * H + heads
+        top, total, acc = _add(lses_ptr + row, outs_ptr + row[:, None] * C + columns[None, :], used,
+                               top, total, acc, columns, C)  # fmt: skip
+    aborted = tl.full((), 0, tl.int64)
+    fault = tl.full((), 0, tl.int32)
+    ranks = tl.arange(0, WP)
+    pairs = tl.load(pairs_ptr + ranks, mask=ranks < W, other=0)
+    for holder in range(W):
+        if holder != rank:
+            before, count = _share(pairs, holder)
+            seats = tl.arange(0, NP)
+            asked = tl.load(items_ptr + before + seats, mask=seats < count, other=-1)
+            seat = tl.max(tl.where(asked == item, seats, -1), axis=0)
+            # The first of them waits for everybody: without this credit a rank that asks nothing
+            # could write over what the others have not read yet.
+            if (seat >= 0) | (unit == 0):
+                chunk = tl.maximum(seat, 0) // CHUNK
+                message = _message(epoch, holder, chunk, W, CHUNKS)
+                answered, code = wait_for(
+                    _signal(own_ptr, ANSWER_SIGNALS, message), stamp_of(epoch, lane), holder,
+                    peers_ptr, status_ptr, budget_ns, rank, ABORT, W,
+                )  # fmt: skip
+                aborted = tl.maximum(aborted, code)
+                there = (seat >= 0) & (seat % CHUNK < answered)
+                record = own_ptr + WINDOW + message * (CHUNK * RECORD)
+                record += tl.maximum(seat, 0) % CHUNK * RECORD
+                found = tl.load(record + ANSWER + H, mask=there, other=0)
+                found_mix = tl.load(record + ANSWER + H + 1, mask=there, other=0)
+                wanted = expected_ptr + (item * W + holder) * 2
+                differs = (found != tl.load(wanted)) | (found_mix != tl.load(wanted + 1))
+                fault = tl.where((seat >= 0) & differs, holder + 1, fault)
+                rows = record.to(outs_ptr.dtype) + heads[:, None] * C + columns[None, :]
+                lses = (record + ANSWER).to(lses_ptr.dtype) + heads
+                top, total, acc = _add(lses, rows, used & there, top, total, acc, columns, C)
+    broken = (aborted != 0) | (fault != 0)
+    lse = tl.where(broken, float("nan"), top + tl.log(total))
+    scale = tl.where(broken, float("nan"), 1.0 / tl.where(total == 0.0, 1.0, total))
+    row = item.to(tl.int64) * H + heads
+    out = (acc * scale[:, None]).to(out_ptr.dtype.element_ty)
+    place = out_ptr + row[:, None] * C + columns[None, :]
+    tl.store(place, out, mask=used[:, None] & (columns < C)[None, :])
+    tl.store(lse_ptr + row, lse, mask=used)
+    tl.store(fault_ptr + item, fault, mask=unit % GROUPS == 0)
+
+
+@triton.jit
+def _advance(epoch_ptr, epoch, counter_ptr):
+    """Count the epoch up once every CTA of the launch has read it; no later one reads it again."""
+    if last_of(counter_ptr, tl.num_programs(0)):
+        tl.store(epoch_ptr, epoch)
+
+
+@triton.jit
+def _note(ring_ptr, epoch, stamp: tl.constexpr, RING: tl.constexpr):
+    """The time now, if it is the latest of this stamp and epoch."""
+    if RING > 0:
+        now = cuda.globaltimer()
+        tl.atomic_max(ring_ptr + (epoch % RING) * _STAMPS + stamp, now, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["lane", "rank", "budget_ns"])  # so every rank compiles the same
+def _exchange_kernel(
+    query, items, units_of, route_units, pairs, expected, units, lengths, query_of, num_rows,
+    partial_out, partial_lse, covered, own_outs, own_lses, out, lse, fault,
+    arena, peers, epoch_ptr, counters, tables, status, ring, lane, rank, budget_ns,
+    W: tl.constexpr, WP: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
+    ROWS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr, C: tl.constexpr,
+    CP: tl.constexpr, E: tl.constexpr, P: tl.constexpr, QUERY: tl.constexpr, ANSWER: tl.constexpr,
+    LIST: tl.constexpr, LISTS: tl.constexpr, INBOX_CHUNK: tl.constexpr, RECORD: tl.constexpr,
+    WINDOW: tl.constexpr, QUERY_SIGNALS: tl.constexpr, ANSWER_SIGNALS: tl.constexpr,
+    ABORT: tl.constexpr, OUTBOX: tl.constexpr, OUTGOING: tl.constexpr, RING: tl.constexpr,
+    SENDS: tl.constexpr, ACCEPTS: tl.constexpr, ANSWERS: tl.constexpr, RECEIVES: tl.constexpr,
+    SEND_PARTS: tl.constexpr, ANSWER_PARTS: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr,
+    GROUPS: tl.constexpr, PUT: tl.constexpr,
+):  # fmt: skip
+    """Every CTA takes its units of each role, role after role; it has sent before it waits."""
+    cta, ctas = tl.program_id(0), tl.num_programs(0)
+    epoch = tl.load(epoch_ptr) + 1
+    if RECEIVES > 0:
+        _advance(epoch_ptr, epoch, counters + 2 * W * CHUNKS)
+    if SENDS > 0:
+        if cta == 0:
+            _note(ring, epoch, 0, RING)
+        for first in range(0, SENDS, ctas):
+            if first + cta < SENDS:
+                _send(
+                    first + cta, epoch, lane, rank, query, items, units_of, route_units, pairs,
+                    tables, arena, peers, counters, W, WP, BP, CHUNKS, CHUNK, QUERY, LIST, LISTS, E,
+                    INBOX_CHUNK, QUERY_SIGNALS, OUTBOX, SEND_PARTS, TILE, PUT,
+                )  # fmt: skip
+        _note(ring, epoch, 1, RING)
+    if ACCEPTS + ANSWERS > 0:
+        counts, code = _headers(epoch, lane, rank, arena, peers, status, budget_ns, W, WP, CHUNKS,
+                                QUERY_SIGNALS, ABORT, ROWS)  # fmt: skip
+        idle = ctas - 1 - cta  # from behind: the last CTAs have the fewest tiles to copy
+        for first in range(0, ACCEPTS, ctas):
+            if first + idle < ACCEPTS:
+                _accept(
+                    first + idle, counts, code, epoch, lane, rank, units, lengths, query_of,
+                    num_rows, tables, arena, peers, status, budget_ns, W, CHUNKS, CHUNK, QUERY,
+                    LIST, LISTS, E, INBOX_CHUNK, QUERY_SIGNALS, ABORT, ROWS, TILE,
+                )  # fmt: skip
+        if ACCEPTS > 0:
+            _note(ring, epoch, 2, RING)
+        for first in range(0, ANSWERS, ctas):
+            if first + cta < ANSWERS:
+                _answer(
+                    first + cta, counts, code, epoch, lane, rank, partial_out, partial_lse, covered,
+                    arena, peers, counters, status, budget_ns, W, CHUNKS, CHUNK, H, ANSWER, RECORD,
+                    WINDOW, QUERY_SIGNALS, ANSWER_SIGNALS, OUTGOING, ABORT, ANSWER_PARTS, TILE, PUT,
+                )  # fmt: skip
+        if ANSWERS > 0:
+            _note(ring, epoch, 3, RING)
+    if RECEIVES > 0:
+        for first in range(0, RECEIVES, ctas):
+            if first + cta < RECEIVES:
+                _receive(
+                    first + cta, epoch, lane, rank, own_outs, own_lses, out, lse, fault, items,
+                    pairs, expected, arena, peers, status, budget_ns, W, WP, CHUNKS, CHUNK, H, C,
+                    CP, ANSWER, RECORD, WINDOW, ANSWER_SIGNALS, ABORT, N, NP, P, HEADS, GROUPS,
+                )  # fmt: skip
+        _note(ring, epoch, 4, RING)
+
+
+def exchange(
+    ends: Ends,
+    routes: Routes,
+    *,
+    send: Tensor | None = None,
+    accept: Accepted | None = None,
+    answer: Partials | None = None,
+    receive: Merge | None = None,
+) -> None:
+    """Launch the given roles as one kernel; on the stream they must follow in their order.
+
+    Args:
+        send: the queries (N, H, D) of this rank's items, rope applied.
+        accept: where to list what the others ask; its rows beyond `num_rows` are not written.
+        answer: partials of the accepted rows, of `send`'s dtype.
+        receive: own partials in, the merged result out.
+    Raises:
+        ValueError: on shapes, dtypes or devices that do not fit the wire, or on no role.
+    """
+    wire, device = ends.wire, ends.arena.device
+    others, items = wire.world_size - 1, len(routes.expected)
+    roles = (send, accept, answer, receive)
+    if all(role is None for role in roles):
+        raise ValueError("give at least one of send, accept, answer and receive")
+    _check(ends, routes, send, accept, answer, receive)
+    groups, chunks = triton.cdiv(wire.heads, _HEADS), others * wire.chunks
+    resident = _multiprocessors(device) * _CTAS_OF_SM
+    most = min(max(resident // chunks, 1), _MOST_PARTS)
+    list_tiles, query_tiles = triton.cdiv(wire.units, _TILE), triton.cdiv(wire.query_words, _TILE)
+    send_parts = _even(wire.chunk_rows * (list_tiles + query_tiles), most)
+    answer_parts = _even(wire.chunk_rows * (1 + triton.cdiv(wire.answer_words, _TILE)), most)
+    units = (
+        chunks * send_parts if send is not None else 0,
+        others * wire.rows if accept is not None else 0,
+        chunks * answer_parts if answer is not None else 0,
+        items * groups if receive is not None else 0,
+    )
+    nothing = ends.counters  # what a role that does not take part points to
+    query = nothing if send is None else send.view(torch.int32)
+    asked = accept or Accepted(nothing, nothing, nothing, nothing)
+    answered = answer or Partials(nothing, nothing, nothing)
+    merge = receive or Merge(nothing, nothing, nothing, nothing, nothing)
+    columns = 1 if receive is None else merge.outs.shape[-1]
+    # Messages are copied as words, whatever they hold.
+    words = [t if t is nothing else t.view(torch.int32) for t in answered]
+    options: dict[str, Any] = {"num_warps": _WARPS, "num_stages": 1, "maxnreg": _REGISTERS}
+    if ends.put is not None:
+        options["extern_libs"] = {"libnvshmem_device": ends.put}
+    _exchange_kernel[(min(max(units), resident),)](
+        query, routes.items, routes.units_of, routes.route_units, routes.pairs, routes.expected,
+        *asked, *words, *merge,
+        ends.arena, ends.peers, ends.epoch, ends.counters, ends.tables, ends.status, ends.ring,
+        ends.lane, ends.rank, ends.budget_ns,
+        W=wire.world_size, WP=triton.next_power_of_2(wire.world_size),
+        BP=triton.next_power_of_2(wire.world_size * items), N=items,
+        NP=triton.next_power_of_2(items), ROWS=wire.rows, CHUNKS=wire.chunks, CHUNK=wire.chunk,
+        H=wire.heads, C=columns, CP=triton.next_power_of_2(columns), E=wire.units,
+        P=0 if receive is None else len(merge.outs), QUERY=wire.query_words,
+        ANSWER=wire.answer_words, LIST=wire.list_words, LISTS=wire.list_rows,
+        INBOX_CHUNK=wire.inbox_chunk, RECORD=wire.record, WINDOW=wire.window,
+        QUERY_SIGNALS=wire.query_signals, ANSWER_SIGNALS=wire.answer_signals, ABORT=wire.abort,
+        OUTBOX=wire.outbox, OUTGOING=wire.outgoing,
+        RING=0 if ends.ring is None else len(ends.ring),
+        SENDS=units[0], ACCEPTS=units[1], ANSWERS=units[2], RECEIVES=units[3],
+        SEND_PARTS=send_parts, ANSWER_PARTS=answer_parts, TILE=_TILE, HEADS=_HEADS, GROUPS=groups,
+        PUT=ends.put is not None, **options,
+    )  # fmt: skip
+
+
+def _even(tiles: int, most: int) -> int:
+    """As many parts, `most` of them, as a chunk's tiles fall into evenly."""
+    return int(triton.cdiv(tiles, triton.cdiv(tiles, most)))
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _check(
+    ends: Ends,
+    routes: Routes,
+    send: Tensor | None,
+    accept: Accepted | None,
+    answer: Partials | None,
+    receive: Merge | None,
+) -> None:
+    wire, device = ends.wire, ends.arena.device
+    i32, f32, heads = torch.int32, torch.float32, wire.heads
+    items = len(routes.expected)
+    if not 1 <= items <= wire.rows:
+        raise ValueError(f"expected must be of 1 to {wire.rows} items, got {items}")
+    pairs = wire.world_size * items
+    listed: list[tuple[str, Tensor, tuple[int | None, ...], torch.dtype | None]] = [
+        ("items", routes.items, (pairs,), i32),
+        ("units_of", routes.units_of, (pairs,), i32),
+        ("route_units", routes.route_units, (None,), i32),
+        ("pairs", routes.pairs, (wire.world_size,), i32),
+        ("expected", routes.expected, (items, wire.world_size, 2), i32),
+    ]
+    if send is not None:
+        listed += [("send", send, (items, heads, None), None)]
+        _words("send", send, wire.query_words)
+    rows: int | None = None
+    if accept is not None:
+        rows = (wire.world_size - 1) * wire.rows
+        listed += [
+            ("units", accept.units, (rows, wire.units), i32),
+            ("lengths", accept.lengths, (rows,), i32),
+            ("query_of", accept.query_of, (rows,), i32),
+            ("num_rows", accept.num_rows, (1,), i32),
+        ]
+    if answer is not None:
+        rows = (wire.world_size - 1) * wire.rows
+        listed += [
+            ("partial out", answer.out, (rows, heads, None), None),
+            ("partial lse", answer.lse, (rows, heads), f32),
+            ("covered", answer.covered, (rows, 2), i32),
+        ]
+        _words("partial out", answer.out, wire.answer_words)
+    if receive is not None:
+        columns, partials = receive.outs.shape[-1], len(receive.outs)
+        listed += [
+            ("outs", receive.outs, (partials, items, heads, columns), None),
+            ("lses", receive.lses, (partials, items, heads), f32),
+            ("out", receive.out, (items, heads, columns), None),
+            ("lse", receive.lse, (items, heads), f32),
+            ("fault", receive.fault, (items,), i32),
+        ]
+        _words("outs", receive.outs.flatten(0, 1), wire.answer_words)
+    for name, tensor, shape, dtype in listed:
+        check_tensor(tensor, name, shape, dtype, device)
+
+
+def _words(name: str, rows: Tensor, words: int) -> None:
+    got = rows.stride(0) * rows.element_size()
+    if got != 4 * words:
+        raise ValueError(f"{name}: a row must have {4 * words} bytes on this wire, got {got}")

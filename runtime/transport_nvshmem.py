@@ -1,0 +1,374 @@
+"""NvshmemTransport: the memory in which GPUs of one world exchange queries and answers.
+
+It opens NVSHMEM, carves each channel's arena out of one symmetric allocation and hands out the
+`Ends` that `kernels/exchange.py` works with. After that nothing here is on the path of a step: the
+kernels keep epochs, signals and aborts in device memory, and the host reads one status word.
+
+NVSHMEM ends the process when it runs out of memory or cannot start, so all ranks compare what they
+want and what they have before it is entered.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..kernels.exchange import STAMPS, Ends
+from ..kernels.signals import SILENT, blame
+from ..kernels.wire import Wire
+from .errors import PeerError
+
+_ALIGNMENT = 1 << 21
+_RESERVE = 1 << 30  # bytes that NVSHMEM and kernels need beside the arena
+_OLDEST, _NEWEST = (3, 4), (3, 7)  # of libnvshmem: from the first up to below the second
+_MAX_LANE = 1 << 16
+_UNIQUE_ID_BYTES = 128
+_MOST_SAID = 1 << 14  # bytes that a rank says at once
+_BY_LIBRARY = {"NVSHMEM_DISABLE_NVLS": "1", "NVSHMEM_DISABLE_NCCL": "1", "NVSHMEM_MAX_TEAMS": "7"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What a rank says before NVSHMEM starts. All but `host` to `free_bytes` must be equal."""
+
+    wires: tuple[str, ...]
+    incarnation: int
+    put: bool
+    libnvshmem: str
+    nvshmem4py: str
+    triton: str
+    host: str
+    device: str
+    reaches: tuple[str, ...]
+    free_bytes: int
+
+    def encoded(self) -> bytes:
+        packed: bytes = msgpack.packb(asdict(self))
+        return packed
+
+    def read(self, rank: int, said: bytes) -> Facts:
+        """What a rank said, of the same kinds as these.
+
+        Raises: ValueError naming the rank if it said anything else.
+        """
+        try:
+            values = msgpack.unpackb(said)
+        except ValueError as error:
+            raise ValueError(f"rank {rank} sent what is no msgpack: {error}") from error
+        ours = msgpack.unpackb(self.encoded())
+        if not isinstance(values, dict) or [(n, type(v)) for n, v in values.items()] != [
+            (n, type(v)) for n, v in ours.items()
+        ]:
+            raise ValueError(f"rank {rank} sent other facts than {list(ours)}: {said[:60]!r}")
+        theirs: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return Facts(**theirs)
+
+    @property
+    def shared(self) -> dict[str, object]:
+        own = ("host", "device", "reaches", "free_bytes")
+        return {name: value for name, value in asdict(self).items() if name not in own}
+
+
+def refusal(facts: Sequence[Facts], num_bytes: int) -> str | None:
+    """Why these ranks cannot share an arena of `num_bytes` each, and the remedy; None if they can."""
+    for rank, fact in enumerate(facts):
+        for name, value in fact.shared.items():
+            if value != facts[0].shared[name]:
+                return (
+                    f"rank {rank} has {name}={value}, rank 0 has {facts[0].shared[name]}: all ranks "
+                    "must open the same wire with the same packages"
+                )
+    found = tuple(int(part) for part in facts[0].libnvshmem.split(".")[:2])
+    if not _OLDEST <= found < _NEWEST:
+        oldest, newest = (".".join(map(str, limit)) for limit in (_OLDEST, _NEWEST))
+        return (
+            f"libnvshmem is {facts[0].libnvshmem}, qroam needs {oldest} up to below {newest}: "
+            "install nvidia-nvshmem-cu13==3.4.5"
+        )
+    for rank, fact in enumerate(facts):
+        if fact.free_bytes < num_bytes + _RESERVE:
+            return (
+                f"rank {rank} has {fact.free_bytes} bytes of device memory free, the arena takes "
+                f"{num_bytes} and {_RESERVE} must remain: open fewer channels, or a wire of fewer "
+                "rows, before the pool takes its share"
+            )
+    if facts[0].put:
+        return None
+    for rank, fact in enumerate(facts):
+        for peer, other in enumerate(facts):
+            if peer != rank and (other.host != fact.host or other.device not in fact.reaches):
+                return (
+                    f"rank {rank} ({fact.device} of {fact.host}) cannot store to the memory of rank "
+                    f"{peer} ({other.device} of {other.host}): open with put=True"
+                )
+    return None
+
+
+class NvshmemTransport:
+    """One rank of a world over NVSHMEM. There is one per process, until it is closed."""
+
+    def __init__(
+        self,
+        wires: Sequence[Wire],
+        *,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        incarnation: int = 1,
+        deadline_s: float = 2.0,
+        put: bool = False,
+        ring: int = 0,
+    ) -> None:
+        """Open it; every rank of `group` (gloo) at the same time.
+
+        Args:
+            wires: of each channel the sizes of its messages, equal everywhere; `staged` exactly if
+                `put`.
+            incarnation: of this world, other than that of any earlier one of these ranks.
+            deadline_s: after which a silent rank is named; the kernels wait 90 % of it.
+            put: send by NVSHMEM's put instead of stores, for peers of other hosts. Experimental
+                until it has run over InfiniBand.
+            ring: epochs whose time stamps are kept, 0 for none.
+        Raises:
+            ValueError: naming what does not fit, on every rank alike, before NVSHMEM is entered.
+        """
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self.device, self.deadline_s = device, deadline_s
+        self._group, self._put = group, put
+        self._closed = False
+        channels = len(wires)
+        for wire in wires:
+            if wire.world_size != self.world_size or wire.staged != put:
+                raise ValueError(
+                    f"a wire of {wire.world_size} ranks, staged {wire.staged}: here are "
+                    f"{self.world_size}, and wires are staged exactly if messages are put"
+                )
+        if not channels or incarnation < 1 or (incarnation + 1) * channels > _MAX_LANE:
+            raise ValueError(
+                f"incarnation {incarnation} of {channels} channels: both must be positive, and "
+                f"{_MAX_LANE} lanes are all there are"
+            )
+        if device.type != "cuda" or device.index is None or not deadline_s > 0:
+            raise ValueError(
+                f"needs a CUDA device with its index and a deadline, got {device}, {deadline_s} s"
+            )
+        sizes = [-(-wire.num_bytes // _ALIGNMENT) * _ALIGNMENT for wire in wires]
+        starts, num_bytes = [sum(sizes[:channel]) for channel in range(channels)], sum(sizes)
+        torch.cuda.set_device(device)
+        torch.cuda.init()
+        import nvshmem.bindings as bindings  # only here: the package needs a GPU's libraries
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+
+        load_nvidia_dynamic_lib("nvshmem_host")
+        self._library = bindings
+        ours = _facts(bindings, wires, device, incarnation=incarnation, put=put)
+        said = gather(ours.encoded(), group)
+        if reason := refusal([ours.read(rank, text) for rank, text in enumerate(said)], num_bytes):
+            raise ValueError(reason)
+        self._start(num_bytes)
+        self._base = int(bindings.malloc(num_bytes))
+        bases = [
+            0 if put and peer != self.rank else int(bindings.ptr(self._base, peer))
+            for peer in range(self.world_size)
+        ]
+        if not put and 0 in bases:
+            self.close(abort=True)
+            raise ValueError(
+                f"rank {bases.index(0)} cannot be stored to though its device can: open with put=True"
+            )
+        memory = _view(self._base, num_bytes, device)
+        memory.zero_()
+        self._status = torch.zeros(channels, dtype=torch.int64, pin_memory=True)
+        self._hook = _ModuleHook(bindings) if put else None
+        bitcode = str(_device_library()) if put else None
+        self._ends = [
+            Ends(
+                wire=wire,
+                rank=self.rank,
+                lane=incarnation * channels + channel,
+                arena=memory[start : start + wire.num_bytes].view(torch.int32),
+                peers=torch.tensor([base and base + start for base in bases], device=device),
+                epoch=torch.zeros(1, dtype=torch.int64, device=device),
+                counters=torch.zeros(
+                    2 * self.world_size * wire.chunks + 1, dtype=torch.int32, device=device
+                ),
+                tables=torch.zeros(1, dtype=torch.int32, device=device),
+                status=self._status[channel : channel + 1],
+                ring=torch.zeros(ring, len(STAMPS), dtype=torch.int64, device=device)
+                if ring
+                else None,
+                budget_ns=int(0.9e9 * deadline_s),
+                put=bitcode,
+            )
+            for channel, (wire, start) in enumerate(zip(wires, starts, strict=True))
+        ]
+        torch.cuda.synchronize(device)
+        gather(b"", group)  # nobody writes to an arena that is not zero yet
+
+    def ends(self, channel: int = 0) -> Ends:
+        """What `exchange` works with on this channel."""
+        return self._ends[channel]
+
+    def mapped(self, peer: int) -> int:
+        """The address here of a rank's memory of all channels, 0 if it cannot be reached. It stays
+        readable while this process lives, also when that rank is dead."""
+        return int(self._library.ptr(self._base, peer))
+
+    def check(self) -> None:
+        """Read the status that the kernels write; no synchronisation. Before a token leaves, the
+        stream must have passed the exchange.
+
+        Raises: PeerError naming the rank that was silent or sent what cannot be.
+        """
+        for code in self._status.tolist():
+            if code:
+                culprit, why = blame(code)
+                said = "sent a message of other tables or sizes"
+                if why == SILENT:
+                    said = f"no answer within {self.deadline_s:g} s"
+                raise PeerError((culprit,), said)
+
+    def stamps(self, epoch: int, channel: int = 0) -> Mapping[str, int]:
+        """Nanoseconds of this GPU's clock at which that epoch was where; waits for the device."""
+        ring = self._ends[channel].ring
+        if ring is None:
+            raise ValueError("opened without a ring of time stamps")
+        return dict(zip(STAMPS, ring[epoch % len(ring)].tolist(), strict=True))
+
+    def close(self, *, abort: bool = False) -> None:
+        """End it, all ranks together; idempotent. The exchanges must be over.
+
+        With `abort` nothing is freed, because that would wait for the dead: the process may read
+        what is still mapped, and should leave by `os._exit`, since NVSHMEM's own exit waits too.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if abort:
+            return
+        torch.cuda.synchronize(self.device)
+        gather(b"", self._group)
+        if self._hook is not None:
+            self._hook.remove()
+        self._ends = []
+        self._library.free(self._base)
+        self._library.hostlib_finalize()
+
+    def _start(self, num_bytes: int) -> None:
+        """Initialise NVSHMEM with a unique id of rank 0; its settings are environment variables."""
+        settings = {**_BY_LIBRARY, "NVSHMEM_SYMMETRIC_SIZE": str(num_bytes + (64 << 20))}
+        if not self._put:
+            settings["NVSHMEM_REMOTE_TRANSPORT"] = "none"
+        os.environ.update(settings)
+        unique = self._library.uniqueid()
+        if self.rank == 0:
+            self._library.get_uniqueid(unique.ptr)
+        said = gather(ctypes.string_at(unique.ptr, _UNIQUE_ID_BYTES), self._group)[0]
+        if len(said) != _UNIQUE_ID_BYTES:
+            raise ValueError(f"rank 0 sent a unique id of {len(said)} bytes")
+        ctypes.memmove(unique.ptr, said, _UNIQUE_ID_BYTES)
+        attributes = self._library.InitAttr()
+        self._library.set_attr_uniqueid_args(self.rank, self.world_size, unique.ptr, attributes.ptr)
+        self._library.hostlib_init_attr(self._library.Flags.INIT_WITH_UNIQUEID, attributes.ptr)
+
+
+def gather(said: bytes, group: dist.ProcessGroup) -> list[bytes]:
+    """What every rank of a gloo group says, in rank order; so it is a barrier, too."""
+    if len(said) > _MOST_SAID:
+        raise ValueError(f"{len(said)} bytes are too long to say, {_MOST_SAID} are allowed")
+    ours = torch.zeros(4 + _MOST_SAID, dtype=torch.uint8)
+    text = len(said).to_bytes(4, "little") + said
+    ours[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    everyone = [torch.empty_like(ours) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, ours, group=group)
+    texts = [heard.numpy().tobytes() for heard in everyone]
+    return [text[4 : 4 + int.from_bytes(text[:4], "little")] for text in texts]
+
+
+def _facts(
+    library: Any, wires: Sequence[Wire], device: torch.device, *, incarnation: int, put: bool
+) -> Facts:
+    parts = [ctypes.c_int() for _ in range(3)]
+    library.vendor_get_version_info(*(ctypes.addressof(part) for part in parts))
+    uuids = [
+        str(torch.cuda.get_device_properties(index).uuid)
+        for index in range(torch.cuda.device_count())
+    ]
+    reaches = tuple(
+        uuid
+        for index, uuid in enumerate(uuids)
+        if index != device.index and torch.cuda.can_device_access_peer(device.index, index)
+    )
+    return Facts(
+        wires=tuple(map(str, wires)),
+        incarnation=incarnation,
+        put=put,
+        libnvshmem=".".join(str(part.value) for part in parts),
+        nvshmem4py=version("nvshmem4py-cu13"),
+        triton=version("triton"),
+        host=socket.gethostname(),
+        device=uuids[device.index],
+        reaches=reaches,
+        free_bytes=torch.cuda.mem_get_info(device)[0],
+    )
+
+
+class _Memory:
+    """Device memory as torch takes it."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "data": (address, False),
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "version": 3,
+        }
+
+
+def _view(address: int, num_bytes: int, device: torch.device) -> Tensor:
+    """(num_bytes,) uint8 over memory that is not torch's."""
+    return torch.as_tensor(_Memory(address, num_bytes), device=device)
+
+
+def _device_library() -> Path:
+    """NVSHMEM's device functions as bitcode, beside its host library."""
+    import nvidia.nvshmem
+
+    folder = Path(next(iter(nvidia.nvshmem.__path__)))
+    path = folder / "lib" / "libnvshmem_device.bc"
+    if not path.exists():
+        raise ValueError(f"{path} is missing: install nvidia-nvshmem-cu13==3.4.5")
+    return path
+
+
+class _ModuleHook:
+    """Gives every module that has NVSHMEM's device state in it to the library, as it is loaded."""
+
+    def __init__(self, library: Any) -> None:
+        from triton import knobs
+
+        self._library, self._chain = library, knobs.runtime.kernel_load_end_hook
+        self._chain.add(self._loaded)
+
+    def remove(self) -> None:
+        self._chain.remove(self._loaded)
+
+    def _loaded(self, module: int, function: int, name: str, *rest: object) -> None:
+        from cuda.bindings import driver
+
+        status, *_ = driver.cuModuleGetGlobal(module, b"nvshmemi_device_state_d")
+        if status == driver.CUresult.CUDA_SUCCESS and self._library.cumodule_init(module):
+            raise RuntimeError(f"NVSHMEM did not take the module of {name}")

@@ -1,0 +1,220 @@
+"""The exchange kernels, rank after rank in one process: movement bitwise, merge against its definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+from triton.runtime.errors import InterpreterError
+from wires import asked, connected, due, partials_of, room, target
+
+from qroam.kernels.exchange import Accepted, Ends, Merge, Partials, exchange
+from qroam.kernels.signals import SILENT, UNTRUE, blame
+from qroam.kernels.wire import Wire
+
+COLUMNS = 16
+
+
+def small_wire(world: int, *, rows: int = 5, chunk: int = 2, units: int = 7) -> Wire:
+    """4 heads of 24 query columns and 16 value columns, fp16."""
+    return Wire(
+        world_size=world,
+        rows=rows,
+        heads=4,
+        query_words=4 * 24 // 2,
+        answer_words=4 * COLUMNS // 2,
+        units=units,
+        chunk=chunk,
+    )
+
+
+def queries(ends: Ends, accepted: Accepted) -> tuple[Tensor, Tensor]:
+    """The accepted rows' queries (M, H, D) and list lengths (M,)."""
+    rows = int(accepted.num_rows)
+    inbox = ends.inbox.view(torch.float16).view(-1, ends.wire.heads, 24)
+    return inbox[accepted.query_of[:rows].long()], accepted.lengths[:rows]
+
+
+def full(wire: Wire, answer: Partials) -> Partials:
+    """With capacity for all that can arrive, poisoned."""
+    rows = (wire.world_size - 1) * wire.rows
+    padded = [torch.full((rows, *t.shape[1:]), 77).to(t.dtype) for t in answer]
+    for to, given in zip(padded, answer, strict=True):
+        to[: len(given)] = given
+    return Partials(*padded)
+
+
+@pytest.mark.parametrize(("world", "items"), [(2, 5), (2, 1), (3, 5), (4, 2)])
+def test_every_row_arrives_and_every_answer_returns(world: int, items: int) -> None:
+    wire = small_wire(world)
+    ends = connected(wire)
+    for epoch in range(3):
+        given = [
+            asked(wire, r, items, columns=COLUMNS, seed=epoch, dtype=torch.float16)
+            for r in range(world)
+        ]
+        accepted = [room(wire) for _ in ends]
+        merged = [target(a) for a in given]
+        for end, ask in zip(ends, given, strict=True):
+            exchange(end, ask.routes, send=ask.query)
+        for end, ask, rows in zip(ends, given, accepted, strict=True):
+            exchange(end, ask.routes, accept=rows)
+        for holder, (end, ask, rows) in enumerate(zip(ends, given, accepted, strict=True)):
+            found, lengths = queries(end, rows)
+            start = 0
+            for source in range(world):
+                if source == holder:
+                    continue
+                chosen = given[source].routed[:, holder].nonzero()[:, 0]
+                stop = start + len(chosen)
+                assert torch.equal(found[start:stop], given[source].query[chosen])
+                sizes = given[source].routes.expected[chosen, holder, 0]
+                assert torch.equal(lengths[start:stop], sizes)
+                before = int(given[source].routes.pairs[:holder].sum())
+                listed = int(given[source].routes.units_of[:before].sum())
+                for m, size in enumerate(sizes.tolist(), start):
+                    units = given[source].routes.route_units[listed : listed + size]
+                    assert torch.equal(rows.units[m, :size], units)
+                    listed += size
+                start = stop
+            assert start == int(rows.num_rows)
+            answer = full(wire, partials_of(found, lengths, COLUMNS))
+            exchange(end, ask.routes, answer=answer)
+        for end, ask, merge in zip(ends, given, merged, strict=True):
+            exchange(end, ask.routes, receive=merge)
+            out, lse = due(ask, COLUMNS)
+            torch.testing.assert_close(merge.out.float(), out, rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(merge.lse, lse, rtol=1e-6, atol=1e-6)
+            assert not merge.fault.any()
+        assert [int(end.epoch) for end in ends] == [epoch + 1] * world
+        assert not any(int(end.status) for end in ends)
+        assert not any(bool(end.counters.any()) for end in ends)
+
+
+def run(ends: list[Ends], *, spoil_covered: bool = False) -> list[Merge]:
+    """An exchange of two ranks in which each item of rank 0 is asked of rank 1."""
+    wire = ends[0].wire
+    given = [
+        asked(wire, r, 5, columns=COLUMNS, seed=0, dtype=torch.float16) for r in range(len(ends))
+    ]
+    accepted = [room(wire) for _ in ends]
+    merged = [target(a) for a in given]
+    for end, ask in zip(ends, given, strict=True):
+        exchange(end, ask.routes, send=ask.query)
+    for end, ask, rows in zip(ends, given, accepted, strict=True):
+        exchange(end, ask.routes, accept=rows)
+        if int(rows.num_rows) > 5:
+            continue
+        answer = partials_of(*queries(end, rows), COLUMNS)
+        if spoil_covered:
+            answer.covered[0, 1] += 1
+        exchange(end, ask.routes, answer=full(wire, answer))
+    for end, ask, merge in zip(ends, given, merged, strict=True):
+        exchange(end, ask.routes, receive=merge)
+    return merged
+
+
+def test_a_wrong_coverage_becomes_nan_and_is_named() -> None:
+    ends = connected(small_wire(2))
+    for rank, merge in enumerate(run(ends, spoil_covered=True)):
+        faulty = merge.fault != 0
+        assert int(faulty.sum()) == 1
+        assert int(merge.fault[faulty]) == 1 + (1 - rank)
+        assert bool(merge.out[faulty].isnan().all())
+        assert not bool(merge.out[~faulty].isnan().any())
+
+
+def test_other_tables_are_refused() -> None:
+    ends = connected(small_wire(2))
+    ends[1].tables.fill_(2)
+    run(ends)
+    assert [blame(int(end.status)) for end in ends] == [(1, UNTRUE), (0, UNTRUE)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter refuses to wait")
+def test_who_asked_nothing_waits_for_the_bare_answer_all_the_same() -> None:
+    """That is the credit. Here a wait for what never comes ends at the clock it cannot read."""
+    ends = connected(small_wire(2))
+    given = [
+        asked(ends[0].wire, r, 5, columns=COLUMNS, seed=2, dtype=torch.float16) for r in (0, 1)
+    ]
+    assert not bool(given[0].routed.any())
+    for end, ask in zip(ends, given, strict=True):
+        exchange(end, ask.routes, send=ask.query)
+    accepted = room(ends[0].wire)
+    exchange(ends[0], given[0].routes, accept=accepted)
+    exchange(
+        ends[0],
+        given[0].routes,
+        answer=full(ends[0].wire, partials_of(*queries(ends[0], accepted), COLUMNS)),
+    )
+    with pytest.raises(InterpreterError):
+        exchange(ends[0], given[0].routes, receive=target(given[0]))
+
+
+def test_refusals_say_what_is_allowed() -> None:
+    wire = small_wire(2)
+    ends = connected(wire)[0]
+    ask = asked(wire, 0, 5, columns=COLUMNS, seed=0, dtype=torch.float16)
+    with pytest.raises(ValueError, match="at least one of send, accept, answer and receive"):
+        exchange(ends, ask.routes)
+    with pytest.raises(ValueError, match="a row must have 192 bytes on this wire, got 384"):
+        exchange(ends, ask.routes, send=ask.query.float())
+    with pytest.raises(ValueError, match=r"lses must be \(1, 5, 4\)"):
+        exchange(ends, ask.routes, receive=target(ask)._replace(lses=ask.lses[:, :4]))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("world_size", 1, "world_size must be 2 to 64, got 1"),
+        ("rows", 0, "rows must be 1 to 1024, got 0"),
+        ("chunk", 9, "chunk must be 1 to 8, got 9"),
+        ("query_words", 6, "query_words must be a positive multiple of 4, got 6"),
+    ],
+)
+def test_wire_refuses(field: str, value: int, says: str) -> None:
+    facts: dict[str, Any] = {
+        "world_size": 2,
+        "rows": 4,
+        "heads": 4,
+        "query_words": 48,
+        "answer_words": 32,
+    }
+    with pytest.raises(ValueError, match=says):
+        Wire(**facts | {"units": 7, field: value})
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_regions_of_the_arena_do_not_overlap(staged: bool) -> None:
+    wire = Wire(
+        world_size=3, rows=64, heads=128, query_words=36864, answer_words=32768, units=2048,
+        staged=staged,
+    )  # fmt: skip
+    messages = 2 * 3 * wire.chunks
+    sizes = [
+        (0, messages * wire.inbox_chunk),
+        (wire.window, messages * wire.window_chunk),
+        (wire.query_signals, 2 * messages),
+        (wire.answer_signals, 2 * messages),
+        (wire.abort, 2),
+    ]
+    if staged:
+        sizes += [
+            (wire.outbox, messages * wire.inbox_chunk),
+            (wire.outgoing, messages * wire.window_chunk),
+        ]
+    ends = [begin + size for begin, size in sizes]
+    assert all(
+        end <= begin for end, (begin, _) in zip(ends, [*sizes[1:], (wire.words, 0)], strict=True)
+    )
+    assert all(begin % 32 == 0 for begin, _ in sizes)
+    assert wire.query_rows * wire.query_words == sizes[0][1]
+
+
+def test_blame_reads_what_the_kernels_write() -> None:
+    assert blame((SILENT << 16) + 3) == (2, SILENT)

@@ -1,0 +1,182 @@
+"""The memory order of the exchange in the code that runs: PTX of every role, compiled for sm_90.
+
+A release orders the stores of the thread that issues it, so a barrier must stand between a CTA's
+stores and the count that speaks for them; what another GPU reads is released and acquired at system
+scope; and nothing is loaded before what says that it is there. Kernels without one of these must be
+found out, so each rule is also checked on a copy of the kernels that breaks it.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kernel_copies import Changes, environment_of
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from qroam.kernels.signals import publish
+
+BF16, F32, I64 = torch.bfloat16, torch.float32, torch.int64
+ROLES = ("send", "accept", "answer", "receive")
+LAUNCHES = [[role] for role in ROLES] + [["answer", "receive"], list(ROLES)]
+_PROBE = "store_and_publish"
+_COUNT = re.compile(r"atom\.global\.gpu\.acq_rel\.add\.u32")
+_RELEASE = re.compile(r"atom\.global\.sys\.release\.exch\.b64")
+_ACQUIRE = re.compile(r"ld\.global\.sys\.acquire\.b64")
+_BARRIER = re.compile(r"bar\.sync")
+_STORE = re.compile(r"st\.global|st\.volatile|red\.global")
+_LOAD = re.compile(r"ld\.global\.(?!sys)")
+
+
+@triton.jit
+def _store_and_publish(to_ptr, counter_ptr, signal_ptr, word):
+    at = tl.arange(0, 1024)
+    tl.store(to_ptr + at, at)
+    publish(counter_ptr, 4, signal_ptr, word)
+
+
+def compile_roles(folder: str, *chosen: str) -> None:
+    """In the child: PTX of the chosen launches, or all, and of the probe; one file each."""
+    from test_kernel_compile import StandIn, on_gpu, pretend_hopper
+
+    from qroam.kernels.exchange import Accepted, Ends, Merge, Partials, Routes, exchange
+    from qroam.kernels.wire import Wire
+
+    wire = Wire(
+        world_size=2, rows=8, heads=128, query_words=36864, answer_words=32768, units=2048
+    )  # fmt: skip
+    launches = [roles for roles in LAUNCHES if not chosen or "_".join(roles) in chosen]
+    names = iter([*("_".join(roles) for roles in launches), _PROBE])
+
+    def keep(made: Any) -> None:
+        (Path(folder) / next(names)).write_text(made.asm["ptx"])
+
+    pretend_hopper(keep)
+    with StandIn():
+        ends = Ends(
+            wire, 0, 1, on_gpu(wire.words), on_gpu(2, dtype=I64), on_gpu(1, dtype=I64),
+            on_gpu(4 * wire.chunks + 1), on_gpu(1), on_gpu(1, dtype=I64), None, 10**9, None,
+        )  # fmt: skip
+        routes = Routes(on_gpu(16), on_gpu(16), on_gpu(8 * 2048), on_gpu(2), on_gpu(8, 2, 2))
+        out, lse = on_gpu(8, 128, 512, dtype=BF16), on_gpu(8, 128, dtype=F32)
+        role: dict[str, Any] = {
+            "send": on_gpu(8, 128, 576, dtype=BF16),
+            "accept": Accepted(on_gpu(8, 2048), on_gpu(8), on_gpu(8), on_gpu(1)),
+            "answer": Partials(out, lse, on_gpu(8, 2)),
+            "receive": Merge(out[None], lse[None], out, lse, on_gpu(8)),
+        }
+        for roles in launches:
+            exchange(ends, routes, **{name: role[name] for name in roles})
+        _store_and_publish[(4,)](
+            on_gpu(1024), on_gpu(1), on_gpu(1, dtype=I64), 1 << 40, num_warps=4
+        )
+
+
+def compiled(folder: Path, changes: Changes, *chosen: str) -> dict[str, str]:
+    """PTX by launch, of the kernels with these changes."""
+    out = folder / "ptx"
+    out.mkdir()
+    child = subprocess.run(
+        [sys.executable, __file__, str(out), *chosen],
+        env=environment_of(folder, changes) | {"TRITON_CACHE_DIR": str(folder / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert child.returncode == 0, child.stderr[-3000:]
+    return {path.name: path.read_text() for path in out.iterdir()}
+
+
+def breaches(ptx: str) -> list[str]:
+    """What breaks the rules, in the order of the text."""
+    found, stored, acquired, counted = [], False, False, False
+    for line in ptx.splitlines():
+        if _BARRIER.search(line):
+            stored = acquired = False
+        elif _COUNT.search(line):
+            counted = True
+            if stored:
+                found.append("counts before a barrier")
+        elif _RELEASE.search(line):
+            if not counted:
+                found.append("releases before it counts")
+            counted = False
+        elif _ACQUIRE.search(line):
+            acquired = True
+        elif _STORE.search(line):
+            stored = True
+        elif _LOAD.search(line) and acquired:
+            found.append("loads between an acquire and its barrier")
+    if ".nc." in ptx or "cp.async" in ptx:
+        found.append("loads by a path that is not coherent")
+    return found
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return compiled(tmp_path_factory.mktemp("shipped"), {})
+
+
+def test_publishing_alone(shipped: dict[str, str]) -> None:
+    assert breaches(shipped[_PROBE]) == []
+
+
+@pytest.mark.parametrize("roles", LAUNCHES, ids="_".join)
+def test_order_of_what_is_shipped(roles: list[str], shipped: dict[str, str]) -> None:
+    ptx = shipped["_".join(roles)]
+    assert breaches(ptx) == []
+    senders = {"send", "answer"} & set(roles)
+    waiters = {"accept", "answer", "receive"} & set(roles)
+    assert len(_RELEASE.findall(ptx)) == len(senders)
+    assert bool(_ACQUIRE.findall(ptx)) == bool(waiters)
+    # What is copied to another GPU goes in 16 bytes a thread.
+    assert len(re.findall(r"st\.global\.v4\.b32", ptx)) >= 4 * len(senders)
+
+
+BROKEN: dict[str, tuple[Changes, str]] = {
+    "no barrier before the count": (
+        {"signals.py": [("    tl.debug_barrier()\n", "")]},
+        "counts before a barrier",
+    ),
+    "release at the scope of one GPU": (
+        {"signals.py": [('word, sem="release", scope="sys"', 'word, sem="release", scope="gpu"')]},
+        "no release",
+    ),
+    "count without order": (
+        {"signals.py": [('sem="acq_rel", scope="gpu"', 'sem="relaxed", scope="gpu"')]},
+        "releases before it counts",
+    ),
+    "waits that do not acquire": (
+        {"signals.py": [
+            ('    word = tl.atomic_add(signal_ptr, 0, sem="acquire", scope="sys")\n    nobody',
+             '    word = tl.atomic_add(signal_ptr, 0, sem="relaxed", scope="sys")\n    nobody'),
+            ('        word = tl.atomic_add(signal_ptr, 0, sem="acquire", scope="sys")\n        if',
+             '        word = tl.atomic_add(signal_ptr, 0, sem="relaxed", scope="sys")\n        if'),
+        ]},
+        "no acquire",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_order_is_found(name: str, tmp_path: Path) -> None:
+    changes, says = BROKEN[name]
+    of = compiled(tmp_path, changes, "answer_receive")
+    ptx = of["answer_receive"]
+    found = breaches(ptx) + breaches(of[_PROBE])
+    found += [] if _RELEASE.search(ptx) else ["no release"]
+    found += [] if _ACQUIRE.search(ptx) else ["no acquire"]
+    assert says in found
+
+
+if __name__ == "__main__":
+    compile_roles(*sys.argv[1:])
