@@ -39,6 +39,7 @@ from __future__ import annotations
 
 import secrets
 from concurrent.futures import Future, wait
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,7 @@ from threading import Event
 import torch
 
 from ..partition.directory import Directory
+from ..partition.in_order import in_order
 from ..partition.records import closed, hash_records, is_known, record_bytes, take_records
 from ..partition.snapshot import (
     KINDS,
@@ -262,8 +264,8 @@ def _write_kind(
     try:
         todo = (~saved).nonzero()[:, 0]
         most = rows_within(BATCH_BYTES, width)
-        staged = torch.empty(min(most, len(todo)), width, dtype=torch.uint8)
-        for batch in todo.split(most):
+
+        def take(batch: torch.Tensor, staged: torch.Tensor) -> tuple[torch.Tensor, ...]:
             if stop.is_set():
                 raise ValueError("the snapshot was cancelled")
             slots, tokens = blocks.slots[batch], blocks.tokens[batch]
@@ -271,17 +273,21 @@ def _write_kind(
             # Read first, then compare: a slot that was given away meanwhile shows it here.
             same = store.key_of[slots] == blocks.keys[batch]
             same &= store.generation[slots] == blocks.generations[batch]
-            found = hash_records(records, tokens)
-            hashes[batch] = torch.where(same[:, None], found, 0)
-            fresh = []
-            for at, name in enumerate(split_hashes(found.numpy().tobytes())):
-                if same[at] and name not in there:
-                    there.add(name)
-                    fresh.append((at, name))
-            if fresh:
-                rows = [at for at, _ in fresh]
-                chosen = records if len(rows) == len(records) else records[rows]
-                writer.append(chosen, [name for _, name in fresh])
+            return batch, same, records, hash_records(records, tokens)
+
+        shape = (min(most, len(todo)), width)
+        with closing(in_order(take, todo.split(most), shape)) as taken:
+            for batch, same, records, found in taken:
+                hashes[batch] = torch.where(same[:, None], found, 0)
+                fresh = []
+                for at, name in enumerate(split_hashes(found.numpy().tobytes())):
+                    if same[at] and name not in there:
+                        there.add(name)
+                        fresh.append((at, name))
+                if fresh:
+                    rows = [at for at, _ in fresh]
+                    chosen = records if len(rows) == len(records) else records[rows]
+                    writer.append(chosen, [name for _, name in fresh])
         return hashes, writer.close()
     finally:
         writer.abandon()

@@ -427,6 +427,38 @@ def test_a_full_disk_fails_everywhere_and_the_world_goes_on(
     assert len(list(folder.glob("*.tmp"))) == 0
 
 
+def test_a_file_that_cannot_be_synced_fails_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are synced while the next ones are written; what happens there is not forgotten."""
+    folder = tmp_path / "s"
+    monkeypatch.setattr("qroam.partition.snapshot_disk.FILE_BYTES", 2 * B * 64)  # a block each
+    fsync = os.fsync
+
+    def broken(fd: int) -> None:
+        if "-00001-entries-00001" in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(5, "Input/output error")
+        fsync(fd)
+
+    def work(runtime: Runtime) -> str:
+        add(runtime, "a", 30)
+        with monkeypatch.context() as patch:
+            if runtime.rank == 0:
+                patch.setattr(os, "fsync", broken)
+            runtime.idle_attend(0)
+            said = refused(lambda: runtime.snapshot(folder))
+            runtime.idle_attend(0)
+        left = list(folder.glob("*-00001-*"))
+        runtime.idle_attend(0)
+        runtime.snapshot(folder)
+        return said if not left else f"left {left}"
+
+    first, *others = world(2, work)
+    assert "rank 1: [Errno 5] Input/output error" in first
+    assert others == [first]
+    assert verify(folder).records == 8
+
+
 def test_the_folder_must_be_shared_free_and_of_the_same_model(tmp_path: Path) -> None:
     folder = tmp_path / "s"
 
