@@ -9,9 +9,10 @@ same place of its sequence.
              and draws the attempt's token. Everyone reads the last manifest; they must be the same.
     write    Each rank, in a thread: of the blocks it owns (copy 0 of a branch; index keys go with
              branch 0) and that were closed at `begin`, those whose hash the last manifest does not
-             have. Closed blocks never change, so steps go on meanwhile. A block whose slot was given
-             away (to another key, or generation) is left out. A file is synced before it gets its name, and
-             the folder before the rank says that it is done.
+             have, or has in a file that is mostly of no use any more: such a file is not listed again.
+             Closed blocks never change, so steps go on meanwhile. A block whose slot was given away (to
+             another key, or generation) is left out. A file is synced before it gets its name, and the
+             folder before the rank says that it is done.
     finish   When all ranks are done they give rank 0 the hashes of their blocks and files. Rank 0
              leaves out documents that went meanwhile, checks that every file is there, and replaces
              the manifest: write, sync, rename, sync the folder. This commits the whole snapshot.
@@ -104,18 +105,18 @@ class SnapshotReport:
 class PendingSnapshot:
     """A snapshot under way, between `begin_snapshot` and `finish_snapshot`.
 
-    kept: data files of the last manifest that are there. ours: what this rank answers for.
+    ours: what this rank answers for. work: its part, and the data files of the last manifest that are
+    there and mostly in use.
     """
 
     folder: Path
     token: str
     sequence: int
-    kept: tuple[BlockFile, ...]
     directory: Directory
     ours: dict[Kind, Closed]
     stop: Event
     lock: FolderLock | None
-    work: Future[Part]
+    work: Future[tuple[Part, list[BlockFile]]]
 
     def cancel(self, timeout_s: float = 0.0) -> None:
         """Stop writing, wait so long for that, and let go of the folder; what is not committed yet
@@ -154,16 +155,13 @@ def begin_snapshot(world: World, folder: Path) -> PendingSnapshot:
             lock.release()
         raise
     previous = found[0] if found else None
-    files = previous.files if previous else ()
-    kept = tuple(file for file in files if previous and has_size(folder, previous, file))
     ours = {kind: _closed(world, kind) for kind in KINDS}
     stop = Event()
-    write = partial(_write_part, world, folder, token, kept, ours, stop)
+    write = partial(_write_part, world, folder, token, previous, ours, stop)
     return PendingSnapshot(
         folder=folder,
         token=token,
         sequence=previous.sequence + 1 if previous else 1,
-        kept=kept,
         directory=world.directory,
         ours=ours,
         stop=stop,
@@ -181,7 +179,7 @@ def finish_snapshot(world: World, pending: PendingSnapshot) -> SnapshotReport:
     commit = done(None)
     try:
         try:
-            part = together(world, "snapshot-write", what, pending.work)
+            part, kept = together(world, "snapshot-write", what, pending.work)
         except ValueError:
             remove_attempt(pending.folder, pending.token, world.rank)
             raise
@@ -194,7 +192,7 @@ def finish_snapshot(world: World, pending: PendingSnapshot) -> SnapshotReport:
                 if message is not None
             ]
             keys = {kind: pending.ours[kind].keys for kind in KINDS}
-            manifest = _manifest(world, pending, [(keys, part), *parts])
+            manifest = _manifest(world, pending, kept, [(keys, part), *parts])
             commit = in_thread(partial(_commit, pending.folder, manifest), "qroam-commit")
         together(world, "snapshot-commit", what, commit)
     finally:
@@ -232,18 +230,19 @@ def _write_part(
     world: World,
     folder: Path,
     token: str,
-    kept: tuple[BlockFile, ...],
+    previous: Manifest | None,
     ours: dict[Kind, Closed],
     stop: Event,
-) -> Part:
+) -> tuple[Part, list[BlockFile]]:
     """Write what the kept files do not have. Runs beside the steps of the world, and only reads."""
+    kept = [f for f in previous.mostly_live() if has_size(folder, previous, f)] if previous else []
     files: list[BlockFile] = []
     hashes = {}
     for kind, blocks in ours.items():
         there = {name for file in kept if file.kind == kind for name in split_hashes(file.hashes)}
         hashes[kind], written = _write_kind(world, folder, token, kind, blocks, there, stop)
         files += written
-    return Part(hashes, files)
+    return Part(hashes, files), kept
 
 
 def _write_kind(
@@ -296,6 +295,7 @@ def _write_kind(
 def _manifest(
     world: World,
     pending: PendingSnapshot,
+    kept: list[BlockFile],
     parts: list[tuple[dict[Kind, torch.Tensor], Part]],
 ) -> Manifest:
     """The manifest of all ranks' parts, each with the keys its hashes belong to."""
@@ -304,7 +304,7 @@ def _manifest(
         kind: {name for document in documents for name in split_hashes(document.hashes(kind))}
         for kind in KINDS
     }
-    kept = [f for f in pending.kept if not live[f.kind].isdisjoint(split_hashes(f.hashes))]
+    kept = [f for f in kept if not live[f.kind].isdisjoint(split_hashes(f.hashes))]
     return Manifest(
         sequence=pending.sequence,
         block_tokens=world.config.block_tokens,
