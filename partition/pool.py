@@ -194,13 +194,12 @@ class BlockStore:
             return gather_rows(single, codec, 1, entry_index)
         return gather_rows(self._blocks(layer, codec), codec, self.block_tokens, entry_index)
 
-    def copy_out(self, layer: int, slots: Sequence[int], rows: Tensor) -> None:
+    def copy_out(self, layer: int, slots: Tensor, rows: Tensor) -> None:
         """Copy the blocks of n slots, all of each whether written or not, to encoded `rows`
         (n, B, entry_bytes).
         """
         for plane, part in self._planes_beside(layer, rows):
-            for slot, columns in zip(slots, part, strict=True):
-                columns.copy_(plane[slot])
+            torch.index_select(plane, 0, slots, out=part)
 
     @_alone
     def copy_in(self, layer: int, slots: Tensor, rows: Tensor, tokens: Tensor) -> None:

@@ -66,7 +66,7 @@ def take_records(
     records = torch.empty(len(slots), width, dtype=torch.uint8) if into is None else into
     short = (tokens < store.block_tokens).nonzero()[:, 0].tolist()
     for layer, rows in _layers_of(store, records):
-        store.copy_out(layer, slots.tolist(), rows)
+        store.copy_out(layer, slots, rows)
         for at in short:
             rows[at, int(tokens[at]) :] = 0
     return records

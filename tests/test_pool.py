@@ -328,7 +328,7 @@ def test_a_whole_block_is_copied_as_its_rows_are(name: str) -> None:
         store.assign(ids(1), ids(slot))
     one.write(0, torch.arange(B, 2 * B), rows_for(codec, B))
     blocks = torch.empty(2, B, codec.entry_bytes, dtype=torch.uint8)
-    one.copy_out(0, [2, 2], blocks)
+    one.copy_out(0, ids(2, 2), blocks)
     rows = rows_for(codec, B)
     assert torch.equal(blocks, torch.stack([rows, rows]))
     other.copy_in(0, ids(3), blocks[:1], ids(B - 2))
