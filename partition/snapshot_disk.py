@@ -38,7 +38,7 @@ from .snapshot import (
 
 MANIFEST = "manifest"
 BATCH_BYTES = 4 << 20  # copied, hashed and written at a time by one thread
-FILE_BYTES = 256 << 20  # after which the next file begins
+FILE_BYTES = 64 << 20  # after which the next file begins, and this one is synced beside it
 _TEMPORARY = ".tmp"
 
 
