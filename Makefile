@@ -17,6 +17,7 @@ demo: install
 bench: install
 	$(BIN)/python benchmarks/step_cpu.py
 	$(BIN)/python benchmarks/service.py
+	$(BIN)/python benchmarks/snapshot.py
 
 fuzz: install
 	$(BIN)/python tests/fuzz.py

@@ -194,22 +194,26 @@ class BlockStore:
             return gather_rows(single, codec, 1, entry_index)
         return gather_rows(self._blocks(layer, codec), codec, self.block_tokens, entry_index)
 
-    def copy_out(self, layer: int, slot: int, rows: Tensor) -> None:
-        """Copy a slot's block, all of it whether written or not, to encoded `rows` (B, entry_bytes)."""
-        for plane, part in self._planes_beside(layer, slot, rows):
-            part.copy_(plane)
+    def copy_out(self, layer: int, slots: Tensor, rows: Tensor) -> None:
+        """Copy the blocks of n slots, all of each whether written or not, to encoded `rows`
+        (n, B, entry_bytes).
+        """
+        for plane, part in self._planes_beside(layer, rows):
+            torch.index_select(plane, 0, slots, out=part)
 
     @_alone
-    def copy_in(self, layer: int, slot: int, rows: Tensor, tokens: int) -> None:
-        """Write a whole block at once: the first `tokens` of encoded `rows` (B, entry_bytes) count.
+    def copy_in(self, layer: int, slots: Tensor, rows: Tensor, tokens: Tensor) -> None:
+        """Write n whole blocks at once: of each, the first `tokens` (n,) of encoded `rows`
+        (n, B, entry_bytes) count.
 
         Raises: ValueError if something was written there already.
         """
-        if int(self.fill[layer, slot]):
+        if bool(self.fill[layer, slots].any()):
             raise ValueError("entries are written once; a block that has some was given as a whole")
-        for plane, part in self._planes_beside(layer, slot, rows):
-            plane.copy_(part)
-        self.fill[layer, slot] = tokens
+        for plane, part in self._planes_beside(layer, rows):
+            for slot, columns in zip(slots.tolist(), part, strict=True):
+                plane[slot].copy_(columns)
+        self.fill[layer, slots] = tokens
 
     def read(self, layer: int, entry_index: Tensor, dtype: torch.dtype) -> Tensor:
         """Decoded entries (*shape, D) at entry indices of any shape."""
@@ -225,14 +229,14 @@ class BlockStore:
         rows = self._storage[layer].view(-1, codec.entry_bytes)[self.first_lease :]
         return Leases(rows, first=self.first_lease, residence=self.lease_residence)
 
-    def _planes_beside(self, layer: int, slot: int, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The planes (B, bytes) of a slot's block, each with its columns of `rows`."""
+    def _planes_beside(self, layer: int, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The planes (slots, B, bytes) of a layer, each with its columns of `rows` (n, B, bytes)."""
         codec = self.codecs[layer]
         assert codec is not None
-        block = self._blocks(layer, codec)[slot]
-        planes = block.split_with_sizes([self.block_tokens * width for width in codec.planes])
-        views = [plane.view(self.block_tokens, -1) for plane in planes]
-        return list(zip(views, rows.split_with_sizes(codec.planes, dim=1), strict=True))
+        sizes = [self.block_tokens * width for width in codec.planes]
+        planes = self._blocks(layer, codec).split_with_sizes(sizes, dim=1)
+        views = [plane.view(self.num_slots, self.block_tokens, -1) for plane in planes]
+        return list(zip(views, rows.split_with_sizes(codec.planes, dim=2), strict=True))
 
     def _blocks(self, layer: int, codec: Codec) -> Tensor:
         block_bytes = self.block_tokens * codec.entry_bytes

@@ -64,28 +64,29 @@ def take_records(
     """The records (n, record bytes) uint8 of the blocks in `slots` (n,): copies, in `into` if given."""
     width = record_bytes(store)
     records = torch.empty(len(slots), width, dtype=torch.uint8) if into is None else into
-    for record, slot, count in zip(records, slots.tolist(), tokens.tolist(), strict=True):
-        for layer, rows in _layers_of(store, record):
-            store.copy_out(layer, slot, rows)
-            rows[count:] = 0
+    short = (tokens < store.block_tokens).nonzero()[:, 0].tolist()
+    for layer, rows in _layers_of(store, records):
+        store.copy_out(layer, slots, rows)
+        for at in short:
+            rows[at, int(tokens[at]) :] = 0
     return records
 
 
 def put_records(store: BlockStore, keys: Tensor, tokens: Tensor, records: Tensor) -> None:
     """Write records (n, record bytes) into the empty blocks of `keys` (n,), which are held here."""
-    slots = store.slot_of[keys.long()].tolist()
-    for record, slot, count in zip(records, slots, tokens.tolist(), strict=True):
-        for layer, rows in _layers_of(store, record):
-            store.copy_in(layer, slot, rows, count)
+    slots = store.slot_of[keys.long()].long()
+    for layer, rows in _layers_of(store, records):
+        store.copy_in(layer, slots, rows, tokens)
 
 
-def _layers_of(store: BlockStore, record: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Each layer that stores anything, and its rows (B, entry_bytes) of a record: views."""
+def _layers_of(store: BlockStore, records: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Each layer that stores anything, and its rows (n, B, entry_bytes) of records: views."""
     start = 0
     for layer, codec in enumerate(store.codecs):
         if codec is not None:
             end = start + store.block_tokens * codec.entry_bytes
-            yield layer, record[start:end].view(store.block_tokens, codec.entry_bytes)
+            rows = records[:, start:end].view(-1, store.block_tokens, codec.entry_bytes)
+            yield layer, rows
             start = end
 
 

@@ -30,6 +30,7 @@ import hashlib
 import json
 import re
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, TypeGuard, get_args
@@ -141,6 +142,19 @@ class Manifest:
             for file in files
             for row, name in enumerate(split_hashes(file.hashes))
         }
+
+    def mostly_live(self) -> list[BlockFile]:
+        """The files of which documents use at least half of the records.
+
+        Of the others it takes less to write the rest again than to keep what nobody uses, so a folder
+        holds at most twice what its documents need, and what they ceased to need since.
+        """
+        live: Counter[str] = Counter()
+        for kind in KINDS:
+            locations = self.locations(kind)
+            used = {name for d in self.documents for name in split_hashes(d.hashes(kind))}
+            live.update(locations[name].file.name for name in used - {UNCLOSED})
+        return [file for file in self.files if 2 * live[file.name] >= file.rows]
 
 
 def layer_form(layout: Layout, entry_codec: Codec, index_codec: Codec | None) -> LayerForm:

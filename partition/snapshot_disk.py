@@ -13,12 +13,15 @@ import os
 import stat
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from .in_order import in_order
 from .records import block_hash
 from .snapshot import (
     HEADER_BYTES,
@@ -34,8 +37,8 @@ from .snapshot import (
 )
 
 MANIFEST = "manifest"
-BATCH_BYTES = 2 << 20  # copied, hashed and written at a time: few enough to stay in a cache
-FILE_BYTES = 256 << 20  # after which the next file begins
+BATCH_BYTES = 4 << 20  # copied, hashed and written at a time by one thread
+FILE_BYTES = 64 << 20  # after which the next file begins, and this one is synced beside it
 _TEMPORARY = ".tmp"
 
 
@@ -133,7 +136,10 @@ def remove_attempt(folder: Path, token: str, rank: int) -> None:
 
 
 class RecordWriter:
-    """Appends records of one kind to data files of one rank, which exist once `close` has returned."""
+    """Appends records of one kind to data files of one rank, which exist once `close` has returned.
+
+    A file that is full is synced and given its name in a thread, while the next one is written.
+    """
 
     def __init__(self, folder: Path, *, token: str, rank: int, kind: Kind, width: int) -> None:
         self._folder, self._token, self._rank = folder, token, rank
@@ -142,7 +148,9 @@ class RecordWriter:
         self._most = rows_within(FILE_BYTES, width)
         self._fd = -1
         self._hashes: list[bytes] = []
-        self.files: list[BlockFile] = []
+        self._files: list[BlockFile] = []
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="qroam-sync")
+        self._synced: list[Future[None]] = []
 
     def append(self, records: Tensor, hashes: Sequence[bytes]) -> None:
         """Write records (n, width) uint8, contiguous, with these hashes."""
@@ -161,17 +169,21 @@ class RecordWriter:
         """The files written, all of them on disk."""
         if self._fd >= 0:
             self._finish()
-        if self.files:
+        for synced in self._synced:
+            synced.result()
+        if self._files:
             sync_folder(self._folder)
-        return self.files
+        return self._files
 
     def abandon(self) -> None:
+        """Write no more; nothing is under way afterwards. Idempotent, and harmless after `close`."""
+        self._syncer.shutdown()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
     def _name(self) -> str:
-        return file_name(self._token, self._rank, self._kind, len(self.files))
+        return file_name(self._token, self._rank, self._kind, len(self._files))
 
     def _temporary(self) -> Path:
         return self._folder / (self._name() + _TEMPORARY)
@@ -179,11 +191,11 @@ class RecordWriter:
     def _finish(self) -> None:
         header = file_header(self._kind, len(self._hashes), self._width)
         _write_all(self._fd, memoryview(header), 0)
-        os.fsync(self._fd)
-        self.abandon()
-        os.replace(self._temporary(), self._folder / self._name())
+        fd, self._fd = self._fd, -1
+        final = self._folder / self._name()
+        self._synced.append(self._syncer.submit(_sync_and_name, fd, self._temporary(), final))
         hashes = b"".join(self._hashes)
-        self.files.append(BlockFile(name=self._name(), kind=self._kind, hashes=hashes))
+        self._files.append(BlockFile(name=self._name(), kind=self._kind, hashes=hashes))
         self._hashes = []
 
 
@@ -194,20 +206,20 @@ class RecordReader:
     """
 
     def __init__(self, folder: Path, manifest: Manifest, file: BlockFile) -> None:
-        self._where = str(folder / file.name)
+        self.where = str(folder / file.name)
         self._width = manifest.record_bytes(file.kind)
         expected = manifest.file_bytes(file)
         try:
             self._fd = _open_regular(folder / file.name)
         except FileNotFoundError:
-            raise fault(self._where, "size", f"no such file, expected {expected} bytes") from None
+            raise fault(self.where, "size", f"no such file, expected {expected} bytes") from None
         try:
             size = os.fstat(self._fd).st_size
             if size != expected:
-                raise fault(self._where, "size", f"{size} bytes, expected {expected}")
+                raise fault(self.where, "size", f"{size} bytes, expected {expected}")
             header = file_header(file.kind, file.rows, self._width)
             if os.pread(self._fd, HEADER_BYTES, 0) != header:
-                raise fault(self._where, "header", "is not that of the records in the manifest")
+                raise fault(self.where, "header", "is not that of the records in the manifest")
         except BaseException:
             os.close(self._fd)
             raise
@@ -222,7 +234,7 @@ class RecordReader:
             while left:
                 count = os.preadv(self._fd, [left], at)
                 if count == 0:
-                    raise fault(self._where, f"record {row}", "the file was cut short")
+                    raise fault(self.where, f"record {row}", "the file was cut short")
                 left, at = left[count:], at + count
         return records
 
@@ -268,17 +280,22 @@ def read_verified(
     """
     width = manifest.record_bytes(kind)
     batch = rows_within(BATCH_BYTES, width)
-    staged = torch.empty(batch if tokens_of else 0, width, dtype=torch.uint8)
+
+    def read(part: tuple[RecordReader, list[int], list[bytes]], into: Tensor) -> Tensor:
+        reader, rows, names = part
+        records = reader.read(rows, into=into[: len(rows)])
+        for row, name, record in zip(rows, names, records, strict=True):
+            if block_hash(record, tokens_of[name]) != name:
+                raise fault(reader.where, f"record {row}", "its bytes are not those of its hash")
+        return records
+
     for file, rows, hashes in by_file(manifest, kind, tokens_of):
         with RecordReader(folder, manifest, file) as reader:
-            for start in range(0, len(rows), batch):
-                names = hashes[start : start + batch]
-                records = reader.read(rows[start : start + batch], into=staged[: len(names)])
-                for row, name, record in zip(rows[start:], names, records, strict=False):
-                    if block_hash(record, tokens_of[name]) != name:
-                        where = str(folder / file.name)
-                        raise fault(where, f"record {row}", "its bytes are not those of its hash")
-                yield names, records
+            cuts = range(0, len(rows), batch)
+            parts = [(reader, rows[at : at + batch], hashes[at : at + batch]) for at in cuts]
+            with closing(in_order(read, parts, (min(batch, len(rows)), width))) as found:
+                for (_, _, names), records in zip(parts, found, strict=True):
+                    yield names, records
 
 
 def by_file(
@@ -303,6 +320,14 @@ def _open_regular(path: Path) -> int:
         os.close(fd)
         raise fault(str(path), "type", "is not a regular file")
     return fd
+
+
+def _sync_and_name(fd: int, temporary: Path, final: Path) -> None:
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.replace(temporary, final)
 
 
 def _write_all(fd: int, left: memoryview, offset: int) -> None:

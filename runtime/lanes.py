@@ -119,6 +119,11 @@ def lanes_of(heads: Sequence[Heads], total: int) -> dict[Heads, list[int]]:
     return dict(sorted(lanes.items()))
 
 
+def lane_number(transport: Transport) -> int:
+    """Which lane a transport carries, in the order of their heads; 0 where there are none."""
+    return transport.number if isinstance(transport, LaneTransport) else 0
+
+
 class LaneTransport(Transport):
     """A rank's end of its lane, carried by a transport of all lanes: rank i is instance i.
 
@@ -127,7 +132,8 @@ class LaneTransport(Transport):
 
     def __init__(self, whole: Transport, lanes: Sequence[Sequence[int]], *, owned: bool) -> None:
         """`lanes`: the ranks of each, in the order of instances. `owned`: close `whole` as well."""
-        self._ranks = next(list(ranks) for ranks in lanes if whole.rank in ranks)
+        self.number = next(at for at, ranks in enumerate(lanes) if whole.rank in ranks)
+        self._ranks = list(lanes[self.number])
         super().__init__(
             rank=self._ranks.index(whole.rank),
             world_size=len(self._ranks),

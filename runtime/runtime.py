@@ -34,7 +34,7 @@ from .errors import CoverageError, PeerError, SnapshotError
 from .explain import DecisionLine, explain_last, predicted_last
 from .failover import lost_blocks
 from .holder import MAX_TOP_K
-from .lanes import joined_lane
+from .lanes import joined_lane, lane_number
 from .lease import lease
 from .rejoin import Former, rejoin
 from .requests import Attached, Request, Scope, scope_of, stacked
@@ -800,8 +800,11 @@ class Runtime:
         world.leases = [world.entries.leases(layer) for layer in range(len(world.leases))]
 
     def stats(self) -> dict[str, Any]:
-        """Counters since `open`: bytes as counted in the transport's send, decisions, phases, memory."""
-        return self._world.counted()
+        """Counters since `open`: bytes as counted in the transport's send, decisions, phases, memory.
+
+        Ranks are those of the lane, where there are lanes: instances.
+        """
+        return {"lane": lane_number(self._world.transport), **self._world.counted()}
 
     # The door ------------------------------------------------------------------------------------
 

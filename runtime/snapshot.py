@@ -9,9 +9,10 @@ same place of its sequence.
              and draws the attempt's token. Everyone reads the last manifest; they must be the same.
     write    Each rank, in a thread: of the blocks it owns (copy 0 of a branch; index keys go with
              branch 0) and that were closed at `begin`, those whose hash the last manifest does not
-             have. Closed blocks never change, so steps go on meanwhile. A block whose slot was given
-             away (to another key, or generation) is left out. A file is synced before it gets its name, and
-             the folder before the rank says that it is done.
+             have, or has in a file that is mostly of no use any more: such a file is not listed again.
+             Closed blocks never change, so steps go on meanwhile. A block whose slot was given away (to
+             another key, or generation) is left out. A file is synced before it gets its name, and the
+             folder before the rank says that it is done.
     finish   When all ranks are done they give rank 0 the hashes of their blocks and files. Rank 0
              leaves out documents that went meanwhile, checks that every file is there, and replaces
              the manifest: write, sync, rename, sync the folder. This commits the whole snapshot.
@@ -39,6 +40,7 @@ from __future__ import annotations
 
 import secrets
 from concurrent.futures import Future, wait
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +49,7 @@ from threading import Event
 import torch
 
 from ..partition.directory import Directory
+from ..partition.in_order import in_order
 from ..partition.records import closed, hash_records, is_known, record_bytes, take_records
 from ..partition.snapshot import (
     KINDS,
@@ -102,18 +105,18 @@ class SnapshotReport:
 class PendingSnapshot:
     """A snapshot under way, between `begin_snapshot` and `finish_snapshot`.
 
-    kept: data files of the last manifest that are there. ours: what this rank answers for.
+    ours: what this rank answers for. work: its part, and the data files of the last manifest that are
+    there and mostly in use.
     """
 
     folder: Path
     token: str
     sequence: int
-    kept: tuple[BlockFile, ...]
     directory: Directory
     ours: dict[Kind, Closed]
     stop: Event
     lock: FolderLock | None
-    work: Future[Part]
+    work: Future[tuple[Part, list[BlockFile]]]
 
     def cancel(self, timeout_s: float = 0.0) -> None:
         """Stop writing, wait so long for that, and let go of the folder; what is not committed yet
@@ -152,16 +155,13 @@ def begin_snapshot(world: World, folder: Path) -> PendingSnapshot:
             lock.release()
         raise
     previous = found[0] if found else None
-    files = previous.files if previous else ()
-    kept = tuple(file for file in files if previous and has_size(folder, previous, file))
     ours = {kind: _closed(world, kind) for kind in KINDS}
     stop = Event()
-    write = partial(_write_part, world, folder, token, kept, ours, stop)
+    write = partial(_write_part, world, folder, token, previous, ours, stop)
     return PendingSnapshot(
         folder=folder,
         token=token,
         sequence=previous.sequence + 1 if previous else 1,
-        kept=kept,
         directory=world.directory,
         ours=ours,
         stop=stop,
@@ -179,7 +179,7 @@ def finish_snapshot(world: World, pending: PendingSnapshot) -> SnapshotReport:
     commit = done(None)
     try:
         try:
-            part = together(world, "snapshot-write", what, pending.work)
+            part, kept = together(world, "snapshot-write", what, pending.work)
         except ValueError:
             remove_attempt(pending.folder, pending.token, world.rank)
             raise
@@ -192,7 +192,7 @@ def finish_snapshot(world: World, pending: PendingSnapshot) -> SnapshotReport:
                 if message is not None
             ]
             keys = {kind: pending.ours[kind].keys for kind in KINDS}
-            manifest = _manifest(world, pending, [(keys, part), *parts])
+            manifest = _manifest(world, pending, kept, [(keys, part), *parts])
             commit = in_thread(partial(_commit, pending.folder, manifest), "qroam-commit")
         together(world, "snapshot-commit", what, commit)
     finally:
@@ -230,18 +230,19 @@ def _write_part(
     world: World,
     folder: Path,
     token: str,
-    kept: tuple[BlockFile, ...],
+    previous: Manifest | None,
     ours: dict[Kind, Closed],
     stop: Event,
-) -> Part:
+) -> tuple[Part, list[BlockFile]]:
     """Write what the kept files do not have. Runs beside the steps of the world, and only reads."""
+    kept = [f for f in previous.mostly_live() if has_size(folder, previous, f)] if previous else []
     files: list[BlockFile] = []
     hashes = {}
     for kind, blocks in ours.items():
         there = {name for file in kept if file.kind == kind for name in split_hashes(file.hashes)}
         hashes[kind], written = _write_kind(world, folder, token, kind, blocks, there, stop)
         files += written
-    return Part(hashes, files)
+    return Part(hashes, files), kept
 
 
 def _write_kind(
@@ -262,8 +263,8 @@ def _write_kind(
     try:
         todo = (~saved).nonzero()[:, 0]
         most = rows_within(BATCH_BYTES, width)
-        staged = torch.empty(min(most, len(todo)), width, dtype=torch.uint8)
-        for batch in todo.split(most):
+
+        def take(batch: torch.Tensor, staged: torch.Tensor) -> tuple[torch.Tensor, ...]:
             if stop.is_set():
                 raise ValueError("the snapshot was cancelled")
             slots, tokens = blocks.slots[batch], blocks.tokens[batch]
@@ -271,17 +272,21 @@ def _write_kind(
             # Read first, then compare: a slot that was given away meanwhile shows it here.
             same = store.key_of[slots] == blocks.keys[batch]
             same &= store.generation[slots] == blocks.generations[batch]
-            found = hash_records(records, tokens)
-            hashes[batch] = torch.where(same[:, None], found, 0)
-            fresh = []
-            for at, name in enumerate(split_hashes(found.numpy().tobytes())):
-                if same[at] and name not in there:
-                    there.add(name)
-                    fresh.append((at, name))
-            if fresh:
-                rows = [at for at, _ in fresh]
-                chosen = records if len(rows) == len(records) else records[rows]
-                writer.append(chosen, [name for _, name in fresh])
+            return batch, same, records, hash_records(records, tokens)
+
+        shape = (min(most, len(todo)), width)
+        with closing(in_order(take, todo.split(most), shape)) as taken:
+            for batch, same, records, found in taken:
+                hashes[batch] = torch.where(same[:, None], found, 0)
+                fresh = []
+                for at, name in enumerate(split_hashes(found.numpy().tobytes())):
+                    if same[at] and name not in there:
+                        there.add(name)
+                        fresh.append((at, name))
+                if fresh:
+                    rows = [at for at, _ in fresh]
+                    chosen = records if len(rows) == len(records) else records[rows]
+                    writer.append(chosen, [name for _, name in fresh])
         return hashes, writer.close()
     finally:
         writer.abandon()
@@ -290,6 +295,7 @@ def _write_kind(
 def _manifest(
     world: World,
     pending: PendingSnapshot,
+    kept: list[BlockFile],
     parts: list[tuple[dict[Kind, torch.Tensor], Part]],
 ) -> Manifest:
     """The manifest of all ranks' parts, each with the keys its hashes belong to."""
@@ -298,7 +304,7 @@ def _manifest(
         kind: {name for document in documents for name in split_hashes(document.hashes(kind))}
         for kind in KINDS
     }
-    kept = [f for f in pending.kept if not live[f.kind].isdisjoint(split_hashes(f.hashes))]
+    kept = [f for f in kept if not live[f.kind].isdisjoint(split_hashes(f.hashes))]
     return Manifest(
         sequence=pending.sequence,
         block_tokens=world.config.block_tokens,

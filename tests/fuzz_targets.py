@@ -17,6 +17,7 @@ from typing import Any
 
 import msgpack
 import torch
+from fuzz_manifest import MANIFEST
 from fuzz_world import (
     PLAYS,
     Heard,
@@ -30,7 +31,7 @@ from fuzz_world import (
     rows_held,
     serve,
 )
-from fuzzing import Target, hostile, mutated_bytes, mutated_tree
+from fuzzing import Target, hostile, mutated_bytes, mutated_tree, packb
 from torch import Tensor
 
 from qroam.partition.directory import (
@@ -102,19 +103,6 @@ def draw_message(random: Random) -> bytes:
         body = body[: random.randrange(len(body) + 1)] + bytes(random.choice((0, 16, 64)))
     packed = packb(head)
     return struct.pack("<II", MAGIC + random.choice((0,) * 9 + (1,)), len(packed)) + packed + body
-
-
-def packb(tree: Any) -> bytes:
-    """msgpack of any mutated tree; what msgpack has no form for becomes nil."""
-    return bytes(msgpack.packb(packable(tree)))
-
-
-def packable(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {packable(name): packable(value) for name, value in tree.items()}
-    if isinstance(tree, list):
-        return [packable(value) for value in tree]
-    return None if isinstance(tree, int) and not -(2**63) <= tree < 2**64 else tree
 
 
 def check_message(raw: bytes, message: Message) -> None:
@@ -480,10 +468,11 @@ REQUESTER = Target(
 
 # (target, its share of a run)
 TARGETS = (
-    (WIRE, 0.6),
+    (WIRE, 0.5),
     (JOINING, 0.02),
     (ABORT, 0.1),
     (OPENING, 0.1),
+    (MANIFEST, 0.1),
     (PROFILE, 0.05),
     (SETTINGS, 0.08),
     (HOLDER, 0.035),

@@ -21,6 +21,8 @@ from random import Random
 from types import FrameType
 from typing import Any
 
+import msgpack
+
 PATIENCE_S = 5.0
 _KEPT = 5  # findings of a target that are told in full
 
@@ -211,3 +213,16 @@ def nested(depth: int) -> Any:
     for _ in range(depth):
         tree = [tree]
     return tree
+
+
+def packb(tree: Any) -> bytes:
+    """msgpack of any mutated tree; what msgpack has no form for becomes nil."""
+    return bytes(msgpack.packb(packable(tree)))
+
+
+def packable(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {packable(name): packable(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [packable(value) for value in tree]
+    return None if isinstance(tree, int) and not -(2**63) <= tree < 2**64 else tree

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
+import fuzz_manifest
 import fuzz_targets
 import fuzzing
 import msgpack
 import pytest
 from fuzzing import Target, fuzz
 
+from qroam.partition import snapshot
 from qroam.runtime import exchange, holder, messages
 from qroam.runtime.cost import profile
 
@@ -20,6 +22,7 @@ QUICK = {
     fuzz_targets.WIRE: 4000,
     fuzz_targets.ABORT: 2000,
     fuzz_targets.OPENING: 1000,
+    fuzz_manifest.MANIFEST: 2000,
     fuzz_targets.PROFILE: 600,
     fuzz_targets.SETTINGS: 1000,
     fuzz_targets.JOINING: 1500,
@@ -74,12 +77,18 @@ def as_it_comes(raw: bytes) -> Any:
     return msgpack.unpackb(raw, strict_map_key=False)
 
 
+def as_it_is(name: str) -> bool:
+    return "-entries-" in name or "-index-" in name
+
+
 # Each check that is taken away must be missed.
 PLANTED: dict[str, tuple[Target, int, Any, str, object]] = {
     "header fields": (fuzz_targets.WIRE, 1000, messages, "_unpack", as_it_comes),
     "ids in range": (fuzz_targets.HOLDER, 500, holder, "_check_ids", believed),
     "pushed rows": (fuzz_targets.HOLDER, 500, holder, "_check_pushed", believed),
     "unknown columns": (fuzz_targets.REQUESTER, 150, exchange, "check_columns", believed),
+    "blocks in files": (fuzz_manifest.MANIFEST, 1000, snapshot, "check_located", believed),
+    "names of files": (fuzz_manifest.MANIFEST, 1000, snapshot, "is_file_name", as_it_is),
     "believable numbers": (fuzz_targets.PROFILE, 300, profile._Unit, "check", believed),
 }
 

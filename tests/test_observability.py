@@ -54,14 +54,17 @@ def attend(runtime: Runtime, first: int, count: int = 64) -> None:
 
 
 def samples(runtime: Runtime) -> dict[tuple[str, str], float]:
-    """What a scrape gives: (name, labels but the rank) to value."""
+    """What a scrape gives: (name, labels but rank and lane) to value; those are always the same."""
     registry = CollectorRegistry()
     registry.register(RuntimeCollector(runtime))
     text = generate_latest(registry).decode()
+    found = [s for family in text_string_to_metric_families(text) for s in family.samples]
+    stats = runtime.stats()
+    who = {"rank": str(stats["rank"]), "lane": str(stats["lane"])}
+    assert all(who.items() <= sample.labels.items() for sample in found)
     return {
-        (s.name, ",".join(f"{k}={v}" for k, v in sorted(s.labels.items()) if k != "rank")): s.value
-        for family in text_string_to_metric_families(text)
-        for s in family.samples
+        (s.name, ",".join(f"{k}={v}" for k, v in sorted(s.labels.items()) if k not in who)): s.value
+        for s in found
     }
 
 
@@ -81,6 +84,9 @@ def test_metrics_are_the_stats_in_another_form() -> None:
                 assert seen["qroam_decisions_total", f"holder={asked},way={way}"] == count
         for kind, count in stats["bytes_sent"].items():
             assert seen["qroam_sent_bytes_total", f"phase={kind}"] == count > 0
+        (peer,) = stats["bytes_to"]
+        assert seen["qroam_sent_to_bytes_total", f"peer={peer}"] == stats["bytes_to"][peer]
+        assert stats["bytes_to"][peer] == sum(stats["bytes_sent"].values())
         assert stats["leases"]["hit"] > 0
         assert stats["leases"]["evicted"] > 0
         for event, count in stats["leases"].items():
@@ -101,6 +107,22 @@ def test_metrics_are_the_stats_in_another_form() -> None:
         assert sum(stats["lifetime"]["lease"]["counts"]) == stats["leases"]["evicted"]
         assert sum(stats["reuse_gap"]["lease"]["counts"]) > 0
         assert sum(stats["reuse_gap"]["block"]["counts"]) > 0
+
+
+def test_metrics_say_the_lane_and_count_by_instance() -> None:
+    def work(end: Transport) -> tuple[int, int, dict[tuple[str, str], float]]:
+        heads = (2, 2) if end.rank % 2 == 0 else (0, 2)  # lanes are numbered by their heads
+        with Runtime.open(CONFIG, end, heads=heads) as runtime:
+            runtime.idle_attend(0)
+            return runtime.stats()["lane"], runtime.rank, samples(runtime)
+
+    found = run_loopback(6, work)
+    assert [(lane, rank) for lane, rank, _ in found] == [
+        (1, 0), (0, 0), (1, 1), (0, 1), (1, 2), (0, 2)
+    ]  # fmt: skip
+    for _, rank, seen in found:
+        sent = {key[1] for key in seen if key[0] == "qroam_sent_to_bytes_total"}
+        assert sent == {f"peer={peer}" for peer in range(3) if peer != rank}
 
 
 def test_a_released_request_ends_the_life_of_its_blocks() -> None:

@@ -327,12 +327,14 @@ def test_a_whole_block_is_copied_as_its_rows_are(name: str) -> None:
     for store, slot in ((one, 2), (other, 3)):
         store.assign(ids(1), ids(slot))
     one.write(0, torch.arange(B, 2 * B), rows_for(codec, B))
-    rows = torch.empty(B, codec.entry_bytes, dtype=torch.uint8)
-    one.copy_out(0, 2, rows)
-    assert torch.equal(rows, rows_for(codec, B))
-    other.copy_in(0, 3, rows, B - 2)
+    blocks = torch.empty(2, B, codec.entry_bytes, dtype=torch.uint8)
+    one.copy_out(0, ids(2, 2), blocks)
+    rows = rows_for(codec, B)
+    assert torch.equal(blocks, torch.stack([rows, rows]))
+    other.copy_in(0, ids(3), blocks[:1], ids(B - 2))
     index, valid = other.resolve(0, torch.arange(B, 2 * B))
     assert valid.tolist() == [True] * (B - 2) + [False] * 2
     assert torch.equal(other.rows(0, index[:-2]), rows[:-2])
     with pytest.raises(ValueError, match="once"):
-        other.copy_in(0, 3, rows, B)
+        other.copy_in(0, ids(2, 3), blocks, ids(B, B))
+    assert other.fill[0, 2] == 0

@@ -295,6 +295,41 @@ def test_files_of_no_use_are_removed(tmp_path: Path) -> None:
     assert left == {"manifest", "lock", foreign.name, *(file.name for file in manifest.files)}
 
 
+def test_a_file_that_is_mostly_of_no_use_is_written_anew(tmp_path: Path) -> None:
+    """Once a snapshot found it so, the next one writes what is left of it; then it goes."""
+    folder = tmp_path / "s"
+
+    def work(runtime: Runtime) -> list[tuple[int, int]]:
+        def saved() -> tuple[int, int]:
+            written = runtime.snapshot(folder).written
+            runtime.idle_attend(0)
+            return written, sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+        for name, tokens in (("a", 16), ("b", 12), ("c", 4)):
+            add(runtime, name, tokens)
+        sizes = [saved()]
+        runtime.remove_document("a")
+        sizes += [saved(), saved()]  # half is of use
+        runtime.remove_document("b")
+        sizes += [saved(), saved(), saved()]
+        attended(runtime, "c", 4)
+        return sizes
+
+    record, header = 2 * B * 64, 256
+    whole = (8, header + 8 * record)
+    less = (1, header + record)
+    assert world(1, work) == [
+        [whole, (0, whole[1]), (0, whole[1]), (0, whole[1]), less, (0, less[1])]
+    ]
+    assert verify(folder).damage == ()
+
+    def later(runtime: Runtime) -> None:
+        assert runtime.restore(folder).documents == {"c": 4}
+        attended(runtime, "c", 4)
+
+    world(2, later)
+
+
 # What a world knows of its documents comes back ----------------------------------------------------
 
 TEXT = tuple(range(100, 114))  # 14 tokens: three blocks and a half
@@ -425,6 +460,38 @@ def test_a_full_disk_fails_everywhere_and_the_world_goes_on(
     assert others == [first, first]
     assert verify(folder).documents == 2
     assert len(list(folder.glob("*.tmp"))) == 0
+
+
+def test_a_file_that_cannot_be_synced_fails_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are synced while the next ones are written; what happens there is not forgotten."""
+    folder = tmp_path / "s"
+    monkeypatch.setattr("qroam.partition.snapshot_disk.FILE_BYTES", 2 * B * 64)  # a block each
+    fsync = os.fsync
+
+    def broken(fd: int) -> None:
+        if "-00001-entries-00001" in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(5, "Input/output error")
+        fsync(fd)
+
+    def work(runtime: Runtime) -> str:
+        add(runtime, "a", 30)
+        with monkeypatch.context() as patch:
+            if runtime.rank == 0:
+                patch.setattr(os, "fsync", broken)
+            runtime.idle_attend(0)
+            said = refused(lambda: runtime.snapshot(folder))
+            runtime.idle_attend(0)
+        left = list(folder.glob("*-00001-*"))
+        runtime.idle_attend(0)
+        runtime.snapshot(folder)
+        return said if not left else f"left {left}"
+
+    first, *others = world(2, work)
+    assert "rank 1: [Errno 5] Input/output error" in first
+    assert others == [first]
+    assert verify(folder).records == 8
 
 
 def test_the_folder_must_be_shared_free_and_of_the_same_model(tmp_path: Path) -> None:

@@ -205,6 +205,34 @@ def test_power_may_fail_at_any_moment(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(list(folder.glob("*.safetensors"))) == 2  # those of "a" are gone
 
 
+def test_power_may_fail_while_files_are_compacted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "s"
+
+    def first(runtime: Runtime) -> None:
+        add(runtime, "a", 30)
+        add(runtime, "b", 10)
+        runtime.snapshot(folder)
+        runtime.remove_document("a")
+        runtime.snapshot(folder)
+
+    def second(runtime: Runtime) -> None:
+        runtime.restore(folder)
+        runtime.snapshot(folder)
+
+    world(2, first)
+    before = {path.name for path in folder.glob("*.safetensors")}
+    with watching(folder, monkeypatch) as disk:
+        world(2, second)
+    distinct = {tuple(sorted(state.items())): state for state in disk.states}
+    assert len(distinct) >= 10
+    for number, state in enumerate(distinct.values()):
+        assert saved_documents(tmp_path / f"crash-{number}", state) == ("b",)
+    assert saved_documents(tmp_path / "after", disk.synced) == ("b",)
+    assert before.isdisjoint(path.name for path in folder.glob("*.safetensors"))
+
+
 def test_the_first_snapshot_is_there_as_a_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -277,3 +277,20 @@ def test_other_models_are_refused() -> None:
     config.model_type = "llama"
     with pytest.raises(ValueError, match="llama"):
         model_layout(config)
+
+
+def test_a_lane_of_the_model_is_refused() -> None:
+    model = make_model("deepseek_v32")
+    before = model.config._attn_implementation
+
+    def worker(transport: Transport) -> None:
+        config = RuntimeConfig(model=model_layout(model.config), max_blocks=4)
+        with Runtime.open(config, transport, heads=(2 * transport.rank, 2)) as runtime:
+            with pytest.raises(ValueError, match="has 2 heads, the model 4: HFEngine needs"):
+                HFEngine(model, runtime)
+            runtime.idle_attend(0)
+
+    run_loopback(2, worker)
+    assert model.config._attn_implementation == before
+    with Runtime.open(RuntimeConfig(model=model_layout(model.config), max_blocks=4)) as runtime:
+        HFEngine(model, runtime)  # nothing was changed

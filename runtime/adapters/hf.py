@@ -221,7 +221,8 @@ class HFEngine:
         model: a `DeepseekV32ForCausalLM` or `GlmMoeDsaForCausalLM`, changed in place.
         runtime: opened with `model_layout(model.config)`.
         review: sees, and may replace, every selection.
-    Raises: ValueError if the runtime was opened for another model.
+    Raises: ValueError if the runtime was opened for another model, or for a lane of this one: a model
+        of transformers computes all of its heads in one process.
     """
 
     def __init__(
@@ -229,9 +230,15 @@ class HFEngine:
     ) -> None:
         layouts = model_layout(model.config)
         ours = runtime.config.model
-        shapes = [(layout.heads, layout.entry_dim, layout.index) for layout in layouts.layers]
-        if shapes != [(layout.heads, layout.entry_dim, layout.index) for layout in ours.layers]:
+        shapes = [(layout.entry_dim, layout.index) for layout in layouts.layers]
+        if shapes != [(layout.entry_dim, layout.index) for layout in ours.layers]:
             raise ValueError("the runtime was opened for another model than this one")
+        for whole, own in zip(layouts.layers, ours.layers, strict=True):
+            if whole.heads != own.heads:
+                raise ValueError(
+                    f"the runtime has {own.heads} heads, the model {whole.heads}: HFEngine needs all "
+                    "heads of its model, so open the runtime for that model and without lanes"
+                )
         self.model = model
         self.runtime = runtime
         self.review = review
