@@ -41,7 +41,7 @@ def merged(outs: Tensor, lses: Tensor, sink: Tensor | None = None) -> tuple[Tens
     return (out if sink is None else reference.apply_sink(out, lse, sink.to(lse.dtype))), lse
 
 
-def buffers(items: int, heads: int, columns: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def buffers(items: int, heads: int, columns: int, dtype: torch.dtype) -> dict[str, Any]:
     """Poisoned outputs."""
     out = torch.full((items, heads, columns), 7e4, dtype=dtype, device=DEVICE)
     return {"out": out, "lse": torch.full((items, heads), 7e4, device=DEVICE)}
@@ -171,7 +171,7 @@ def test_a_difference_in_coverage_poisons_the_item(dense: bool, column: int, hea
     expected = torch.randint(-(2**31), 2**31 - 1, (6, 3, 2), generator=g).int().to(DEVICE)
     covered = expected.clone()
     covered[[1, 4], 2, column] ^= -(2**31)
-    given: dict[str, Tensor] = {}
+    given: dict[str, Any] = {}
     if not dense:
         outs, lses, expected, covered = (
             t.transpose(0, 1).flatten(0, 1).contiguous() for t in (outs, lses, expected, covered)
