@@ -73,7 +73,8 @@ def compiled(source: Path, kernel: str, *, arch: str = "sm_90a") -> tuple[bytes,
     (program,) = _checked(
         nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], [])
     )
-    options = [option.encode() for option in (f"--gpu-architecture={arch}", *_OPTIONS)]
+    where = (f"--gpu-architecture={arch}", f"--include-path={source.parent}")
+    options = [option.encode() for option in (*where, *_OPTIONS)]
     _checked(nvrtc.nvrtcAddNameExpression(program, kernel.encode()))
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
