@@ -19,11 +19,12 @@ import torch
 from gpu import DEVICE, Bench, Variant
 from torch import Tensor
 
-from qroam.kernels.decide import FETCH, ROUTE, Mode, PriceTable, decide
+from qroam.kernels.decide import FETCH, ROUTE, Mode
 from qroam.kernels.plan import Directory, Plan, Workspace, plan
 from qroam.partition.layout import named_layout
 from qroam.runtime import load_profile
 from qroam.runtime import plan as definition
+from qroam.runtime.cost import predicate
 from qroam.runtime.cost.model import CostModel, LayerFacts
 from qroam.runtime.cost.predicate import Demand
 from qroam.runtime.cost.prices import prices_of
@@ -43,8 +44,8 @@ class Case:
 
     @property
     def num_bytes(self) -> float:
-        """Per listed unit its id, its owner's, and its id in a list: 4 bytes each."""
-        return 12 * self.batch * LISTED
+        """Per listed unit its id, a record, a bit that is set, read and cleared, and its place."""
+        return 36 * self.batch * LISTED
 
 
 CASES = (
@@ -54,11 +55,10 @@ CASES = (
 )
 
 
-def prices() -> PriceTable:
-    """Of 128 heads of MLA in bf16, form A, over NVLink."""
+def cost_model() -> CostModel:
+    """Of 128 heads of MLA in bf16, over NVLink."""
     facts = LayerFacts.of(named_layout("mla-v3.2"), entry_bytes=1152, element_bytes=2)
-    model = CostModel(facts=facts, profile=load_profile("nvlink4"), unit_tokens=1)
-    return prices_of(model, world=WORLD, device=DEVICE)
+    return CostModel(facts=facts, profile=load_profile("nvlink4"), unit_tokens=1)
 
 
 class Tables(NamedTuple):
@@ -121,15 +121,13 @@ def checked(
             found = Plan(*(tensor.cpu() for tensor in results[call]))
             want = wanted(given[call].cpu(), on_host)
             _same_demand(found, want.demand)
-            way = decide(
-                results[call].pairs_units,
-                results[call].unique_units,
-                results[call].fair_units,
-                prices(),
-                rank=RANK,
-                mode=case.mode,
-            )
-            _same("way", found.way, way.cpu())
+            seen = Demand(found.pairs_units.long(), found.unique_units.long(), found.fair_units)
+            model = cost_model()
+            assert case.mode != "given"
+            way = predicate.decide(
+                seen, model.facts, model.profile, rank=RANK, unit_tokens=1, mode=case.mode
+            ).way
+            _same("way", found.way, way)
             _same_lists(found, given[call].cpu(), *lists(want, found.way, on_host))
 
     return check
@@ -173,7 +171,7 @@ def _same(name: str, found: Tensor, want: Tensor) -> None:
 def main() -> int:
     bench = Bench("plan", __doc__)
     torch.manual_seed(0)
-    stored, table = tables(), prices()
+    stored, table = tables(), prices_of(cost_model(), world=WORLD, device=DEVICE)
     directory = stored.directory()
     for case in CASES:
         if not bench.wants(case.name):

@@ -40,7 +40,7 @@ def launch(
     from cuda.bindings import driver
 
     with torch.cuda.device(device):
-        function = _load(source, kernel, torch.cuda.current_device())
+        function = load(source, kernel, device)
         if shared_bytes > _DYNAMIC:
             most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(function, most, shared_bytes))
@@ -66,6 +66,23 @@ def launch(
         _checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0))
 
 
+def load(source: Path, kernel: str, device: torch.device) -> Any:
+    """The function on `device`, compiled at first use; a later launch of it cannot fail for that."""
+    with torch.cuda.device(device):
+        _use_context()
+        return _load(source, kernel, torch.cuda.current_device())
+
+
+def _use_context() -> None:
+    """torch's context, also in a thread in which torch has done nothing yet."""
+    from cuda.bindings import driver
+
+    (context,) = _checked(driver.cuCtxGetCurrent())
+    if int(context) == 0:
+        (primary,) = _checked(driver.cuDevicePrimaryCtxRetain(torch.cuda.current_device()))
+        _checked(driver.cuCtxSetCurrent(primary))
+
+
 def compiled(source: Path, kernel: str, *, arch: str = "sm_90a") -> tuple[bytes, str]:
     """The device code of `kernel` for `arch`, and the name that it has there."""
     from cuda.bindings import nvrtc
@@ -81,6 +98,7 @@ def compiled(source: Path, kernel: str, *, arch: str = "sm_90a") -> tuple[bytes,
         (size,) = _checked(nvrtc.nvrtcGetProgramLogSize(program))
         log = b" " * size
         _checked(nvrtc.nvrtcGetProgramLog(program, log))
+        _checked(nvrtc.nvrtcDestroyProgram(program))
         raise RuntimeError(f"{source.name}, {kernel}: {log.decode().strip()}")
     (name,) = _checked(nvrtc.nvrtcGetLoweredName(program, kernel.encode()))
     (size,) = _checked(nvrtc.nvrtcGetCUBINSize(program))

@@ -67,6 +67,7 @@ struct Column {
     u32 entries, mix;  // coverage of what this item lists; the first part has all of it
     u32 low, high;     // its shares, in 14 bits and the rest; likewise
 };
+static_assert(sizeof(Column) == 168, "decide.py says how much shared memory that takes");
 
 // The closed form of the cost model, product by product in its order, without contraction.
 __forceinline__ double route_s(

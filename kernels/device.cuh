@@ -28,7 +28,7 @@ __forceinline__ void cluster_arrive() {
 
 // Of who leaves: what it wrote is nobody's concern.
 __forceinline__ void cluster_arrive_relaxed() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
 __forceinline__ void cluster_wait() {

@@ -31,6 +31,13 @@ __forceinline__ void sync_parts() {
     else __syncthreads();
 }
 
+// What lies there in the shared memory of a part of this item.
+template <class F, class V>
+__forceinline__ V* of_part(V* here, int part) {
+    if constexpr (F::PARTS > 1) return of_block(here, part);
+    else return here;
+}
+
 // Make this block's writes known and say so; `wait` takes the ticket. The gate's upper half counts
 // how often all have arrived, its lower half is zero between: block 0 adds what the others leave to
 // be carried, so it never needs to be reset.
@@ -106,7 +113,7 @@ __global__ void __launch_bounds__(F::T, F::PARTS > 1 ? 1 : 1024 / F::T) plan(con
     const int first_unit = warp() * 32 * PER + lane(), first_of_part = part * F::CAPACITY;
     const int num_units = min(max(s.K - first_of_part, 0), F::CAPACITY);
     const long row = (long)item * s.K, own_row = row + first_of_part;
-    Column* const all_parts = F::PARTS > 1 ? of_block(m.columns, 0) : m.columns;
+    Column* const all_parts = of_part<F>(m.columns, 0);
     const bool shared_units = !(together && F::TOGETHER == ALONE) && s.N > G;
     int hidden_from = 0, hidden_to = 0;
     if (s.hidden) hidden_from = s.hidden[item * 2], hidden_to = s.hidden[item * 2 + 1];
@@ -115,7 +122,7 @@ __global__ void __launch_bounds__(F::T, F::PARTS > 1 ? 1 : 1024 / F::T) plan(con
     auto sum_parts = [&](int h, int Column::*count, int& earlier, int& total) {
         int before = 0, sum = 0;
         for (int other = 0; other < F::PARTS; ++other) {
-            const Column* theirs = F::PARTS > 1 ? of_block(m.columns, other) : m.columns;
+            const Column* theirs = of_part<F>(m.columns, other);
             before += other < part ? theirs[h].*count : 0, sum += theirs[h].*count;
         }
         earlier = before, total = sum;
@@ -321,8 +328,8 @@ __global__ void __launch_bounds__(F::T, F::PARTS > 1 ? 1 : 1024 / F::T) plan(con
             int local = unit;
             if (s.fill) {
                 int key = unit / B, offset = unit % B, entry = key / G * B + offset;
-                int slot = s.records[key].y;
-                bool there = offset < s.fill[slot];
+                int slot = s.records[key].y;  // -1 where this rank owns what it does not have yet
+                bool there = slot >= 0 && offset < s.fill[slot];
                 if (U == 1) there = there && (entry < hidden_from || entry >= hidden_to);
                 local = there ? slot * B + offset : -1;
             }

@@ -28,9 +28,11 @@ from .decide import (
 
 MAX_UNITS = 4096
 MAX_QUERIES = 256
+MAX_UNIT_TOKENS = 65535
 _COUNT, _SHARE, _FIRST, _LIST, _PLACE = (1 << i for i in range(5))
 _ALL = 31
 _ALONE, _GRID = range(2)
+_RESERVED = 1024  # bytes of an SM's shared memory that the device keeps for each block
 
 
 class Directory(NamedTuple):
@@ -54,13 +56,16 @@ class Directory(NamedTuple):
         rank: int,
         block_tokens: int,
         num_branches: int,
+        askable: Tensor | None = None,
     ) -> Directory:
-        """Of the tables of the corpus and of the pool of `rank`; copy `rank % R` is asked.
+        """Of the tables of the corpus and of the pool of `rank`; the first copy from `rank % R` is asked.
 
         Args:
             owners: (keys, R) int32, rank of each copy or -1. generations: (keys,) int32.
             tokens: (keys // G,) int32, entries of each block.
             slot_of: (pool keys,) int32, -1 where a block is not here; missing keys are not.
+            askable: (W,) uint8: 2 for ranks that may be asked, 1 where only in want of such a one, 0
+                for those that cannot be. None: all may be.
         Raises: ValueError for tables that do not fit together.
         """
         keys = len(generations)
@@ -72,14 +77,21 @@ class Directory(NamedTuple):
             )
         slots = torch.full_like(generations, -1)
         slots[: len(slot_of)] = slot_of[:keys]
+        copies = owners.long().roll(-(rank % owners.shape[1]), 1)
+        usable = (copies >= 0).to(torch.uint8)
+        if askable is not None:
+            usable *= askable[copies.clamp(min=0)]
+        best, at = usable.max(1, keepdim=True)  # of equals the first
         columns = (
-            owners[:, rank % owners.shape[1]],
+            torch.where(best > 0, copies.gather(1, at), -1)[:, 0],
             slots,
             generations,
             tokens.repeat_interleave(num_branches),
         )
         return Directory(
-            torch.stack(columns, 1).to(torch.int32).contiguous(), block_tokens, num_branches
+            torch.stack([column.to(torch.int32) for column in columns], 1),
+            block_tokens,
+            num_branches,
         )
 
 
@@ -87,8 +99,8 @@ class Workspace(NamedTuple):
     """What programs leave for one another: made once, for one launch at a time.
 
     listers: (units of the corpus, words) int32, a bit per query; zero between launches. seats:
-    (units of the corpus,) int32. demand (W, N, 2) int64, reps (W, N) int32. gate: (1,) int64, zero
-    before the first launch.
+    (units of the corpus,) int32. demand (W, N, 2) int64: a record of 16 bytes, see decide.cuh; reps
+    (W, N) int32. gate: (1,) int64, zero before the first launch.
     """
 
     listers: Tensor
@@ -249,14 +261,14 @@ def plan(
             counts.zero_()
         return out
 
-    resident, shared = is_fused(num_items, device), num_items > directory.num_branches
+    shared = num_items > directory.num_branches
     fixed = Fixed(
         **_blocks(num_items, num_listed, world, device),
         block_tokens=directory.block_tokens,
         unit_tokens=unit_tokens,
         num_branches=directory.num_branches,
         world_size=world,
-        words=workspace.listers.shape[1],
+        words=_words(num_items, directory.num_branches),
         num_forms=prices.num_forms,
         mode=mode,
         stages=_ALL,
@@ -293,30 +305,30 @@ def plan(
             device=device,
         )
 
-    if resident:
+    if is_fused(fixed, num_items, device):
         launch(fixed)
         return out
-    for stages in (_COUNT, _SHARE, _FIRST, _LIST, _PLACE) if shared else (_COUNT, _LIST):
-        launch(replace(fixed, stages=stages, together=_ALONE))
+    each = [
+        replace(fixed, stages=stages, together=_ALONE)
+        for stages in ((_COUNT, _SHARE, _FIRST, _LIST, _PLACE) if shared else (_COUNT, _LIST))
+    ]
+    for one in each:  # a stage that does not compile must not follow one that has run
+        cuda.load(SOURCE, one.name("plan"), device)
+    for one in each:
+        launch(one)
     return out
 
 
 def _blocks(num_items: int, num_listed: int, world: int, device: torch.device) -> dict[str, int]:
     """Threads of a block, units of a thread, and blocks of an item.
 
-    Scattered accesses bound a block, so an item of a small batch is spread over a cluster. All
-    clusters must be resident at once; a group of SMs that share an interconnect has at least 16.
+    Scattered accesses bound a block, so an item of a small batch is spread over a cluster, where there
+    are clusters. All must be resident at once: 12, 24 and 64 clusters of 8, 4 and 2 blocks are, on
+    132 SMs; where they are not, the cooperative launch is refused.
     """
     sms = num_sms(device)
-    parts = (
-        8
-        if num_items * 10 <= sms
-        else 4
-        if num_items * 5 <= sms
-        else 2
-        if num_items * 2 <= sms
-        else 1
-    )
+    most = sms // num_items if has_clusters(device) else 1
+    parts = 8 if most >= 10 else 4 if most >= 5 else 2 if most >= 2 else 1
     per_thread = 1 if parts > 2 else 2 if num_items <= sms else 4
     wanted = _power_of_2(-(-num_listed // parts)) // per_thread
     threads = min(max(wanted, _power_of_2(world), 64), 512 if per_thread == 4 else 1024)
@@ -327,6 +339,11 @@ def _blocks(num_items: int, num_listed: int, world: int, device: torch.device) -
     }
 
 
+def _words(num_items: int, num_branches: int) -> int:
+    """Of the bits of a unit's queries, in this launch: all are zero between launches."""
+    return _power_of_2(-(-num_items // num_branches // 32))
+
+
 def _shared_bytes(fixed: Fixed) -> int:
     """Of plan.cu's Shared."""
     warps, capacity, world = fixed.threads // 32, fixed.threads * fixed.per_thread, fixed.world_size
@@ -335,9 +352,20 @@ def _shared_bytes(fixed: Fixed) -> int:
     return columns + counts + (2 * 4 + 4 * 2) * capacity + 4
 
 
-def is_fused(num_items: int, device: torch.device) -> bool:
+def is_fused(fixed: Fixed, num_items: int, device: torch.device) -> bool:
     """Whether all items are resident at once, so that they can wait for one another."""
-    return num_items <= 2 * num_sms(device)
+    per_sm = -(-num_items * fixed.parts // max(num_sms(device), 1))
+    needed = per_sm * (_shared_bytes(fixed) + _RESERVED)
+    return num_sms(device) > 0 and per_sm <= 2 and needed <= shared_of_sm(device)
+
+
+def shared_of_sm(device: torch.device) -> int:
+    """Bytes of shared memory of an SM."""
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
+
+
+def has_clusters(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def num_sms(device: torch.device) -> int:
@@ -368,6 +396,8 @@ def _check(
     block_tokens, branches = directory.block_tokens, directory.num_branches
     if not 1 <= unit_tokens <= block_tokens or block_tokens % unit_tokens:
         raise ValueError(f"unit_tokens must divide block_tokens {block_tokens}, got {unit_tokens}")
+    if unit_tokens > MAX_UNIT_TOKENS:
+        raise ValueError(f"unit_tokens may be at most {MAX_UNIT_TOKENS}, got {unit_tokens}")
     if branches < 1 or num_items % branches or num_items > branches * MAX_QUERIES:
         raise ValueError(
             f"items must be of {branches} branches each, of at most {MAX_QUERIES} queries, "
@@ -375,6 +405,8 @@ def _check(
         )
     keys = len(directory.records)
     num_units = keys * (block_tokens // unit_tokens)
+    if workspace.reps.dim() != 2:
+        raise ValueError(f"reps must be (W, N), got {tuple(workspace.reps.shape)}")
     words = workspace.listers.shape[-1]
     if words != _power_of_2(words):
         raise ValueError(f"listers must have 1, 2, 4 ... words a unit, got {words}")
@@ -395,4 +427,7 @@ def _check(
     }
     for name, (tensor, shape, dtype) in tables.items():
         check_tensor(tensor, name, shape, dtype, units.device)
+    for name in ("records", "listers", "demand"):
+        if tables[name][0].data_ptr() % 16:
+            raise ValueError(f"{name} must begin at a multiple of 16 bytes")
     return num_items, num_listed

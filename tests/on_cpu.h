@@ -1,5 +1,6 @@
 // CUDA C++ on a CPU, for tests: every thread is a fiber, and what threads wait for lets others run.
-// Fibers take turns in an order drawn from a seed, so a missing barrier shows in some of the orders.
+// Fibers take turns in an order drawn from a seed, and warps and blocks fall behind, some of them far, so a
+// missing barrier shows in some of the orders. Shared memory is poisoned when a block ends.
 
 #pragma once
 #include <ucontext.h>
@@ -147,18 +148,25 @@ inline int run(
         turns.push_back(i);
     }
     auto random = [&] { return seed ^= seed << 13, seed ^= seed >> 17, seed ^= seed << 5; };
+    std::vector<int> asleep(blocks + blocks * threads / 32), running(blocks, threads);
     int left = turns.size();
     for (int round = 0; left; ++round) {
         if (round > 100000) return 1;
         for (int i = turns.size() - 1; seed && i > 0; --i)
             std::swap(turns[i], turns[random() % (i + 1)]);
+        for (int& until : asleep)
+            if (seed && until <= round && random() % 24 == 0)
+                until = round + 1 + random() % (random() % 4 ? 4 : 60);
         for (int i : turns) {
             Fiber& f = fibers[i];
-            if (f.done) continue;
+            if (f.done || asleep[i / threads] > round || asleep[blocks + i / 32] > round) continue;
             fiber = &f, block = f.block;
             thread_index = {(unsigned)f.thread}, block_index = {(unsigned)f.block->index};
             swapcontext(&scheduler, &f.context);
-            left -= f.done;
+            if (!f.done) continue;
+            --left;
+            std::vector<unsigned char>& memory = f.block->shared;
+            if (--running[i / threads] == 0) std::fill(memory.begin(), memory.end() - GUARD, 0xA5);
         }
     }
     for (Fiber& f : fibers) free(f.stack);

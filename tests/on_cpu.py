@@ -61,7 +61,7 @@ def _folder() -> Path:
 @functools.cache
 def _compiled(source: Path, kernel: str) -> ctypes._NamedFuncPointer:
     assert COMPILER is not None
-    name = _folder() / hashlib.sha256(kernel.encode()).hexdigest()[:16]
+    name = _folder() / hashlib.sha256(f"{source}: {kernel}".encode()).hexdigest()[:16]
     name.with_suffix(".cpp").write_text(
         f'#include "{_HEADER}"\n#include "{source}"\n{_ENTRY.format(kernel=kernel)}'
     )

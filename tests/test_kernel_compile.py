@@ -24,8 +24,11 @@ import triton
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from qroam.kernels import cuda
+from qroam.kernels import plan as plan_module
 from qroam.kernels.cuda import compiled
-from qroam.kernels.decide import SOURCE, Fixed
+from qroam.kernels.decide import SOURCE, Mode, PriceTable
+from qroam.kernels.plan import Directory
 
 _USED = re.compile(
     r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
@@ -298,46 +301,70 @@ def test_compiles_for_hopper(name: str, reports: dict[str, str]) -> None:
         assert max(stores, loads) <= most, f"{kernel}: {stores} and {loads} bytes spilled"
 
 
-PLANS = {
-    "plan of 1 item": Fixed(
-        threads=128, per_thread=2, parts=8, block_tokens=64, world_size=8, num_forms=2, mode="auto",
-        stages=31,
-    ),
-    "plan of 64 items": Fixed(
-        threads=512, per_thread=2, parts=2, block_tokens=64, world_size=8, words=2, num_forms=1,
-        mode="auto", stages=31, together=1,
-    ),
-    "plan of 128 items": Fixed(
-        threads=1024, per_thread=2, block_tokens=64, world_size=8, words=4, num_forms=1, mode="auto",
-        stages=31, together=1,
-    ),
-    "plan of 256 items": Fixed(
-        threads=512, per_thread=4, block_tokens=64, world_size=8, words=8, num_forms=1, mode="auto",
-        stages=31, together=1,
-    ),
-    "a stage of a plan": Fixed(
-        threads=512, per_thread=8, block_tokens=64, num_branches=4, world_size=64, words=8,
-        num_forms=2, mode="given", stages=2,
-    ),
-}  # fmt: skip
+# (items, units of an item, ranks, forms, mode)
+PLANS: dict[str, tuple[int, int, int, int, Mode]] = {
+    "plan of 1 item": (1, 2048, 8, 2, "auto"),
+    "plan of 8 items": (8, 2048, 8, 1, "auto"),
+    "plan of 24 items": (24, 2048, 8, 1, "always-fetch"),
+    "plan of 64 items": (64, 2048, 8, 1, "auto"),
+    "plan of 128 items": (128, 2048, 8, 2, "always-route"),
+    "plan of 256 items": (256, 2048, 8, 1, "auto"),
+    "plan of 256 items of 4096": (256, 4096, 8, 2, "auto"),
+    "plan of many ranks, in stages": (256, 4096, 256, 2, "given"),
+}
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
+def planned(
+    items: int, listed: int, world: int, forms: int, mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[str, int]]:
+    """Kernels, and threads of an SM, that a call of `plan` launches on 132 SMs."""
+    launched: list[tuple[str, int]] = []
+
+    def launch(source: Path, kernel: str, arguments: object, **options: Any) -> None:
+        per_sm = 2 if options["grid"] > 132 and options["cooperative"] else 1
+        launched.append((kernel, options["block"] * per_sm))
+
+    monkeypatch.setattr(cuda, "launch", launch)
+    monkeypatch.setattr(cuda, "load", lambda *arguments: None)
+    monkeypatch.setattr(plan_module, "num_sms", lambda device: 132)
+    monkeypatch.setattr(plan_module, "shared_of_sm", lambda device: 228 << 10)
+    monkeypatch.setattr(plan_module, "has_clusters", lambda device: True)
+    with StandIn():
+        prices = PriceTable(on_gpu(world, 16, dtype=torch.float64), forms, 2)
+        directory = Directory(on_gpu(4096, 4), block_tokens=64, num_branches=1)
+        workspace = plan_module.Workspace.make(
+            num_items=256, num_branches=1, num_units=262144, world_size=world, device=_GPU
+        )
+        out = plan_module.Plan.make(
+            num_items=items, num_listed=listed, world_size=world, num_forms=forms, device=_GPU
+        )
+        units = on_gpu(items, listed)
+        plan_module.plan(units, directory, prices, workspace, rank=0, mode=mode, out=out)
+    return launched
+
+
 @pytest.mark.parametrize("name", PLANS)
-def test_cuda_compiles_for_hopper(name: str, tmp_path: Path) -> None:
-    code, symbol = compiled(SOURCE, PLANS[name].name("plan"))
-    (tmp_path / "plan.cubin").write_bytes(code)
-    command = [str(_CUOBJDUMP), "-res-usage", "-sass", str(tmp_path / "plan.cubin")]
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    used = re.search(rf"Function {symbol}:\s+REG:(\d+) STACK:(\d+)", told)
-    assert used, told
-    registers, stack = map(int, used.groups())
-    per_sm = 2 if PLANS[name].threads == 512 and PLANS[name].parts == 1 else 1
-    assert registers * PLANS[name].threads * per_sm <= 65536
-    assert stack <= 64, "more spills than a few registers, or the arguments are copied"
-    # Without contraction, as the definition on the host computes.
-    assert "DMUL" in told
-    assert "DFMA" not in told
+def test_cuda_compiles_for_hopper(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `plan` launches, with the template arguments of that launch."""
+    items, listed, world, forms, mode = PLANS[name]
+    launched = planned(items, listed, world, forms, mode, monkeypatch)
+    assert len(launched) == (5 if "in stages" in name else 1)
+    for kernel, threads in launched:
+        code, symbol = compiled(SOURCE, kernel)
+        (tmp_path / "plan.cubin").write_bytes(code)
+        command = [str(_CUOBJDUMP), "-res-usage", "-sass", str(tmp_path / "plan.cubin")]
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        used = re.search(rf"Function {symbol}:\s+REG:(\d+) STACK:(\d+)", told)
+        assert used, told
+        registers, stack = map(int, used.groups())
+        assert registers * threads <= 65536
+        assert stack <= 96, "more spills than a few registers, or the arguments are copied"
+        # Without contraction, as the definition on the host computes.
+        assert "DFMA" not in told
+        assert "DMUL" in told or mode == "given"
 
 
 def test_a_cuda_kernel_that_does_not_compile_says_why(tmp_path: Path) -> None:

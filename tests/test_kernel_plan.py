@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import zlib
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -13,8 +16,8 @@ from torch import Tensor
 
 from qroam.kernels import cuda
 from qroam.kernels import plan as plan_module
-from qroam.kernels.decide import Mode, PriceTable, decide
-from qroam.kernels.plan import Directory, Plan, Workspace, is_fused, plan
+from qroam.kernels.decide import SOURCE, Mode, PriceTable, decide
+from qroam.kernels.plan import Directory, Plan, Workspace, plan
 from qroam.partition.layout import Form, named_layout
 from qroam.runtime import load_profile
 from qroam.runtime import plan as definition
@@ -51,6 +54,9 @@ def launcher(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     num_sms = 132 if request.param == "one launch" else 0
     monkeypatch.setattr(cuda, "launch", launcher)
     monkeypatch.setattr(plan_module, "num_sms", lambda device: num_sms)
+    monkeypatch.setattr(plan_module, "shared_of_sm", lambda device: 228 << 10)
+    monkeypatch.setattr(plan_module, "has_clusters", lambda device: True)
+    monkeypatch.setattr(cuda, "load", lambda source, kernel, device: None)
     return launcher
 
 
@@ -403,6 +409,15 @@ CASES = [
     Case(queries=2, listed=7, world=1, rank=0),
     Case(queries=3, listed=10, padding=1.0),
 ]
+# With one launch: items over clusters of 8 and of 4, items of one block, and 4 and 8 words of bits.
+SPREAD = [
+    Case(queries=3, listed=300, blocks=40, copies=2),
+    Case(queries=1, listed=500, blocks=70, world=8),
+    Case(queries=4, listed=260, blocks=40, branches=2, rank=0),
+    Case(queries=20, listed=70, blocks=20),
+    Case(queries=70, listed=6, world=3),
+    Case(queries=130, listed=4, world=3),
+]
 
 
 def named(case: Case) -> str:
@@ -449,6 +464,100 @@ def test_any_ways(case: Case) -> None:
     got = run(case, drawn, prices, mode="given", way=way, fill=False).plan
     assert torch.equal(got.way, way)
     check(case, drawn, got, forms, fill=False)
+
+
+@pytest.mark.parametrize("case", SPREAD, ids=named)
+@pytest.mark.parametrize("mode", ["given", "auto"])
+def test_items_over_several_blocks(case: Case, mode: Mode) -> None:
+    drawn, prices = case.draw(), table_of(load_profile("nvlink4"), world=case.world)
+    g = torch.Generator().manual_seed(case.seed + 1)
+    ways = torch.tensor([0, 2, 4, 4])[torch.randint(4, (len(drawn.units), case.world), generator=g)]
+    ways[:, case.rank] = int(Way.LOCAL)
+    got = run(case, drawn, prices, mode=mode, way=ways.to(torch.int8)).plan
+    check(case, drawn, got, ("A",), fill=True)
+
+
+# What keeps blocks in order, and what it is replaced by.
+BARRIERS = {
+    "no gate before bits are read": ("    wait<F>(s, ticket);  // 1\n", ""),
+    "no gate before those who fetch first are counted": ("wait<F>(s, arrive<F>(s));  // 3", ";"),
+    "parts do not meet before their coverage is read": (
+        "        sync_parts<F>();\n        if (int h = threadIdx.x; h < W && part == 0) {\n"
+        "            s.expected",
+        "        __syncthreads();\n        if (int h = threadIdx.x; h < W && part == 0) {\n"
+        "            s.expected",
+    ),
+    "parts do not meet before flagged units are summed": (
+        "        sync_parts<F>();\n        if (int h = threadIdx.x; h < W) {\n            Column& c",
+        "        __syncthreads();\n        if (int h = threadIdx.x; h < W) {\n            Column& c",
+    ),
+}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the order of turns is drawn on a CPU only")
+@pytest.mark.parametrize("launcher", ["one launch"], indirect=True)
+@pytest.mark.parametrize("name", BARRIERS)
+def test_a_missing_barrier_shows(
+    name: str, launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, instead = BARRIERS[name]
+    source = SOURCE.read_text()
+    assert there in source
+    for header in SOURCE.parent.glob("*.cuh"):
+        (tmp_path / header.name).write_text(header.read_text())
+    broken = tmp_path / "plan.cu"
+    broken.write_text(source.replace(there, instead))
+
+    def goes_wrong(case: Case, source: Path, *, orders: int) -> bool:
+        """In some order of turns; in a child, because it may write anywhere."""
+        monkeypatch.setattr(plan_module, "SOURCE", source)
+        child = os.fork()
+        if child == 0:
+            faulthandler.disable()
+            for launcher.seed in range(1, orders + 1):
+                g = torch.Generator().manual_seed(launcher.seed)
+                drawn, prices = case.draw(), table_of(load_profile("nvlink4"), world=case.world)
+                way = torch.tensor([2, 4])[
+                    torch.randint(2, (len(drawn.units), case.world), generator=g)
+                ]
+                way[:, case.rank] = int(Way.LOCAL)
+                try:
+                    got = run(case, drawn, prices, mode="given", way=way.to(torch.int8)).plan
+                    check(case, drawn, got, ("A",), fill=True)
+                except BaseException:
+                    os._exit(1)
+            os._exit(0)
+        return os.waitpid(child, 0)[1] != 0
+
+    case = CASES[4] if "bits" in name else SPREAD[0]
+    assert not goes_wrong(case, SOURCE, orders=4)
+    assert goes_wrong(case, broken, orders=60)
+
+
+def test_what_is_owned_and_not_yet_here_is_not_read() -> None:
+    case = Case(queries=2, listed=30, blocks=20)
+    drawn = case.draw()
+    slots = torch.where(torch.arange(len(drawn.slot_of)) % 2 == 0, -1, drawn.slot_of)
+    prices = table_of(load_profile("nvlink4"), world=case.world)
+    lacking = drawn._replace(slot_of=slots.int())
+    got = run(case, lacking, prices, mode="always-fetch").plan
+    check(case, lacking, got, ("A",), fill=True)
+
+
+def test_a_lost_copy_is_not_asked() -> None:
+    owners = torch.tensor([[-1, 2], [1, 2], [1, 0], [-1, -1]], dtype=torch.int32)
+    i32 = torch.int32
+
+    def asked(askable: Tensor | None) -> list[int]:
+        directory = Directory.of(
+            owners, torch.zeros(4, dtype=i32), torch.ones(4, dtype=i32), torch.zeros(0, dtype=i32),
+            rank=0, block_tokens=1, num_branches=1, askable=askable,
+        )  # fmt: skip
+        return directory.records[:, 0].tolist()
+
+    assert asked(None) == [2, 1, 1, -1]
+    assert asked(torch.tensor([2, 0, 2], dtype=torch.uint8)) == [2, 2, 0, -1]
+    assert asked(torch.tensor([2, 1, 0], dtype=torch.uint8)) == [-1, 1, 0, -1]
 
 
 def test_two_runs_and_a_workspace_used_before_give_the_same() -> None:
@@ -521,14 +630,20 @@ BIG = [
 @needs_gpu
 @pytest.mark.parametrize("mode", ["auto", "always-route", "always-fetch", "given"])
 @pytest.mark.parametrize("case", BIG, ids=named)
-def test_full_size_in_one_launch(case: Case, mode: Mode) -> None:
-    drawn = case.draw()
-    assert is_fused(len(drawn.units), torch.device(DEVICE))
+def test_full_size_in_one_launch(case: Case, mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, launched, launch = case.draw(), [], cuda.launch
+
+    def counted(source: Path, kernel: str, *arguments: object, **options: object) -> None:
+        launched.append(kernel)
+        launch(source, kernel, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cuda, "launch", counted)
     prices = table_of(load_profile("nvlink4"), world=case.world)
     g = torch.Generator().manual_seed(case.seed + 1)
     way = torch.tensor([2, 4])[torch.randint(2, (case.queries, case.world), generator=g)]
     way[:, case.rank] = int(Way.LOCAL)
     got = run(case, drawn, prices, mode=mode, way=way.to(torch.int8)).plan
+    assert len(launched) == 1
     check(case, drawn, got, ("A",), fill=True)
 
 

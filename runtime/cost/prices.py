@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...kernels.decide import PriceTable
 from ...partition.layout import Form
-from .model import CostModel, Line
+from .model import Asked, CostModel, Line
 
 
 def prices_of(
@@ -31,8 +31,12 @@ def prices_of(
 
     def columns(line: Line, *names: str) -> list[Tensor]:
         """(world,) each; what is named is all there is."""
-        given = {name: torch.as_tensor(getattr(line, name)).double() for name in names}
-        return [seconds.expand(world) for seconds in given.values()]
+        given = {
+            n: torch.as_tensor(s).double()
+            for n, s in zip(Asked._fields, line.coefficients, strict=True)
+        }
+        assert not any(bool(seconds.any()) for n, seconds in given.items() if n not in names)
+        return [given[name].expand(world) for name in names]
 
     rows = []
     for facts in chosen:
