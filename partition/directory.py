@@ -297,7 +297,7 @@ def _slots(
 ) -> tuple[Tensor, Tensor]:
     """The lowest free slot at each rank (n, R) for the keys in order, and the new `used` (W,)."""
     world = len(directory.used)
-    added = torch.bincount(per_key.reshape(-1), minlength=world)
+    added = torch.bincount(per_key[per_key >= 0], minlength=world)
     used = directory.used + added
     if int(used.max()) > capacity:
         rank = int(used.argmax())
@@ -308,7 +308,7 @@ def _slots(
     taken = torch.zeros(world, capacity, dtype=torch.bool)
     held = directory.owners >= 0
     taken[directory.owners[held].long(), directory.slots[held].long()] = True
-    slots = torch.empty_like(per_key)
+    slots = torch.full_like(per_key, -1)
     for rank in range(world):
         here = per_key == rank
         slots[here] = (~taken[rank]).nonzero()[: int(added[rank]), 0]

@@ -1,7 +1,8 @@
 """Which ranks hold which block: placement policies as pure functions.
 
 Letters: N blocks of one document, G branches, W ranks, R copies. A placement is an int32 tensor
-(N, G, R) of ranks; copy 0 is the owner, the rest are replicas on other ranks.
+(N, G, R) of ranks; copy 0 is the owner, the rest are replicas on other ranks, or -1 where a world that
+lost ranks has fewer of them than copies: they are made up for when ranks come (`repair.py`).
 """
 
 from __future__ import annotations
@@ -54,14 +55,10 @@ def place(
         used: (W,) int64, slots taken at each rank so far (document-affine and balanced read it).
         load: (N,) float, expected load of each block, for `balanced`; None means equal loads.
     Returns:
-        (N, G, R) int32 ranks, copy 0 the owner.
+        (N, G, R) int32 ranks, copy 0 the owner, no rank twice; -1 for copies without a rank.
     Raises:
-        ValueError: if there are fewer ranks than copies, or `load` does not fit the blocks.
+        ValueError: if `load` does not fit the blocks.
     """
-    if placement.copies > world_size:
-        raise ValueError(
-            f"{placement.copies} copies need as many ranks, the world has {world_size}"
-        )
     num_blocks = len(blocks)
     if load is not None and load.shape != (num_blocks,):
         raise ValueError(f"load must have shape ({num_blocks},), got {tuple(load.shape)}")
@@ -97,8 +94,9 @@ def place_at(
 
 def _with_replicas(owner: Tensor, copies: int, world_size: int) -> Tensor:
     """(N, G, R) int32: the owners (N, G), and replicas at even distances from them."""
-    offsets = torch.arange(copies) * max(world_size // copies, 1)
-    return ((owner[..., None] + offsets) % world_size).to(torch.int32)
+    copy = torch.arange(copies)
+    ranks = (owner[..., None] + copy * max(world_size // copies, 1)) % world_size
+    return torch.where(copy < world_size, ranks, -1).to(torch.int32)
 
 
 def _balanced(load: Tensor, used: Tensor) -> Tensor:

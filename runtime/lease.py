@@ -21,6 +21,7 @@ from ..partition.layout import Rope
 from ..partition.pool import BlockStore
 from .errors import CoverageError
 from .exchange import exchange
+from .failover import blocks_lost
 from .holder import to_int32
 from .messages import Message
 from .plan import chosen_copy
@@ -37,11 +38,13 @@ class Rows(NamedTuple):
 
 
 class _Want(NamedTuple):
-    """The keys (n,) of a document in one store, in order, and who is asked for each."""
+    """The keys (n,) of a document in one store, in order, whose blocks they are, and who is asked for
+    each, -1 if nobody can be."""
 
     name: str
     store: BlockStore
     keys: Tensor
+    blocks: Tensor
     holder: Tensor
 
 
@@ -50,9 +53,14 @@ def lease(world: World, document: Document | None, ids: Tensor, offset: int) -> 
 
     With None only the others are answered.
 
-    Raises: CoverageError naming the holders that lack a token of it.
+    Raises: CoverageError naming the holders that lack a token of it; BlocksLostError if nobody is left to
+    ask for a block, after the others were answered.
     """
     wants = [] if document is None else _wants(world, document)
+    lost = {int(key) for want in wants for key in want.blocks[want.holder < 0]}
+    if lost:
+        exchange(world, world.header("lease", layer=0), [], _answer, list)
+        raise blocks_lost(world, lost)
     columns = []
     for want in wants:
         remote = torch.where(want.holder == world.rank, world.world_size, want.holder)
@@ -92,12 +100,13 @@ def _wants(world: World, document: Document) -> list[_Want]:
     copies = directory.owners[keys]
     holder = chosen_copy(copies, world.rank % copies.shape[1], askable)
     here = world.entries.slot_of[keys] >= 0
-    wants = [_Want("lease", world.entries, keys, torch.where(here, world.rank, holder))]
+    holder = torch.where(here, world.rank, holder)
+    wants = [_Want("lease", world.entries, keys, keys // branches, holder)]
     if world.has_index:
         holder = world.scorers(blocks, askable)
         if world.config.index_placement == "replicated":
             holder = torch.full_like(holder, world.rank)
-        wants.append(_Want("lease_index", world.index, blocks, holder))
+        wants.append(_Want("lease_index", world.index, blocks, blocks, holder))
     return wants
 
 
@@ -137,8 +146,8 @@ def _gathered(
 ) -> Tensor:
     """The rows of the document's keys in order; raises what `lease` raises."""
     block_tokens = world.config.block_tokens
-    rows = own.rows.new_empty(len(want.keys) * block_tokens, own.rows.shape[1])
-    marks = own.marks.new_empty(len(rows), own.marks.shape[1])
+    rows = own.rows.new_zeros(len(want.keys) * block_tokens, own.rows.shape[1])
+    marks = own.marks.new_zeros(len(rows), own.marks.shape[1])
     for rank, message in enumerate(answers):
         at = (want.holder == rank).nonzero()[:, 0]
         if len(at) == 0:

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qroam.partition.placement import POLICIES, Placement, Policy, place
+from qroam.partition.placement import POLICIES, Placement, Policy, place, place_at
 
 policies = st.sampled_from(POLICIES)
 
@@ -174,8 +174,6 @@ def test_contradictions_are_refused() -> None:
         Placement(run=0)
     with pytest.raises(ValueError, match="at least 1"):
         Placement(copies=0)
-    with pytest.raises(ValueError, match="3 copies need as many ranks"):
-        placed(Placement(copies=3), 4, world=2)
     with pytest.raises(ValueError, match=r"shape \(4,\), got \(3,\)"):
         placed(Placement(policy="balanced"), 4, world=2, load=torch.ones(3))
 
@@ -184,3 +182,13 @@ def test_contradictions_are_refused() -> None:
 def test_an_absurd_load_is_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="load"):
         placed(Placement(policy="balanced"), 2, world=2, load=torch.tensor([1.0, bad]))
+
+
+def test_a_world_of_fewer_ranks_than_copies_lacks_some_and_has_none_twice() -> None:
+    for policy in POLICIES:
+        ranks = placed(Placement(policy=policy, copies=3), 6, world=2)
+        assert bool((ranks[..., 2] == -1).all())
+        assert bool((ranks[..., 0] != ranks[..., 1]).all())
+        assert bool((ranks[..., :2] >= 0).all())
+    alone = place_at(0, 4, num_branches=2, copies=2, world_size=1)
+    assert alone.tolist() == [[[0, -1]] * 2] * 4
