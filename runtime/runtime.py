@@ -639,7 +639,7 @@ class Runtime:
         Raises:
             ValueError at the door; CoverageError if an answer is not what was asked; PeerError, or a
             BlocksLostError that names what nobody has a copy of: of a step it is not told to the
-            others, for whom this rank may still take part with another selection.
+            others, who wait for this rank: it calls `idle_attend`, or attends something else.
         """
         self._check_connected()
         layout = self._layer(layer)
