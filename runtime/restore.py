@@ -116,8 +116,7 @@ def _check_no_older(world: World, saved: SavedDocument) -> None:
     blocks of which this rank has a copy.
     """
     document = world.directory.documents[saved.name]
-    contents = b"".join(world.directory.contents(document))
-    ours = (document.tokens, document.position, contents)
+    ours = (document.tokens, document.position, b"".join(document.contents))
     if ours != (saved.tokens, saved.position, saved.contents):
         raise ValueError(f"document {saved.name!r} is another one in the snapshot: remove it first")
     newer: set[int] = set()

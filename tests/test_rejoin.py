@@ -280,6 +280,55 @@ def test_what_is_left_is_not_replaced_by_an_older_snapshot(tmp_path: Path, newer
     threads([partial(survivor, r) for r in range(3)])
 
 
+def test_what_nobody_has_is_not_shared_with_new_documents(tmp_path: Path) -> None:
+    lives, config = Lives(), small_config(max_blocks=32)
+    layout = config.model.layers[0]
+    text, entries = range(64), torch.randn(64, 1, layout.entry_dim, dtype=torch.float64)
+    query = torch.randn(1, layout.heads, layout.key_dim, dtype=torch.float64)
+
+    def attended(runtime: Runtime, name: str) -> torch.Tensor:
+        ids = runtime._world.directory.document(name).ids()[None]
+        scope = runtime.scope(documents=[name], queries=1)
+        return runtime.attend(0, query, runtime.selection(ids, scope))
+
+    def survivor(rank: int) -> None:
+        with Runtime.open(config, lives.end(0, rank, 3)) as runtime:
+            runtime.add_document("a", token_ids=text)
+            runtime.load_document("a", 0, entries)
+            runtime.add_document("b", token_ids=text)
+            expected = attended(runtime, "b")
+            runtime.snapshot(tmp_path / "s")
+            if rank == 1:
+                die(lives.end(0, rank, 3))
+                return
+            with pytest.raises(PeerError):
+                attended(runtime, "b")
+            runtime.rejoin(lives.end(1, rank, 3), incarnation=1)
+            restored(runtime, expected)
+
+    def newcomer() -> None:
+        with Runtime.open(config, lives.end(1, 1, 3), incarnation=1) as runtime:
+            restored(runtime, None)
+
+    def restored(runtime: Runtime, expected: torch.Tensor | None) -> None:
+        lost = runtime.lost_blocks()
+        assert set(lost) == {"a", "b"}
+        assert runtime.add_document("again", token_ids=text).shared == lost["a"][0].start == 1
+        runtime.load_document("again", 0, entries)
+        assert runtime.restore(tmp_path / "s", documents=["a"]).documents == {"a": 64}
+        assert set(runtime.lost_blocks()) == {"b"}
+        runtime.remove_document("again")
+        assert runtime.restore(tmp_path / "s", documents=["b"]).documents == {"b": 64}
+        assert (runtime.lost_blocks(), runtime._world.directory.num_blocks) == ({}, 8)
+        for name in ("a", "b"):
+            found = attended(runtime, name)
+            assert expected is None or float((found - expected).abs().max()) <= 1e-12
+        runtime.snapshot(tmp_path / "s")
+
+    works: list[Callable[[], None]] = [partial(survivor, r) for r in range(3)]
+    threads([*works, newcomer])
+
+
 def known(runtime: Runtime) -> Small:
     """The small world's questions and answers, of a runtime that has its document already."""
     layout = runtime.config.model.layers[0]
