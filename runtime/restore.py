@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -25,8 +26,8 @@ from ..partition.snapshot_disk import (
 from .errors import SnapshotError, in_words
 from .failover import lost_blocks, runs_of
 from .life import added
-from .snapshot_parts import agree_on, check_forms, store_of
-from .together import flush, in_thread, together
+from .snapshot_parts import agree_on, check_forms, column_of, owner_of, store_of
+from .together import flush, in_thread, tell, together
 from .world import World
 
 
@@ -83,9 +84,8 @@ def restore(world: World, folder: Path, only: frozenset[str] | None = None) -> R
     finally:
         if lock is not None:
             lock.release()
-    return RestoreReport(
-        sequence=manifest.sequence, documents=_closed_tokens(manifest), read_bytes=read_bytes
-    )
+    tokens = _closed_tokens(world, [document.name for document in manifest.documents])
+    return RestoreReport(sequence=manifest.sequence, documents=tokens, read_bytes=read_bytes)
 
 
 def _chosen(manifest: Manifest, only: frozenset[str] | None) -> Manifest:
@@ -200,12 +200,28 @@ def _keys(document: Document, branches: int, count: int) -> tuple[Tensor, Tensor
     return blocks, blocks * branches + torch.arange(count) % branches
 
 
-def _closed_tokens(manifest: Manifest) -> dict[str, int]:
+def _closed_tokens(world: World, names: Sequence[str]) -> dict[str, int]:
+    """Of each document the tokens before its first block that is not closed, as its owners say."""
+    directory = world.directory
+    documents = [directory.documents[name] for name in names]
+    blocks_of = [block for document in documents for block in document.blocks]
+    wanted = torch.tensor(blocks_of, dtype=torch.int64)
+    found = [wanted[:0]]
+    for kind in KINDS if world.has_index else KINDS[:1]:
+        keys = (owner_of(directory, kind) == world.rank).nonzero()[:, 0]
+        blocks = keys // (directory.num_branches if kind == "entries" else 1)
+        there = closed(store_of(world, kind), keys, directory.tokens[blocks])
+        found.append(blocks[~there & torch.isin(blocks, wanted)])
+    opened: set[int] = set()
+    for rank, columns in enumerate(tell(world, "restore", {"open": torch.cat(found).int()})):
+        try:
+            opened |= set(column_of(columns, "open", torch.int32, ()).tolist())
+        except ValueError as error:
+            raise world.transport.accuse(rank, f"says malformed things: {error}") from error
     tokens = {}
-    for document in manifest.documents:
-        there = is_known(hash_table(document.entries)).view(-1, manifest.num_branches).all(1)
-        if document.index:
-            there &= is_known(hash_table(document.index))
-        blocks = int(there.long().cumprod(0).sum())
-        tokens[document.name] = min(blocks * manifest.block_tokens, document.tokens)
+    for document in documents:
+        blocks_there = takewhile(lambda block: block not in opened, document.blocks)
+        tokens[document.name] = min(
+            len(list(blocks_there)) * directory.block_tokens, document.tokens
+        )
     return tokens
