@@ -10,8 +10,8 @@ generations of its keys, so that nothing made of the old block passes for the ne
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
@@ -24,6 +24,7 @@ class Document:
 
     `serial` tells it from other documents of that name, before and after. The first `shared` blocks
     were stored by another document, and are not written again. Its blocks count for its `group`.
+    `contents` are the content hashes (`hashes.py`) of its full blocks; none if it does not say.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Document:
     serial: int = 0
     shared: int = 0
     group: str = ""
+    contents: tuple[bytes, ...] = field(default=(), repr=False)
 
     @property
     def start(self) -> int:
@@ -59,7 +61,7 @@ class Directory:
         documents: by name, in the order they were added.
         pinned: names that are neither removed nor evicted.
         quotas: blocks that the documents of a group may have.
-        hashed: the block that holds a content hash (`hashes.py`).
+        hashed: the block that holds a content, of the last document that has it.
         owners: (K, R) int32, rank of each copy, -1 where the key is unused.
         slots: (K, R) int32, slot of that copy in its rank's pool.
         generations: (K,) int32, raised when a key is given up.
@@ -104,20 +106,19 @@ class Directory:
         """Blocks that count for a group: those of its documents, shared ones for each."""
         return sum(d.num_blocks for d in self.documents.values() if d.group == group)
 
-    def contents(self, document: Document) -> tuple[bytes, ...]:
-        """The content hashes of its full blocks; none if it did not say what they are."""
-        said = {block: content for content, block in self.hashed.items()}
-        full = document.blocks[: document.tokens // document.block_tokens]
-        return tuple(said[block] for block in full if block in said)
-
     def prefix(self, hashes: Sequence[bytes]) -> tuple[int, ...]:
-        """The blocks that already hold the first of these contents."""
-        found: list[int] = []
+        """The blocks that already hold the first of these contents, up to one that nobody has."""
+        found = []
         for content in hashes:
-            if content not in self.hashed:
+            block = self.hashed.get(content)
+            if block is None or self._is_lost(block):
                 break
-            found.append(self.hashed[content])
+            found.append(block)
         return tuple(found)
+
+    def _is_lost(self, block: int) -> bool:
+        keys = slice(block * self.num_branches, (block + 1) * self.num_branches)
+        return bool((self.owners[keys] < 0).all(1).any())
 
     def free_blocks(self, name: str, count: int) -> Tensor:
         """The block ids (count,) int64 that the next document gets: the lowest that are free.
@@ -204,16 +205,16 @@ def with_document(
         serial=directory.serial + 1,
         shared=len(shared),
         group=group,
+        contents=tuple(hashes),
     )
     fills = torch.full((num_blocks,), block_tokens, dtype=torch.int32)
     fills[-1] = tokens - (num_blocks - 1) * block_tokens
     every = torch.tensor(blocks)
-    content = dict(zip(hashes, blocks, strict=False))
     where = torch.stack((per_key, slots)).numpy().tobytes() + b"".join(hashes)
     return replace(
         directory,
         documents=MappingProxyType({**directory.documents, name: document}),
-        hashed=MappingProxyType({**directory.hashed, **content}),
+        hashed=MappingProxyType({**directory.hashed, **hashed_of([document])}),
         owners=_updated(directory.owners, keys, per_key),
         slots=_updated(directory.slots, keys, slots),
         tokens=_updated(directory.tokens, every, fills),
@@ -240,13 +241,11 @@ def without_document(directory: Directory, name: str) -> Directory:
     owners = directory.owners[keys].long()
     copies = torch.bincount(owners[owners >= 0], minlength=len(directory.used))
     nowhere = torch.full_like(owners, -1)
-    given_up = set(free.tolist())
+    documents = {other: d for other, d in directory.documents.items() if other != name}
     return replace(
         directory,
-        documents=MappingProxyType(
-            {other: d for other, d in directory.documents.items() if other != name}
-        ),
-        hashed=MappingProxyType({h: b for h, b in directory.hashed.items() if b not in given_up}),
+        documents=MappingProxyType(documents),
+        hashed=MappingProxyType(hashed_of(documents.values())),
         owners=_updated(directory.owners, keys, nowhere),
         slots=_updated(directory.slots, keys, nowhere),
         generations=_updated(
@@ -285,6 +284,14 @@ def with_quota(directory: Directory, group: str, blocks: int | None) -> Director
         quotas=MappingProxyType(quotas),
         version=changed_version(directory, f"quota {group!r} {blocks}"),
     )
+
+
+def hashed_of(documents: Iterable[Document]) -> dict[bytes, int]:
+    """`Directory.hashed` of these documents, in the order they were added."""
+    found: dict[bytes, int] = {}
+    for document in documents:
+        found.update(zip(document.contents, document.blocks, strict=False))
+    return found
 
 
 def changed_version(directory: Directory, delta: str, tables: bytes = b"") -> int:

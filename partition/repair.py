@@ -26,7 +26,8 @@ def repaired(
     """The directory with the copies of ranks that are gone replaced, as far as there is room.
 
     The first copy that is left becomes the owner. A key that has none left keeps none: nobody knows
-    what its block says. Generations stay, for the blocks are the same.
+    what its block says, and new documents do not share it (`Directory.prefix`). Generations stay, for
+    the blocks are the same.
 
     Args:
         ranks: for every former rank, which it is now, -1 if it is gone.

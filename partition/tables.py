@@ -12,6 +12,7 @@ other is taken; what was accepted is a directory that deltas could have made.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain, repeat
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +20,7 @@ import msgpack
 import torch
 from torch import Tensor
 
-from .directory import Directory, Document
+from .directory import Directory, Document, hashed_of
 from .hashes import CONTENT_BYTES, split_contents
 
 _MAX_NAME = 256  # characters, of a document or a group
@@ -36,7 +37,7 @@ def directory_columns(directory: Directory) -> dict[str, Tensor]:
             document.serial,
             document.shared,
             document.name in directory.pinned,
-            b"".join(directory.contents(document)),
+            b"".join(document.contents),
         ]
         for document in directory.documents.values()
     ]
@@ -75,7 +76,7 @@ def directory_of(
     version, serial, quotas, told = _head(raw, like.max_blocks)
     every = columns.get("blocks", torch.empty(0, dtype=torch.int32)).tolist()
     documents: dict[str, Document] = {}
-    hashed: dict[bytes, int] = {}
+    says: dict[int, bytes] = {}
     tokens = torch.zeros_like(like.tokens)
     references = torch.zeros_like(like.references)
     start = 0
@@ -95,7 +96,10 @@ def directory_of(
             raise ValueError(f"document {name!r} has blocks or hashes that cannot be")
         tokens[own] = fills
         references[own] += 1
-        hashed |= dict(zip(split_contents(contents), blocks, strict=False))
+        said = split_contents(contents)
+        for block, content in zip(blocks, chain(said, repeat(b"")), strict=False):
+            if says.setdefault(block, content) != content:
+                raise ValueError(f"document {name!r} says of a block what another one does not")
         documents[name] = Document(
             name=name,
             blocks=tuple(blocks),
@@ -105,6 +109,7 @@ def directory_of(
             serial=number,
             shared=shared,
             group=group,
+            contents=said,
         )
     if start != len(every) or len(documents) != len(told):
         raise ValueError("blocks are left over, or a document's name repeats")
@@ -118,7 +123,7 @@ def directory_of(
         documents=MappingProxyType(documents),
         pinned=frozenset(name for name, *_, is_pinned, _ in told if is_pinned),
         quotas=MappingProxyType(dict(quotas)),
-        hashed=MappingProxyType(hashed),
+        hashed=MappingProxyType(hashed_of(documents.values())),
         owners=owners,
         slots=slots,
         generations=generations,

@@ -24,10 +24,8 @@ class BlocksLostError(PeerError):
     def __init__(
         self, culprits: tuple[int, ...], reason: str, blocks: Mapping[str, tuple[range, ...]]
     ) -> None:
-        named = "; ".join(
-            f"{', '.join(map(_said, runs))} of {name!r}" for name, runs in blocks.items()
-        )
-        super().__init__(culprits, f"{reason}; nobody else has a copy of blocks {named}")
+        where = in_words(blocks)
+        super().__init__(culprits, f"{reason}; nobody else has a copy of blocks {where}")
         self.blocks = blocks
 
 
@@ -41,6 +39,11 @@ class CoverageError(RuntimeError):
 
 class SnapshotError(ValueError):
     """A snapshot that some rank could not write or read. Every rank raises it, with the same words."""
+
+
+def in_words(blocks: Mapping[str, tuple[range, ...]]) -> str:
+    """Runs of blocks by document, as errors name them."""
+    return "; ".join(f"{', '.join(map(_said, runs))} of {name!r}" for name, runs in blocks.items())
 
 
 def _said(run: range) -> str:

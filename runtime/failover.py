@@ -30,6 +30,14 @@ def lost_blocks(directory: Directory, askable: Tensor | None) -> dict[str, tuple
     return _by_document(directory, set(blocks.nonzero()[:, 0].tolist()))
 
 
+def runs_of(numbers: Iterable[int]) -> tuple[range, ...]:
+    """Ascending numbers as runs of neighbours."""
+    found = list(numbers)
+    breaks = [at for at, (a, b) in enumerate(pairwise(found), start=1) if b != a + 1]
+    edges = [0, *breaks, len(found)]
+    return tuple(range(found[a], found[b - 1] + 1) for a, b in pairwise(edges) if a < b)
+
+
 def check_askable(world: World, wanted: Wanted, askable: Tensor | None) -> None:
     """Raise BlocksLostError if there is nobody to ask for a unit that is wanted and exists."""
     if askable is None:
@@ -104,11 +112,4 @@ def _by_document(directory: Directory, blocks: set[int]) -> dict[str, tuple[rang
         name: [at for at, block in enumerate(document.blocks) if block in blocks]
         for name, document in directory.documents.items()
     }
-    return {name: _runs(numbers) for name, numbers in found.items() if numbers}
-
-
-def _runs(numbers: list[int]) -> tuple[range, ...]:
-    """Ascending numbers as runs of neighbours."""
-    breaks = [at for at, (a, b) in enumerate(pairwise(numbers), start=1) if b != a + 1]
-    edges = [0, *breaks, len(numbers)]
-    return tuple(range(numbers[a], numbers[b - 1] + 1) for a, b in pairwise(edges))
+    return {name: runs_of(numbers) for name, numbers in found.items() if numbers}

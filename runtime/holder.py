@@ -50,7 +50,7 @@ KNOWN_COLUMNS: Mapping[str, frozenset[str]] = {
     | {"files.kind", "files.rows", "files.hashes"}
     | {f"{kind}.{part}" for kind in ("entries", "index") for part in ("keys", "hashes")},
     "snapshot-commit": _PUSHED | {"state"},
-    "restore": _PUSHED | _AGREED | {"state"},
+    "restore": _PUSHED | _AGREED | {"state", "open"},
     "verify": _PUSHED | {"state", "at", "hashes", "changed"},
     "rejoin": _PUSHED | {"facts", "fill", "documents", "blocks", "owners", "slots", "generations"},
 }

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..partition.directory import Directory, with_pin, with_quota, without_document
+from ..partition.directory import Directory, Document, with_pin, with_quota, without_document
 from ..partition.hashes import split_contents
-from ..partition.records import hash_table, is_known, put_records
-from ..partition.snapshot import KINDS, Kind, Manifest, fault
+from ..partition.records import closed, hash_table, is_known, put_records
+from ..partition.snapshot import KINDS, Kind, Manifest, SavedDocument, fault
 from ..partition.snapshot_disk import (
     MANIFEST,
     FolderLock,
@@ -22,11 +23,11 @@ from ..partition.snapshot_disk import (
     read_manifest,
     read_verified,
 )
-from .errors import SnapshotError
-from .failover import lost_blocks
+from .errors import SnapshotError, in_words
+from .failover import lost_blocks, runs_of
 from .life import added
-from .snapshot_parts import agree_on, check_forms, store_of
-from .together import in_thread, together
+from .snapshot_parts import agree_on, check_forms, column_of, owner_of, store_of
+from .together import flush, in_thread, tell, together
 from .world import World
 
 
@@ -53,6 +54,7 @@ def restore(world: World, folder: Path, only: frozenset[str] | None = None) -> R
     found: tuple[Manifest, bytes] | None = None
     before = directory = world.directory
     reason = ""
+    flush(world, "restore")  # what survivors have is compared with what was saved
     try:
         if world.rank == 0:
             lock = FolderLock(folder, exclusive=False)
@@ -62,7 +64,7 @@ def restore(world: World, folder: Path, only: frozenset[str] | None = None) -> R
         check_forms(found[0], world, str(folder / MANIFEST))
         check_files(folder, found[0])
         found = _chosen(found[0], only), found[1]
-        before = _without_lost(world, only or frozenset())
+        before = _without_lost(world, found[0] if only else None)
         directory = _with_documents(world, before, found[0])
     except (ValueError, OSError) as error:
         reason = str(error)
@@ -82,9 +84,8 @@ def restore(world: World, folder: Path, only: frozenset[str] | None = None) -> R
     finally:
         if lock is not None:
             lock.release()
-    return RestoreReport(
-        sequence=manifest.sequence, documents=_closed_tokens(manifest), read_bytes=read_bytes
-    )
+    tokens = _closed_tokens(world, [document.name for document in manifest.documents])
+    return RestoreReport(sequence=manifest.sequence, documents=tokens, read_bytes=read_bytes)
 
 
 def _chosen(manifest: Manifest, only: frozenset[str] | None) -> Manifest:
@@ -96,12 +97,40 @@ def _chosen(manifest: Manifest, only: frozenset[str] | None) -> Manifest:
     return replace(manifest, documents=documents)
 
 
-def _without_lost(world: World, names: frozenset[str]) -> Directory:
-    """The directory without those of these documents that have blocks nobody has a copy of."""
+def _without_lost(world: World, manifest: Manifest | None) -> Directory:
+    """The directory without those of the saved documents that have blocks nobody has a copy of.
+
+    Raises: ValueError if less of one was saved than this rank has.
+    """
     directory = world.directory
-    for name in names & lost_blocks(directory, world.askable()).keys():
-        directory = without_document(with_pin(directory, name, False), name)
+    lost = lost_blocks(directory, world.askable())
+    for saved in manifest.documents if manifest else ():
+        if saved.name in lost:
+            _check_no_older(world, saved)
+            directory = without_document(with_pin(directory, saved.name, False), saved.name)
     return directory
+
+
+def _check_no_older(world: World, saved: SavedDocument) -> None:
+    """Raise a ValueError if `saved` is another document than the one of that name here, or lacks closed
+    blocks of which this rank has a copy.
+    """
+    document = world.directory.documents[saved.name]
+    ours = (document.tokens, document.position, b"".join(document.contents))
+    if ours != (saved.tokens, saved.position, saved.contents):
+        raise ValueError(f"document {saved.name!r} is another one in the snapshot: remove it first")
+    newer: set[int] = set()
+    for kind in KINDS:
+        hashes = hash_table(saved.hashes(kind))
+        branches = world.config.num_branches if kind == "entries" else 1
+        blocks, keys = _keys(document, branches, len(hashes))
+        here = closed(store_of(world, kind), keys, world.directory.tokens[blocks])
+        newer |= set(((here & ~is_known(hashes)).nonzero()[:, 0] // branches).tolist())
+    if newer:
+        raise ValueError(
+            f"blocks {in_words({saved.name: runs_of(sorted(newer))})} are here, and not in the snapshot, "
+            "which is older: remove the document first to go back to it"
+        )
 
 
 def _with_documents(world: World, directory: Directory, manifest: Manifest) -> Directory:
@@ -158,21 +187,41 @@ def _held(world: World, manifest: Manifest, kind: Kind, unused: Tensor) -> dict[
     held: dict[int, bytes] = {}
     for document in manifest.documents:
         hashes = hash_table(document.hashes(kind))
-        blocks = torch.tensor(world.directory.documents[document.name].blocks)
-        blocks = blocks.repeat_interleave(branches)[: len(hashes)]
-        keys = blocks * branches + torch.arange(len(blocks)) % branches
+        blocks, keys = _keys(world.directory.documents[document.name], branches, len(hashes))
         here = (store_of(world, kind).slot_of[keys] >= 0) & is_known(hashes) & unused[blocks]
         rows = hashes[here].numpy()
         held |= zip(keys[here].tolist(), [row.tobytes() for row in rows], strict=True)
     return held
 
 
-def _closed_tokens(manifest: Manifest) -> dict[str, int]:
+def _keys(document: Document, branches: int, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` keys of a document in a store of so many branches, with the block of each."""
+    blocks = torch.tensor(document.blocks).repeat_interleave(branches)[:count]
+    return blocks, blocks * branches + torch.arange(count) % branches
+
+
+def _closed_tokens(world: World, names: Sequence[str]) -> dict[str, int]:
+    """Of each document the tokens before its first block that is not closed, as its owners say."""
+    directory = world.directory
+    documents = [directory.documents[name] for name in names]
+    blocks_of = [block for document in documents for block in document.blocks]
+    wanted = torch.tensor(blocks_of, dtype=torch.int64)
+    found = [wanted[:0]]
+    for kind in KINDS if world.has_index else KINDS[:1]:
+        keys = (owner_of(directory, kind) == world.rank).nonzero()[:, 0]
+        blocks = keys // (directory.num_branches if kind == "entries" else 1)
+        there = closed(store_of(world, kind), keys, directory.tokens[blocks])
+        found.append(blocks[~there & torch.isin(blocks, wanted)])
+    opened: set[int] = set()
+    for rank, columns in enumerate(tell(world, "restore", {"open": torch.cat(found).int()})):
+        try:
+            opened |= set(column_of(columns, "open", torch.int32, ()).tolist())
+        except ValueError as error:
+            raise world.transport.accuse(rank, f"says malformed things: {error}") from error
     tokens = {}
-    for document in manifest.documents:
-        there = is_known(hash_table(document.entries)).view(-1, manifest.num_branches).all(1)
-        if document.index:
-            there &= is_known(hash_table(document.index))
-        blocks = int(there.long().cumprod(0).sum())
-        tokens[document.name] = min(blocks * manifest.block_tokens, document.tokens)
+    for document in documents:
+        blocks_there = takewhile(lambda block: block not in opened, document.blocks)
+        tokens[document.name] = min(
+            len(list(blocks_there)) * directory.block_tokens, document.tokens
+        )
     return tokens

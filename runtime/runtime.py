@@ -727,8 +727,8 @@ class Runtime:
         Blocks that the folder's last snapshot has are not written again. When this returns, on any
         rank, the snapshot is on disk as a whole. Its parent folder must exist.
 
-        Raises: SnapshotError (a ValueError) on every rank if some rank could not; the last snapshot
-        is untouched then, and the world goes on.
+        Raises: SnapshotError (a ValueError) on every rank if some rank could not, or while there are
+        `lost_blocks`; the last snapshot is untouched then, and the world goes on.
         """
         self.begin_snapshot(path)
         return self.finish_snapshot()
@@ -761,7 +761,8 @@ class Runtime:
         Blocks that say what a document here says already are shared with it instead.
 
         Args: documents: only these; those that are here with blocks of which nobody has a copy are
-            replaced, and what referred to them (scopes, requests) is refused. None: all, as new ones.
+            replaced, and what referred to them (scopes, requests) is refused, unless more of one is
+            left than was saved: `remove_document` it first. None: all, as new ones.
         Raises: SnapshotError (a ValueError) on every rank. What is wrong with the manifest, the
         model, names, room or the size of a file is found before anything changes; a block whose
         bytes are damaged is found later, and the world refuses further steps then.

@@ -4,7 +4,9 @@ A snapshot is one folder that all ranks can reach (format: `partition/snapshot.p
 `finish_snapshot` and `restore` are steps of the world, as `attend` is: every rank calls them in the
 same place of its sequence.
 
-    begin    Every rank hands over the writes it staged for copies elsewhere, so all that was written
+    begin    Refused while there are blocks of which nobody has a copy: they would not be in the new
+             manifest, and what the last one has of them would be removed as of no use.
+             Every rank hands over the writes it staged for copies elsewhere, so all that was written
              before is with its owners. Rank 0 locks the folder, clears away what dead attempts left
              and draws the attempt's token. Everyone reads the last manifest; they must be the same.
     write    Each rank, in a thread: of the blocks it owns (copy 0 of a branch; index keys go with
@@ -26,11 +28,12 @@ If a rank cannot write or read (disk full, a file damaged), every rank raises Sn
 `finish_snapshot` covers, on any rank.
 
     restore  Everyone reads the manifest and checks, before anything changes: the model's forms, names
-             and capacity, and every file's size and header. Then documents are added as by
-             `add_document`, placed anew; each rank reads the blocks of which it gets a copy, compares
-             their hashes and stores them. A document that was still being written comes back with its
-             closed blocks. Damage found so late leaves the world without an agreed corpus: every rank
-             raises SnapshotError, and the world refuses further steps.
+             and capacity, and every file's size and header; and that a document which is to be replaced,
+             for it lost blocks, is the one that was saved, with no closed block that was not. Then
+             documents are added as by `add_document`, placed anew; each rank reads the blocks of which
+             it gets a copy, compares their hashes and stores them. A document that was still being
+             written comes back with its closed blocks. Damage found so late leaves the world without an
+             agreed corpus: every rank raises SnapshotError, and the world refuses further steps.
 
 Requests and their private tokens are the engine's and not saved. Nothing is kept for a block but its
 hash: which ranks there are, ids, serial numbers, slots and generations are the restoring world's own.
@@ -74,7 +77,9 @@ from ..partition.snapshot_disk import (
     rows_within,
     write_manifest,
 )
+from .errors import SnapshotError, in_words
 from .exchange import settle
+from .failover import lost_blocks
 from .snapshot_parts import (
     Closed,
     Part,
@@ -131,8 +136,15 @@ class PendingSnapshot:
 def begin_snapshot(world: World, folder: Path) -> PendingSnapshot:
     """Agree on what is saved, and begin to write this rank's part of it in a thread.
 
-    Raises: SnapshotError on every rank if the folder cannot be used; nothing is under way then.
+    Raises: SnapshotError on every rank if the folder cannot be used, or blocks of the corpus are lost;
+    nothing is under way then.
     """
+    lost = lost_blocks(world.directory, world.askable())
+    if lost:
+        raise SnapshotError(
+            f"snapshot {folder}: nobody has a copy of blocks {in_words(lost)}: restore these "
+            "documents, or remove them, before the next snapshot"
+        )
     flush(world, "snapshot-begin")
     lock: FolderLock | None = None
     found: tuple[Manifest, bytes] | None = None

@@ -183,7 +183,7 @@ def saved_documents(
                 position=document.position,
                 entries=tables["entries"][keys_of].numpy().tobytes(),
                 index=index.numpy().tobytes(),
-                contents=b"".join(directory.contents(document)),
+                contents=b"".join(document.contents),
                 group=document.group,
                 is_pinned=document.name in world.directory.pinned,
             )

@@ -219,11 +219,111 @@ def test_what_nobody_has_is_named_and_comes_back_from_a_snapshot(tmp_path: Path)
         runtime.idle_attend(0)  # nobody was hurt by the question
         with pytest.raises(SnapshotError, match="no documents nothing"):
             runtime.restore(tmp_path / "s", documents=["nothing"])
+        with pytest.raises(SnapshotError, match="copy of blocks 1, 4, 7 of 'doc': restore"):
+            runtime.snapshot(tmp_path / "s")  # it would be the end of what the last one has
         report = runtime.restore(tmp_path / "s", documents=runtime.lost_blocks())
         assert report.documents == {"doc": 64}
         assert runtime.lost_blocks() == {}
         assert runtime.pinned() == {"doc"}
         known(runtime).check()
+
+    works: list[Callable[[], None]] = [partial(survivor, r) for r in range(3)]
+    threads([*works, newcomer])
+
+
+@pytest.mark.parametrize("newer", ["blocks", "document"])
+def test_what_is_left_is_not_replaced_by_an_older_snapshot(tmp_path: Path, newer: str) -> None:
+    lives, config = Lives(), small_config(max_blocks=16)
+    entries = torch.randn(64, 1, config.model.layers[0].entry_dim, dtype=torch.float64)
+
+    def add(runtime: Runtime, tokens: int) -> None:
+        runtime.add_document("doc", tokens=tokens)
+        runtime.load_document("doc", 0, entries[:tokens])
+
+    def survivor(rank: int) -> None:
+        with Runtime.open(config, lives.end(0, rank, 3)) as runtime:
+            if newer == "document":
+                add(runtime, 56)
+                runtime.snapshot(tmp_path / "s")
+                runtime.remove_document("doc")
+                add(runtime, 64)
+            else:
+                runtime.add_document("doc", tokens=64)
+                request = runtime.request(into="doc") if rank == 0 else None
+                for start, end in ((0, 16), (16, 61)):
+                    if request is not None:
+                        ids = runtime.append(request, end - start)
+                        runtime.write(0, ids, entries[start:end])
+                    if start == 0:
+                        runtime.snapshot(tmp_path / "s")
+                runtime.idle_attend(0)
+            if rank == 1:
+                die(lives.end(0, rank, 3))
+                return
+            with pytest.raises(PeerError):
+                runtime.idle_attend(0)
+            runtime.rejoin(lives.end(1, min(rank, 1), 2), incarnation=1)
+            lost = runtime.lost_blocks()
+            held = runtime._world.entries.fill.clone()
+            reason = {
+                "blocks": "rank 0: blocks .* of 'doc' are here, and not in the snapshot",
+                "document": "'doc' is another one in the snapshot",
+            }[newer]
+            with pytest.raises(SnapshotError, match=reason):
+                runtime.restore(tmp_path / "s", documents=lost)
+            assert torch.equal(runtime._world.entries.fill, held)
+            assert runtime.lost_blocks() == lost != {}
+            runtime.remove_document("doc")
+            report = runtime.restore(tmp_path / "s", documents=["doc"])
+            assert report.documents == {"doc": 56 if newer == "document" else 16}
+
+    threads([partial(survivor, r) for r in range(3)])
+
+
+def test_what_nobody_has_is_not_shared_with_new_documents(tmp_path: Path) -> None:
+    lives, config = Lives(), small_config(max_blocks=32)
+    layout = config.model.layers[0]
+    text, entries = range(64), torch.randn(64, 1, layout.entry_dim, dtype=torch.float64)
+    query = torch.randn(1, layout.heads, layout.key_dim, dtype=torch.float64)
+
+    def attended(runtime: Runtime, name: str) -> torch.Tensor:
+        ids = runtime._world.directory.document(name).ids()[None]
+        scope = runtime.scope(documents=[name], queries=1)
+        return runtime.attend(0, query, runtime.selection(ids, scope))
+
+    def survivor(rank: int) -> None:
+        with Runtime.open(config, lives.end(0, rank, 3)) as runtime:
+            runtime.add_document("a", token_ids=text)
+            runtime.load_document("a", 0, entries)
+            runtime.add_document("b", token_ids=text)
+            expected = attended(runtime, "b")
+            runtime.snapshot(tmp_path / "s")
+            if rank == 1:
+                die(lives.end(0, rank, 3))
+                return
+            with pytest.raises(PeerError):
+                attended(runtime, "b")
+            runtime.rejoin(lives.end(1, rank, 3), incarnation=1)
+            restored(runtime, expected)
+
+    def newcomer() -> None:
+        with Runtime.open(config, lives.end(1, 1, 3), incarnation=1) as runtime:
+            restored(runtime, None)
+
+    def restored(runtime: Runtime, expected: torch.Tensor | None) -> None:
+        lost = runtime.lost_blocks()
+        assert set(lost) == {"a", "b"}
+        assert runtime.add_document("again", token_ids=text).shared == lost["a"][0].start == 1
+        runtime.load_document("again", 0, entries)
+        assert runtime.restore(tmp_path / "s", documents=["a"]).documents == {"a": 64}
+        assert set(runtime.lost_blocks()) == {"b"}
+        runtime.remove_document("again")
+        assert runtime.restore(tmp_path / "s", documents=["b"]).documents == {"b": 64}
+        assert (runtime.lost_blocks(), runtime._world.directory.num_blocks) == ({}, 8)
+        for name in ("a", "b"):
+            found = attended(runtime, name)
+            assert expected is None or float((found - expected).abs().max()) <= 1e-12
+        runtime.snapshot(tmp_path / "s")
 
     works: list[Callable[[], None]] = [partial(survivor, r) for r in range(3)]
     threads([*works, newcomer])

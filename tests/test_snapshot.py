@@ -418,6 +418,25 @@ def test_what_is_here_already_is_shared_and_not_read_again(tmp_path: Path) -> No
     assert results[0][1] == 3 + 2 + 1
 
 
+def test_what_is_shared_counts_as_far_as_it_is_here(tmp_path: Path) -> None:
+    def work(runtime: Runtime) -> None:
+        runtime.add_document("a", token_ids=TEXT)
+        for layer in range(2):
+            runtime.load_document("a", layer, contents("a", 14, layer))
+        runtime.snapshot(tmp_path / "s")
+        runtime.remove_document("a")
+        runtime.add_document("b", token_ids=TEXT)
+        request = runtime.request(into="b") if runtime.rank == 0 else None
+        for layer in range(2):  # what is saved as a whole is written here now
+            if request is not None:
+                ids = runtime.append(request, 9) if layer == 0 else request.ids(0, 9)
+                runtime.write(layer, ids, contents("a", 9, layer))
+        assert runtime.restore(tmp_path / "s").documents == {"a": 9 // B * B}
+        attended(runtime, "a", 9 // B * B)
+
+    world(2, work)
+
+
 # What goes wrong ------------------------------------------------------------------------------------
 
 
