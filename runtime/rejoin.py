@@ -12,10 +12,10 @@ was started again, or is new, opens it for the first time (`Runtime.open`). It i
              have less of, the fullest (of the lowest rank) is sent to these, in rounds of bounded size.
              So a copy that is new, and one that missed a write, are as good as the best one afterwards.
 
-What survivors wrote and could not send yet they keep for those who hold it now. Requests and their
-private tokens stay where they are. Of a block that nobody has left nothing is invented: it has no copy,
-`Runtime.lost_blocks` names it, and a snapshot brings it back (`restore`). Whatever is still said in the
-former incarnation is refused by the carriers (`Transport.begin`).
+What survivors wrote and nobody is known to have taken they keep for those who hold it now. Requests and
+their private tokens stay where they are. Of a block that nobody has left nothing is invented: it has no
+copy, `Runtime.lost_blocks` names it, and a snapshot brings it back (`restore`). Whatever is still said in
+the former incarnation is refused by the carriers (`Transport.begin`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _OWN = 3  # facts of a rank itself; those of its lives follow, as `_Told`
 @dataclass(slots=True)
 class Former:
     """The life of a survivor that goes on, how many steps it saw, and what it had written for others
-    and not sent. It stands until the rejoining succeeds, which may take more than one attempt.
+    and not seen taken. It stands until the rejoining succeeds, which may take more than one attempt.
     """
 
     life: Life
@@ -56,6 +56,10 @@ class Former:
     def of(cls, world: World, before: Former | None) -> Former:
         """Of a world that lost its transport, or of `before` if it lost it while it was rejoining."""
         staged = {kind: [list(pushes) for pushes in world.staged[kind]] for kind in KINDS}
+        for layer, sent in reversed(world.sent):
+            for kind in KINDS:
+                staged[kind][layer][:0] = sent[kind]
+        world.sent.clear()
         for layers in world.staged.values():
             layers[:] = [[] for _ in layers]
         if before is None:
@@ -313,7 +317,9 @@ def _check_full(world: World, kind: Kind, layer: int, progress: _Progress) -> No
 
 
 def _keep_staged(world: World, kind: Kind, staged: Sequence[Sequence[Push]], most: Tensor) -> None:
-    """What was written for other ranks and is with none of those that hold it now waits for these."""
+    """What was written for other ranks and is with none of those that hold it now waits for these, and
+    is written if this rank is one of them."""
+    store = store_of(world, kind)
     for layer, pushes in enumerate(staged):
         if not pushes:
             continue
@@ -324,4 +330,7 @@ def _keep_staged(world: World, kind: Kind, staged: Sequence[Sequence[Push]], mos
         block_tokens = world.config.block_tokens
         left = ids % block_tokens >= most[layer, ids.long() // block_tokens]
         left[1:] &= ids[1:] != ids[:-1]
-        world.stage(kind, layer, ids[left], rows[left])
+        ids, rows = ids[left], rows[left]
+        here = store.holds(ids)
+        store.write(layer, ids[here], rows[here])
+        world.stage(kind, layer, ids, rows)

@@ -187,6 +187,8 @@ class World:
         self.weights: list[LayerWeights | None] = [None] * len(layers)
         # What was written for copies elsewhere, by layer, until it is sent.
         self.staged: dict[Kind, list[list[Push]]] = {kind: [[] for _ in layers] for kind in KINDS}
+        # What was sent with the last step, and its layer: whether it was taken, the next one shows.
+        self.sent: list[tuple[int, dict[Kind, list[Push]]]] = []
         self.facts = [
             LayerFacts.of(
                 layout, entry_bytes=codec.entry_bytes, element_bytes=config.dtype.itemsize
@@ -312,7 +314,7 @@ class World:
             leases.forget(stored)
         of_kind: dict[Kind, Tensor] = {"entries": keys, "index": blocks}
         for kind, gone in of_kind.items():
-            for staged in self.staged[kind]:
+            for staged in [*self.staged[kind], *(sent[kind] for _, sent in self.sent)]:
                 left = [push.only(~torch.isin(push.ids // block_tokens, gone)) for push in staged]
                 staged[:] = [push for push in left if len(push.ids)]
 

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -183,6 +184,45 @@ def test_what_is_on_its_way_when_a_rank_dies_is_not_lost() -> None:
             out = runtime.attend(0, query, runtime.selection(document.ids()[None], scope))
             assert float((out - shares @ entries[:, : layout.value_dim]).abs().max()) <= 1e-12
             assert runtime.stats()["rank"] == now
+
+    threads([partial(rank, r) for r in range(4)])
+
+
+def step_until_broken(runtime: Runtime) -> None:
+    with suppress(PeerError):
+        while True:
+            runtime.idle_attend(0)
+
+
+@pytest.mark.parametrize("breath", range(7))
+def test_a_prefill_that_only_its_writer_saw_through_is_not_lost(breath: int) -> None:
+    """Rank 3 dies so many messages into the step that moves what rank 0 wrote: the writer may see that
+    step succeed while nobody else took what it sent. Or rank 0 is to hold what rank 3 held."""
+    lives = Lives()
+    placement = Placement(policy="contiguous", copies=2)
+    config = small_config(placement=placement, max_blocks=8, corpus_slots=8)
+    layout = config.model.layers[0]
+    entries = torch.randn(32, layout.entry_dim, generator=torch.Generator().manual_seed(2)).double()
+    query = torch.randn(1, layout.heads, layout.key_dim).double()
+    shares = torch.softmax(query @ entries.T * layout.softmax_scale, -1)
+
+    def rank(rank: int) -> None:
+        end = lives.end(0, rank, 4)
+        with Runtime.open(config, end) as runtime:
+            document = runtime.add_document("doc", tokens=32)
+            if rank == 0:
+                request = runtime.request(into="doc")
+                runtime.write(0, runtime.append(request, 32), entries)
+            if rank == 3:
+                die_after(end, breath)
+            step_until_broken(runtime)
+            if rank == 3:
+                return
+            runtime.rejoin(lives.end(1, rank, 3), incarnation=1)
+            runtime.idle_attend(0)
+            scope = runtime.scope(documents=["doc"], queries=1)
+            out = runtime.attend(0, query, runtime.selection(document.ids()[None], scope))
+            assert float((out - shares @ entries[:, : layout.value_dim]).abs().max()) <= 1e-12
 
     threads([partial(rank, r) for r in range(4)])
 
