@@ -90,6 +90,11 @@ class _Told(NamedTuple):
         return self[1:]
 
 
+# More is no fact of any world, and would end this one: in memory, or in headers that cannot be sent.
+_MOST_STEPS, _MOST_SLOTS = 1 << 62, 1 << 62
+_MOST_TOLD = _Told(rank=1 << 16, world_size=1 << 16, version=(1 << 32) - 1, serial=1 << 62)
+
+
 class _Progress(NamedTuple):
     """How far the blocks of a kind are written: `keys` (n,) and `fill` (L, n) of each rank; the `most`
     (L, K) that any has, and the lowest rank that has it, `source` (L, K)."""
@@ -146,12 +151,14 @@ def _introduced(world: World, former: Former | None) -> list[_Told]:
     lives = (None, None) if former is None else (former.life, world.former)
     own = [0 if former is None else former.epoch, world.corpus_slots, world.index_slots]
     ours = torch.tensor([*own, *_Told.of(lives[0]), *_Told.of(lives[1])])
+    limits = torch.tensor([_MOST_STEPS, *[_MOST_SLOTS] * 2, *_MOST_TOLD, *_MOST_TOLD])
     world.epoch = 0  # of the step in which they meet
     heard = settle(world, _header(world), [broadcast("facts", ours, world)])
     said = []
     for rank, message in enumerate(heard):
         facts = ours if message is None else message.columns.get("facts", ours[:0])
-        if facts.dtype != torch.int64 or facts.shape != ours.shape or bool((facts < -1).any()):
+        well_formed = facts.dtype == torch.int64 and facts.shape == ours.shape
+        if not well_formed or not bool(((facts >= -1) & (facts <= limits)).all()):
             raise world.transport.accuse(rank, "says malformed things about its former life")
         said.append(facts.tolist())
     world.epoch = max(max(facts[0] for facts in said), 0)

@@ -8,7 +8,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
@@ -33,6 +33,7 @@ from qroam.partition.placement import POLICIES, Placement, place
 from qroam.partition.repair import repaired
 from qroam.partition.tables import directory_columns, directory_of
 from qroam.runtime import BlocksLostError, PeerError, Runtime, SnapshotError
+from qroam.runtime.messages import Header
 from qroam.runtime.transport import LoopbackTransport, Purpose, Transport
 
 T = TypeVar("T")
@@ -372,6 +373,36 @@ def test_survivors_of_different_documents_are_refused() -> None:
         assert raised.value.culprits == (1,)
 
     broken_world(4, 3, then)
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"), [(0, (1 << 63) - 1), (4, 1 << 40), (5, 1 << 32), (6, (1 << 63) - 1)]
+)
+def test_facts_of_no_world_are_their_tellers_fault(fact: int, value: int) -> None:
+    """Steps, ranks of the former world, the version of its tables, or documents: too many of them."""
+
+    def then(runtime: Runtime, lives: Lives) -> None:
+        end = lives.end(1, runtime.rank, 3)
+        if runtime.rank == 1:
+            lie(end, fact, value)
+        with pytest.raises(PeerError, match="malformed things about its former life") as raised:
+            runtime.rejoin(end, incarnation=1)
+        assert raised.value.culprits == (1,)
+
+    broken_world(4, 3, then)
+
+
+def lie(end: LoopbackTransport, fact: int, value: int) -> None:
+    """Say something else of one's former life."""
+    post = end.post_shares
+
+    def lying(header: Header, shares: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        for share in shares:
+            if "facts" in share:
+                share["facts"][fact] = value
+        post(header, shares)
+
+    end.post_shares = lying  # type: ignore[method-assign]
 
 
 def test_a_rank_with_another_pool_is_refused() -> None:
