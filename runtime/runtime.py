@@ -112,6 +112,9 @@ class Runtime:
         step is taken before `rejoin`. Idempotent.
 
         torch.distributed may be begun anew after this; a transport that was given is its maker's to close.
+
+        Raises: RuntimeError if the server of a service broke; or if it is still at a request, and then
+            this is to be done again.
         """
         self._check_open()
         if self._snapshot is not None:

@@ -32,9 +32,10 @@ from qroam.partition.directory import empty_directory, with_document, without_do
 from qroam.partition.placement import POLICIES, Placement, place
 from qroam.partition.repair import repaired
 from qroam.partition.tables import directory_columns, directory_of
-from qroam.runtime import BlocksLostError, PeerError, Runtime, SnapshotError
-from qroam.runtime.messages import Header
+from qroam.runtime import BlocksLostError, PeerError, Runtime, SnapshotError, service
+from qroam.runtime.messages import Header, Message
 from qroam.runtime.transport import LoopbackTransport, Purpose, Transport
+from qroam.runtime.world import World
 
 T = TypeVar("T")
 
@@ -360,6 +361,49 @@ def test_no_step_is_taken_between_disconnect_and_rejoin() -> None:
         known(runtime).check()
 
     broken_world(4, 3, then)
+
+
+def test_no_rank_rejoins_while_its_server_is_at_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the server does then is done in the life in which it was asked, or not at all."""
+    at_work, stuck = threading.Event(), threading.Event()
+
+    def held(world: World, message: Message) -> Mapping[str, torch.Tensor]:
+        at_work.set()
+        assert stuck.wait(20.0)
+        return {}
+
+    monkeypatch.setattr(service, "ANSWERS", {"attend": held})
+    lives = Lives(deadline_s=1.0)
+    config = small_config(placement=Placement(copies=2), max_blocks=16, deadline_s=1.0)
+
+    def rank(rank: int) -> None:
+        end = lives.end(0, rank, 3)
+        with Runtime.open(config, end) as runtime:
+            small(runtime)
+            server = runtime.serve()._server
+            if rank == 2:  # asks rank 0, and dies
+                header = replace(runtime._world.header("attend", layer=0), channel=1, epoch=1)
+                end.send(0, header, {}, Purpose.ASK)
+                assert at_work.wait(20.0)
+                die(end)
+                with suppress(PeerError):
+                    runtime.close()
+                return
+            assert at_work.wait(20.0)
+            if rank == 0:
+                for leave in (runtime.disconnect, partial(runtime.rejoin, incarnation=1)):
+                    with pytest.raises(RuntimeError, match="still at a request"):
+                        leave()
+                assert runtime._world.transport is end
+                stuck.set()
+            else:
+                assert stuck.wait(20.0)
+            runtime.disconnect()
+            assert not server.is_alive()
+            runtime.rejoin(lives.end(1, rank, 2), incarnation=1)
+            known(runtime).check()
+
+    threads([partial(rank, r) for r in range(3)])
 
 
 def test_survivors_of_different_documents_are_refused() -> None:
