@@ -94,6 +94,7 @@ def settle(world: World, header: Header, columns: Sequence[Column] = ()) -> list
     with world.stats.phase("wait"):
         visitors = world.transport.collect(header)
     del world.sent[:proven]  # who takes this step took the writes of the last one
+    world.settled = world.directory
     with world.stats.phase("answer"):
         for rank, visitor in enumerate(visitors):
             if visitor is not None:

@@ -134,7 +134,8 @@ class Runtime:
 
         Ranks may be fewer, more, or numbered anew. Documents, requests, leases and weights stay. Blocks
         get back the copies that they lost, where there is room; those that nobody has left are named
-        by `lost_blocks`, and come back from a snapshot by `restore`.
+        by `lost_blocks`, and come back from a snapshot by `restore`. Documents that were changed since
+        the last step, and not on all survivors, are again as they were: `documents` tells.
 
         Args:
             transport: as for `open`; among those who are there now.

@@ -56,6 +56,7 @@ def start_service(world: World, *, max_requests: int, max_bytes: int) -> Service
     header = world.header("serve", layer=0)
     world.transport.post(header)
     world.transport.collect(header)
+    world.settled = world.directory
     world.sent.clear()  # all took the last step, and what came with it
     return Service(world, max_requests=max_requests, max_bytes=max_bytes)
 

@@ -161,6 +161,7 @@ class World:
             copies=config.placement.copies,
             world_size=self.world_size,
         )
+        self.settled = self.directory  # the tables of the last step of all: every rank had these
         entry_codecs = [entry_codec(layout) for layout in layers]
         private = config.private_blocks
         self.entries = BlockStore(

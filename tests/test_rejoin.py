@@ -410,6 +410,7 @@ def test_survivors_of_different_documents_are_refused() -> None:
     def then(runtime: Runtime, lives: Lives) -> None:
         if runtime.rank == 1:
             runtime.add_document("more", tokens=8)
+            runtime._world.settled = runtime._world.directory
         with pytest.raises(
             PeerError, match="has other documents than the other survivors"
         ) as raised:
@@ -417,6 +418,50 @@ def test_survivors_of_different_documents_are_refused() -> None:
         assert raised.value.culprits == (1,)
 
     broken_world(4, 3, then)
+
+
+@pytest.mark.parametrize("breath", range(5))
+@pytest.mark.parametrize("change", ["add", "remove", "replace"])
+def test_who_is_ahead_goes_back_to_the_documents_that_all_have(breath: int, change: str) -> None:
+    """Rank 2 dies so many messages into a step after which the others change documents; rank 0 may see
+    that step through and rank 1 not. What was written for a document that goes is not kept."""
+    lives = Lives()
+    config = small_config(max_blocks=24, corpus_slots=24, placement=Placement(copies=2))
+    layout = config.model.layers[0]
+
+    def rank(rank: int) -> tuple[list[str], int] | None:
+        end = lives.end(0, rank, 3)
+        with Runtime.open(config, end) as runtime:
+            small(runtime)
+            runtime.add_document("more", tokens=16)
+            runtime.idle_attend(0)
+            if rank == 2:
+                die_after(end, breath)
+            with suppress(PeerError):
+                runtime.idle_attend(0)
+                if change != "add":
+                    runtime.remove_document("more")
+                if change != "remove":
+                    runtime.add_document("other", tokens=16)
+                    request = runtime.request(into="other")
+                    entries = torch.ones(16, layout.entry_dim, dtype=torch.float64)
+                    runtime.write(0, runtime.append(request, 16), entries)
+                runtime.idle_attend(0)
+            if rank == 2:
+                return None
+            runtime.rejoin(lives.end(1, rank, 2), incarnation=1)
+            known(runtime).check()
+            runtime.idle_attend(0)
+            assert all(check.is_sound for check in runtime.verify())
+            names = [document.name for document in runtime.documents()]
+            if "more" in names:  # nobody wrote it
+                blocks = list(runtime._world.directory.document("more").blocks)
+                slots = runtime._world.entries.slot_of[blocks]
+                assert not runtime._world.entries.fill[:, slots[slots >= 0].long()].any()
+            return names, runtime.add_document("late", tokens=8).serial
+
+    said = threads([partial(rank, r) for r in range(3)])
+    assert said[0] == said[1]
 
 
 @pytest.mark.parametrize(
