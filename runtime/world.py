@@ -51,6 +51,13 @@ def connect(deadline_s: float) -> Transport:
     return TorchTransport(group=group, deadline_s=deadline_s)
 
 
+def default_group() -> object | None:
+    """torch.distributed's default group, if it has more ranks than this one."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.group.WORLD
+
+
 class LayerWeights(NamedTuple):
     """w_uk (G, H, nope, latent) and w_uv (G, H, value, out) of one layer, H the heads of a branch."""
 

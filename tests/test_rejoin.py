@@ -27,6 +27,7 @@ from snapshots import RestoredPlayer
 from test_central import EVERYWHERE, cases
 from test_failover import die
 from test_service import Small, small, small_config, until
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from qroam.partition.directory import empty_directory, with_document, without_document
 from qroam.partition.placement import POLICIES, Placement, place
@@ -347,6 +348,25 @@ def test_a_rank_that_dies_while_the_others_rejoin_is_left_out_next_time(breath: 
         known(runtime).check()
 
     broken_world(4, 3, then, corpus_slots=16, placement=Placement(copies=3))
+
+
+def test_a_default_group_of_the_former_life_is_refused() -> None:
+    """A group beside it would wait for the rank that is gone; one begun anew, or none, will do."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        runtime = Runtime.open(small_config(), LoopbackTransport.world(1)[0])
+        world = small(runtime)
+        for _ in range(2):
+            with pytest.raises(
+                RuntimeError, match="default process group is still that of the for"
+            ):
+                runtime.rejoin(incarnation=1)
+            world.check()
+    finally:
+        dist.destroy_process_group()
+    runtime.rejoin(incarnation=1)
+    known(runtime).check()
+    runtime.close()
 
 
 def test_no_step_is_taken_between_disconnect_and_rejoin() -> None:
