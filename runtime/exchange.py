@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels.reference import mix
 from ..partition.layout import Form
 from .attend import Partial
-from .errors import CoverageError, PeerError
+from .errors import CoverageError
 from .holder import check_columns, tagged, take_pushes, to_int32
 from .messages import Header, Message
 from .plan import FetchList, RouteLists, Wanted
@@ -87,15 +87,14 @@ def settle(world: World, header: Header, columns: Sequence[Column] = ()) -> list
         world.service.exchange(header, columns, lambda: None)
         return [None] * world.world_size
     world.epoch += 1
-    staged = world.staged_at(header.layer)
-    try:
-        with world.stats.phase("send"):
-            world.transport.post(header, [*columns, *world.take_pushes(header.layer)])
-        with world.stats.phase("wait"):
-            visitors = world.transport.collect(header)
-    except PeerError:  # who knows who took them; `rejoin` finds out
-        world.put_back(header.layer, staged)
-        raise
+    proven = len(world.sent)
+    world.sent.append((header.layer, world.staged_at(header.layer)))
+    with world.stats.phase("send"):
+        world.transport.post(header, [*columns, *world.take_pushes(header.layer)])
+    with world.stats.phase("wait"):
+        visitors = world.transport.collect(header)
+    del world.sent[:proven]  # who takes this step took the writes of the last one
+    world.settled = world.directory
     with world.stats.phase("answer"):
         for rank, visitor in enumerate(visitors):
             if visitor is not None:

@@ -124,6 +124,11 @@ class Inbox:
             self._turn = source + 1
             return self._requests[source].popleft()
 
+    @property
+    def stopped(self) -> bool:
+        """Whether everybody was freed: nothing is to be done for a request any more."""
+        return self._stopped
+
     def answered(self, peer: int) -> None:
         """The oldest request of `peer` is no longer in work."""
         with self._lock:

@@ -5,17 +5,18 @@ of those who are there now, and open the world again in a new incarnation (`Runt
 was started again, or is new, opens it for the first time (`Runtime.open`). It is a step of them all:
 
     say      Each tells which rank of the former world it was, if any. Survivors must have had the same
-             tables; the first of them gives these to who has none.
+             tables, at the latest in the last step that each saw through: who changed documents since
+             and is alone with it goes back. The first of them gives these tables to who has none.
     repair   Everyone computes where blocks are now (`partition/repair.py`): copies of ranks that are gone
              are made anew where there is room, which a rank that was started again has.
     refill   Each tells how far the blocks that it holds are written. Of every block that some copies
              have less of, the fullest (of the lowest rank) is sent to these, in rounds of bounded size.
              So a copy that is new, and one that missed a write, are as good as the best one afterwards.
 
-What survivors wrote and could not send yet they keep for those who hold it now. Requests and their
-private tokens stay where they are. Of a block that nobody has left nothing is invented: it has no copy,
-`Runtime.lost_blocks` names it, and a snapshot brings it back (`restore`). Whatever is still said in the
-former incarnation is refused by the carriers (`Transport.begin`).
+What survivors wrote and nobody is known to have taken they keep for those who hold it now. Requests and
+their private tokens stay where they are. Of a block that nobody has left nothing is invented: it has no
+copy, `Runtime.lost_blocks` names it, and a snapshot brings it back (`restore`). Whatever is still said in
+the former incarnation is refused by the carriers (`Transport.begin`).
 """
 
 from __future__ import annotations
@@ -40,15 +41,18 @@ from .snapshot_parts import store_of
 from .world import Life, Push, World
 
 _OWN = 3  # facts of a rank itself; those of its lives follow, as `_Told`
+_LIVES = 3
 
 
 @dataclass(slots=True)
 class Former:
     """The life of a survivor that goes on, how many steps it saw, and what it had written for others
-    and not sent. It stands until the rejoining succeeds, which may take more than one attempt.
+    and not seen taken; `settled` has the tables of the last step that it saw through. It stands until
+    the rejoining succeeds, which may take more than one attempt.
     """
 
     life: Life
+    settled: Life
     epoch: int
     staged: dict[Kind, list[list[Push]]]
 
@@ -56,14 +60,31 @@ class Former:
     def of(cls, world: World, before: Former | None) -> Former:
         """Of a world that lost its transport, or of `before` if it lost it while it was rejoining."""
         staged = {kind: [list(pushes) for pushes in world.staged[kind]] for kind in KINDS}
+        for layer, sent in reversed(world.sent):
+            for kind in KINDS:
+                staged[kind][layer][:0] = sent[kind]
+        world.sent.clear()
         for layers in world.staged.values():
             layers[:] = [[] for _ in layers]
         if before is None:
-            return cls(Life(world.rank, world.world_size, world.directory), world.epoch, staged)
+            life = Life(world.rank, world.world_size, world.directory)
+            return cls(life, life._replace(directory=world.settled), world.epoch, staged)
         for kind, layers in before.staged.items():
             for layer, pushes in enumerate(layers):
                 staged[kind][layer] = [*pushes, *staged[kind][layer]]
-        return cls(before.life, before.epoch, staged)
+        return cls(before.life, before.settled, before.epoch, staged)
+
+    def lives(self, world: World) -> tuple[Life | None, ...]:
+        """The lives that may go on, the last one first: all ranks have one of them in common."""
+        return self.life, self.settled, world.former
+
+    def go_back(self, world: World, told: _Told) -> None:
+        """Take the tables of an earlier one of the lives; what was written for blocks that it does not
+        have is given up with them."""
+        self.life = next(life for life in self.lives(world) if life and _Told.of(life) == told)
+        world.staged, self.staged = self.staged, world.staged
+        world.adopt(self.life.directory, rank=self.life.rank)
+        world.staged, self.staged = self.staged, world.staged
 
 
 class _Told(NamedTuple):
@@ -80,10 +101,21 @@ class _Told(NamedTuple):
             return cls(-1, 0, 0, 0)
         return cls(life.rank, life.world_size, life.directory.version, life.directory.serial)
 
+    @classmethod
+    def several(cls, numbers: Sequence[int]) -> list[_Told]:
+        """All lives of a rank, the last one first."""
+        size = len(cls._fields)
+        return [cls(*numbers[at : at + size]) for at in range(0, len(numbers), size)]
+
     @property
     def tables(self) -> tuple[int, ...]:
         """What ranks of one world have in common."""
         return self[1:]
+
+
+# More is no fact of any world, and would end this one: in memory, or in headers that cannot be sent.
+_MOST_STEPS, _MOST_SLOTS = 1 << 62, 1 << 62
+_MOST_TOLD = _Told(rank=1 << 16, world_size=1 << 16, version=(1 << 32) - 1, serial=1 << 62)
 
 
 class _Progress(NamedTuple):
@@ -101,17 +133,15 @@ def rejoin(world: World, former: Former | None) -> None:
 
     Raises: PeerError on every rank if the survivors are not of one world, or the pools differ in size.
     """
-    were = _introduced(world, former)
+    were, serial = _introduced(world, former)
     survivors = [rank for rank, was in enumerate(were) if was.rank >= 0]
     if not survivors:
         return
     size = were[survivors[0]].world_size
     if former is not None and were[world.rank] != _Told.of(former.life):
-        # It took the tables of an attempt that failed before all had done so.
-        assert world.former is not None
-        former.life = world.former
-        world.adopt(former.life.directory, rank=former.life.rank)
+        former.go_back(world, were[world.rank])
     directory = _shared_tables(world, former, survivors[0], size)
+    directory = replace(directory, serial=serial)
     now = {were[rank].rank: rank for rank in survivors}
     world.adopt(
         repaired(
@@ -123,8 +153,9 @@ def rejoin(world: World, former: Former | None) -> None:
         )
     )
     if former is not None:
-        world.former = former.life
+        world.former = former.settled = former.life
         former.life = Life(world.rank, world.world_size, world.directory)
+    world.settled = world.directory
     for kind in KINDS:
         progress = _progress(world, kind)
         _refill(world, kind, progress)
@@ -137,44 +168,49 @@ def _header(world: World, layer: int = 0) -> Header:
     return replace(world.header("rejoin", layer=layer), tables=0)
 
 
-def _introduced(world: World, former: Former | None) -> list[_Told]:
-    """Which life of every rank goes on, by rank; and how many steps the world has seen."""
-    lives = (None, None) if former is None else (former.life, world.former)
+def _introduced(world: World, former: Former | None) -> tuple[list[_Told], int]:
+    """Which life of every rank goes on, by rank, and the last serial that any gave to a document;
+    `world.epoch` is then how many steps the world has seen."""
+    lives = (None,) * _LIVES if former is None else former.lives(world)
     own = [0 if former is None else former.epoch, world.corpus_slots, world.index_slots]
-    ours = torch.tensor([*own, *_Told.of(lives[0]), *_Told.of(lives[1])])
+    ours = torch.tensor(own + [fact for life in lives for fact in _Told.of(life)])
+    limits = torch.tensor([_MOST_STEPS, *[_MOST_SLOTS] * 2, *_MOST_TOLD * _LIVES])
     world.epoch = 0  # of the step in which they meet
     heard = settle(world, _header(world), [broadcast("facts", ours, world)])
     said = []
     for rank, message in enumerate(heard):
         facts = ours if message is None else message.columns.get("facts", ours[:0])
-        if facts.dtype != torch.int64 or facts.shape != ours.shape or bool((facts < -1).any()):
+        well_formed = facts.dtype == torch.int64 and facts.shape == ours.shape
+        if not well_formed or not bool(((facts >= -1) & (facts <= limits)).all()):
             raise world.transport.accuse(rank, "says malformed things about its former life")
         said.append(facts.tolist())
     world.epoch = max(max(facts[0] for facts in said), 0)
-    return _one_world(world, said)
+    told = [_Told.several(facts[_OWN:]) for facts in said]
+    serial = max(life.serial for lives in told for life in lives)
+    return _one_world(world, [tuple(facts[1:_OWN]) for facts in said], told), serial
 
 
-def _one_world(world: World, said: Sequence[Sequence[int]]) -> list[_Told]:
-    """The life of each rank that goes on: the last of its two whose tables all survivors had.
+def _one_world(
+    world: World, pools: Sequence[tuple[int, ...]], lives: Sequence[Sequence[_Told]]
+) -> list[_Told]:
+    """The life of each rank that goes on: the last of its lives whose tables all survivors had.
 
-    Who loses a rank while rejoining may have taken new tables before or after the others did, so a
-    survivor is one of the world of its last life, or of that before. Every rank comes to the same
+    Who saw the last step through may have changed documents since, and who did not has those of that
+    step. Who loses a rank while rejoining may have taken new tables before or after the others did.
+    So a survivor is one of the world of its last life, or of one before. Every rank comes to the same
     judgement, so nobody has to be told.
     """
-    middle = _OWN + len(_Told._fields)
-    lives = [(_Told(*facts[_OWN:middle]), _Told(*facts[middle:])) for facts in said]
-    pools = [tuple(facts[1:_OWN]) for facts in said]
-    survivors = [rank for rank, (last, _) in enumerate(lives) if last.rank >= 0]
+    survivors = [rank for rank, its in enumerate(lives) if its[0].rank >= 0]
     worlds = [{life.tables for life in lives[rank] if life.rank >= 0} for rank in survivors]
     shared = [life.tables for life in lives[survivors[0]]] if survivors else []
     shared = [tables for tables in shared if all(tables in its for its in worlds)]
-    wrong = _odd_ones(range(len(said)), pools)
+    wrong = _odd_ones(range(len(pools)), pools)
     reason = "has a pool of another size: name corpus_slots in the configuration"
     if not wrong and survivors and not shared:
         wrong = _odd_ones(survivors, [lives[rank][0].tables for rank in survivors])
         reason = "has other documents than the other survivors: restore a snapshot in a new world"
     were = [
-        next((life for life in two if life.tables in shared[:1]), _Told.of(None)) for two in lives
+        next((life for life in its if life.tables in shared[:1]), _Told.of(None)) for its in lives
     ]
     ranks = [was.rank for was in were if was.rank >= 0]
     if not wrong and survivors:
@@ -313,7 +349,9 @@ def _check_full(world: World, kind: Kind, layer: int, progress: _Progress) -> No
 
 
 def _keep_staged(world: World, kind: Kind, staged: Sequence[Sequence[Push]], most: Tensor) -> None:
-    """What was written for other ranks and is with none of those that hold it now waits for these."""
+    """What was written for other ranks and is with none of those that hold it now waits for these, and
+    is written if this rank is one of them."""
+    store = store_of(world, kind)
     for layer, pushes in enumerate(staged):
         if not pushes:
             continue
@@ -324,4 +362,7 @@ def _keep_staged(world: World, kind: Kind, staged: Sequence[Sequence[Push]], mos
         block_tokens = world.config.block_tokens
         left = ids % block_tokens >= most[layer, ids.long() // block_tokens]
         left[1:] &= ids[1:] != ids[:-1]
-        world.stage(kind, layer, ids[left], rows[left])
+        ids, rows = ids[left], rows[left]
+        here = store.holds(ids)
+        store.write(layer, ids[here], rows[here])
+        world.stage(kind, layer, ids, rows)

@@ -43,7 +43,7 @@ from .service import Service, start_service
 from .snapshot import PendingSnapshot, SnapshotReport, begin_snapshot, finish_snapshot
 from .step import Selection, attend_step, select_step
 from .transport import Transport
-from .world import LayerWeights, World
+from .world import LayerWeights, World, default_group
 
 T = TypeVar("T")
 
@@ -68,6 +68,7 @@ class Runtime:
         self._owns_transport = owns_transport
         self._whole, self._heads = whole or world.config, heads  # of all lanes
         self._former: Former | None = None  # while it is to rejoin
+        self._default_group = default_group()  # of this life
         self._closed = False
         config = world.config
         self._free_requests = list(range(max(config.private_blocks, 1)))[::-1]
@@ -112,6 +113,9 @@ class Runtime:
         step is taken before `rejoin`. Idempotent.
 
         torch.distributed may be begun anew after this; a transport that was given is its maker's to close.
+
+        Raises: RuntimeError if the server of a service broke; or if it is still at a request, and then
+            this is to be done again.
         """
         self._check_open()
         if self._snapshot is not None:
@@ -131,23 +135,35 @@ class Runtime:
 
         Ranks may be fewer, more, or numbered anew. Documents, requests, leases and weights stay. Blocks
         get back the copies that they lost, where there is room; those that nobody has left are named
-        by `lost_blocks`, and come back from a snapshot by `restore`.
+        by `lost_blocks`, and come back from a snapshot by `restore`. Documents that were changed since
+        the last step, and not on all survivors, are again as they were: `documents` tells.
 
         Args:
-            transport: as for `open`; among those who are there now.
+            transport: as for `open`; among those who are there now. Without one, torch.distributed is
+                begun anew between `disconnect` and this: `destroy_process_group`, then
+                `init_process_group` with the ranks that there are now.
             incarnation: of the world, above all that this rank has seen.
-        Raises: ValueError if it is not. PeerError if a rank is lost meanwhile, and this can be done
+        Raises: ValueError if it is not. RuntimeError if the default process group is to be used and is
+            that of the former life. PeerError if a rank is lost meanwhile, and this can be done
             again without it; or if survivors do not have the same documents.
         """
         self._check_open()
         last = self._world.transport.incarnation
         if not isinstance(incarnation, int) or incarnation <= last:
             raise ValueError(f"incarnation must be a number above {last}, got {incarnation!r}")
+        group = default_group()
+        if transport is None and group is not None and group is self._default_group:
+            raise RuntimeError(
+                "the default process group is still that of the former life, and waits for who is gone: "
+                "disconnect, destroy it and initialize one of those who are there now, or give a "
+                "transport"
+            )
         self.disconnect()
         with joined_lane(self._whole, transport, self._heads, incarnation) as joined:
             self._former = Former.of(self._world, self._former)
             self._world.reconnect(joined.transport, joined.sent_before)
             self._owns_transport = joined.transport is not transport
+            self._default_group = default_group()
             rejoin(self._world, self._former)
         self._former = None
 

@@ -56,6 +56,8 @@ def start_service(world: World, *, max_requests: int, max_bytes: int) -> Service
     header = world.header("serve", layer=0)
     world.transport.post(header)
     world.transport.collect(header)
+    world.settled = world.directory
+    world.sent.clear()  # all took the last step, and what came with it
     return Service(world, max_requests=max_requests, max_bytes=max_bytes)
 
 
@@ -85,6 +87,7 @@ class Service:
 
     def __init__(self, world: World, *, max_requests: int, max_bytes: int) -> None:
         self._world = world
+        self._transport = world.transport  # the server never speaks through a later one
         self._inbox = Inbox(
             rank=world.rank,
             world_size=world.world_size,
@@ -100,6 +103,7 @@ class Service:
         self._heard = [0] * world.world_size  # last epoch of each source
         self._broken: BaseException | None = None
         self._finished = self._closed = False
+        self._absent: tuple[int, ...] | None = None  # once it has left: who did not part in time
         self._server = threading.Thread(target=self._serve, name="qroam-server", daemon=True)
         world.transport.divert(self._inbox)
         world.service = self
@@ -215,31 +219,40 @@ class Service:
 
         Raises:
             PeerError naming the peers that did not part in time, unless they were named before.
-            RuntimeError if the server broke or cannot be stopped.
+            RuntimeError if the server broke; or if it does not end, and then the service stays until it
+            is closed again.
         """
         if self._closed:
             return
-        self._closed = True
         atexit.unregister(self.close)
-        world, inbox = self._world, self._inbox
-        expiry = time.monotonic() + world.transport.deadline_s
+        transport, deadline_s = self._transport, self._transport.deadline_s
+        expiry = time.monotonic() + deadline_s
+        if self._absent is None:
+            self._absent = self._leave(expiry)
+        self._server.join(max(expiry - time.monotonic(), 1.0))
+        transport.suspects.update(self._absent, self._silent, self._inbox.lost())
+        if self._server.is_alive():  # it may still write and speak, so nothing else may begin
+            raise RuntimeError(
+                "the server is still at a request; no more are answered after it: close again"
+            )
+        self._closed = True
+        self._world.service = None
+        transport.restore()
+        self._check_whole()
+        if self._absent:
+            raise PeerError(self._absent, f"did not part within {deadline_s:g} s")
+
+    def _leave(self, expiry: float) -> tuple[int, ...]:
+        """Part from all, and stop the server after what it is at; returns who did not part in time."""
         self._finished = True
-        for peer in inbox.tell(Purpose.LEAVE):
+        for peer in self._inbox.tell(Purpose.LEAVE):
             self._say(Purpose.LEAVE, peer)
         self._take_late_answers(expiry)
-        expected = [peer for peer in world.transport.peers if peer not in self._silent]
+        expected = [peer for peer in self._transport.peers if peer not in self._silent]
         patience_s = max(expiry - time.monotonic(), 0.0)
-        silent = inbox.wait_served(expected, Purpose.LEAVE, patience_s)
-        inbox.stop()
-        self._server.join(max(expiry - time.monotonic(), 1.0))
-        world.service = None
-        world.transport.suspects.update(silent, self._silent, inbox.lost())
-        world.transport.restore()
-        self._check_whole()
-        if self._server.is_alive():
-            raise RuntimeError("the server is still at a request; no more are answered after it")
-        if silent:
-            raise PeerError(silent, f"did not part within {world.transport.deadline_s:g} s")
+        absent = self._inbox.wait_served(expected, Purpose.LEAVE, patience_s)
+        self._inbox.stop()
+        return absent
 
     def _exchange(
         self,
@@ -361,16 +374,14 @@ class Service:
             BaseException
         ) as error:  # told to whoever waits, and raised by the engine's next call
             self._broken = error
-            transport = self._world.transport
-            transport.abort(
-                (self._world.rank,), f"its server raised {type(error).__name__}: {error}"
-            )
+            said = f"its server raised {type(error).__name__}: {error}"
+            self._transport.abort((self._transport.rank,), said)
             self._inbox.stop()
 
     def _handle(self, frame: Frame) -> None:
         peer = frame.peer
         if frame.buffer is None:
-            self._world.transport.part(peer, frame.reason)
+            self._transport.part(peer, frame.reason)
         elif frame.purpose is not Purpose.ASK:
             if self._inbox.part(peer, frame.purpose):
                 self._say(Purpose.LEAVE, peer)
@@ -400,7 +411,7 @@ class Service:
         served.most_bytes = max(served.most_bytes, self._inbox.most_bytes)
         # Before the answer: whoever has it may ask again at once.
         self._inbox.answered(peer)
-        self._world.transport.send(peer, reply, columns, Purpose.ANSWER)
+        self._transport.send(peer, reply, columns, Purpose.ANSWER)
 
     def _work(self, peer: int, message: Message) -> Mapping[str, Tensor]:
         """Check who asks and do what is asked; ValueError says why it is refused."""
@@ -419,6 +430,8 @@ class Service:
             raise ValueError(f"epoch {header.epoch} comes after epoch {self._heard[peer]}")
         self._heard[peer] = header.epoch
         check_columns(world, message)
+        if self._inbox.stopped:
+            raise ValueError("it came when this rank had closed its service")
         take_pushes(world, message)
         return ANSWERS[header.kind](world, message)
 
@@ -427,7 +440,7 @@ class Service:
     def _say(self, purpose: Purpose, peer: int) -> None:
         header = self._world.header(purpose.name.lower(), layer=0)
         with suppress(PeerError):  # of a transport that failed: it has told everyone
-            self._world.transport.send(peer, replace(header, channel=SERVICE_CHANNEL), {}, purpose)
+            self._transport.send(peer, replace(header, channel=SERVICE_CHANNEL), {}, purpose)
 
 
 def _text(raw: Tensor) -> str:

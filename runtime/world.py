@@ -51,6 +51,13 @@ def connect(deadline_s: float) -> Transport:
     return TorchTransport(group=group, deadline_s=deadline_s)
 
 
+def default_group() -> object | None:
+    """torch.distributed's default group, if it has more ranks than this one."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.group.WORLD
+
+
 class LayerWeights(NamedTuple):
     """w_uk (G, H, nope, latent) and w_uv (G, H, value, out) of one layer, H the heads of a branch."""
 
@@ -161,6 +168,7 @@ class World:
             copies=config.placement.copies,
             world_size=self.world_size,
         )
+        self.settled = self.directory  # the tables of the last step of all: every rank had these
         entry_codecs = [entry_codec(layout) for layout in layers]
         private = config.private_blocks
         self.entries = BlockStore(
@@ -187,6 +195,8 @@ class World:
         self.weights: list[LayerWeights | None] = [None] * len(layers)
         # What was written for copies elsewhere, by layer, until it is sent.
         self.staged: dict[Kind, list[list[Push]]] = {kind: [[] for _ in layers] for kind in KINDS}
+        # What was sent with the last step, and its layer: whether it was taken, the next one shows.
+        self.sent: list[tuple[int, dict[Kind, list[Push]]]] = []
         self.facts = [
             LayerFacts.of(
                 layout, entry_bytes=codec.entry_bytes, element_bytes=config.dtype.itemsize
@@ -312,7 +322,7 @@ class World:
             leases.forget(stored)
         of_kind: dict[Kind, Tensor] = {"entries": keys, "index": blocks}
         for kind, gone in of_kind.items():
-            for staged in self.staged[kind]:
+            for staged in [*self.staged[kind], *(sent[kind] for _, sent in self.sent)]:
                 left = [push.only(~torch.isin(push.ids // block_tokens, gone)) for push in staged]
                 staged[:] = [push for push in left if len(push.ids)]
 

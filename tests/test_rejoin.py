@@ -8,7 +8,8 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -26,13 +27,16 @@ from snapshots import RestoredPlayer
 from test_central import EVERYWHERE, cases
 from test_failover import die
 from test_service import Small, small, small_config, until
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from qroam.partition.directory import empty_directory, with_document, without_document
 from qroam.partition.placement import POLICIES, Placement, place
 from qroam.partition.repair import repaired
 from qroam.partition.tables import directory_columns, directory_of
-from qroam.runtime import BlocksLostError, PeerError, Runtime, SnapshotError
+from qroam.runtime import BlocksLostError, PeerError, Runtime, SnapshotError, service
+from qroam.runtime.messages import Header, Message
 from qroam.runtime.transport import LoopbackTransport, Purpose, Transport
+from qroam.runtime.world import World
 
 T = TypeVar("T")
 
@@ -183,6 +187,45 @@ def test_what_is_on_its_way_when_a_rank_dies_is_not_lost() -> None:
             out = runtime.attend(0, query, runtime.selection(document.ids()[None], scope))
             assert float((out - shares @ entries[:, : layout.value_dim]).abs().max()) <= 1e-12
             assert runtime.stats()["rank"] == now
+
+    threads([partial(rank, r) for r in range(4)])
+
+
+def step_until_broken(runtime: Runtime) -> None:
+    with suppress(PeerError):
+        while True:
+            runtime.idle_attend(0)
+
+
+@pytest.mark.parametrize("breath", range(7))
+def test_a_prefill_that_only_its_writer_saw_through_is_not_lost(breath: int) -> None:
+    """Rank 3 dies so many messages into the step that moves what rank 0 wrote: the writer may see that
+    step succeed while nobody else took what it sent. Or rank 0 is to hold what rank 3 held."""
+    lives = Lives()
+    placement = Placement(policy="contiguous", copies=2)
+    config = small_config(placement=placement, max_blocks=8, corpus_slots=8)
+    layout = config.model.layers[0]
+    entries = torch.randn(32, layout.entry_dim, generator=torch.Generator().manual_seed(2)).double()
+    query = torch.randn(1, layout.heads, layout.key_dim).double()
+    shares = torch.softmax(query @ entries.T * layout.softmax_scale, -1)
+
+    def rank(rank: int) -> None:
+        end = lives.end(0, rank, 4)
+        with Runtime.open(config, end) as runtime:
+            document = runtime.add_document("doc", tokens=32)
+            if rank == 0:
+                request = runtime.request(into="doc")
+                runtime.write(0, runtime.append(request, 32), entries)
+            if rank == 3:
+                die_after(end, breath)
+            step_until_broken(runtime)
+            if rank == 3:
+                return
+            runtime.rejoin(lives.end(1, rank, 3), incarnation=1)
+            runtime.idle_attend(0)
+            scope = runtime.scope(documents=["doc"], queries=1)
+            out = runtime.attend(0, query, runtime.selection(document.ids()[None], scope))
+            assert float((out - shares @ entries[:, : layout.value_dim]).abs().max()) <= 1e-12
 
     threads([partial(rank, r) for r in range(4)])
 
@@ -407,6 +450,25 @@ def test_a_rank_that_dies_while_the_others_rejoin_is_left_out_next_time(breath: 
     broken_world(4, 3, then, corpus_slots=16, placement=Placement(copies=3))
 
 
+def test_a_default_group_of_the_former_life_is_refused() -> None:
+    """A group beside it would wait for the rank that is gone; one begun anew, or none, will do."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        runtime = Runtime.open(small_config(), LoopbackTransport.world(1)[0])
+        world = small(runtime)
+        for _ in range(2):
+            with pytest.raises(
+                RuntimeError, match="default process group is still that of the for"
+            ):
+                runtime.rejoin(incarnation=1)
+            world.check()
+    finally:
+        dist.destroy_process_group()
+    runtime.rejoin(incarnation=1)
+    known(runtime).check()
+    runtime.close()
+
+
 def test_no_step_is_taken_between_disconnect_and_rejoin() -> None:
     def then(runtime: Runtime, lives: Lives) -> None:
         runtime.disconnect()
@@ -421,10 +483,54 @@ def test_no_step_is_taken_between_disconnect_and_rejoin() -> None:
     broken_world(4, 3, then)
 
 
+def test_no_rank_rejoins_while_its_server_is_at_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the server does then is done in the life in which it was asked, or not at all."""
+    at_work, stuck = threading.Event(), threading.Event()
+
+    def held(world: World, message: Message) -> Mapping[str, torch.Tensor]:
+        at_work.set()
+        assert stuck.wait(20.0)
+        return {}
+
+    monkeypatch.setattr(service, "ANSWERS", {"attend": held})
+    lives = Lives(deadline_s=1.0)
+    config = small_config(placement=Placement(copies=2), max_blocks=16, deadline_s=1.0)
+
+    def rank(rank: int) -> None:
+        end = lives.end(0, rank, 3)
+        with Runtime.open(config, end) as runtime:
+            small(runtime)
+            server = runtime.serve()._server
+            if rank == 2:  # asks rank 0, and dies
+                header = replace(runtime._world.header("attend", layer=0), channel=1, epoch=1)
+                end.send(0, header, {}, Purpose.ASK)
+                assert at_work.wait(20.0)
+                die(end)
+                with suppress(PeerError):
+                    runtime.close()
+                return
+            assert at_work.wait(20.0)
+            if rank == 0:
+                for leave in (runtime.disconnect, partial(runtime.rejoin, incarnation=1)):
+                    with pytest.raises(RuntimeError, match="still at a request"):
+                        leave()
+                assert runtime._world.transport is end
+                stuck.set()
+            else:
+                assert stuck.wait(20.0)
+            runtime.disconnect()
+            assert not server.is_alive()
+            runtime.rejoin(lives.end(1, rank, 2), incarnation=1)
+            known(runtime).check()
+
+    threads([partial(rank, r) for r in range(3)])
+
+
 def test_survivors_of_different_documents_are_refused() -> None:
     def then(runtime: Runtime, lives: Lives) -> None:
         if runtime.rank == 1:
             runtime.add_document("more", tokens=8)
+            runtime._world.settled = runtime._world.directory
         with pytest.raises(
             PeerError, match="has other documents than the other survivors"
         ) as raised:
@@ -432,6 +538,80 @@ def test_survivors_of_different_documents_are_refused() -> None:
         assert raised.value.culprits == (1,)
 
     broken_world(4, 3, then)
+
+
+@pytest.mark.parametrize("breath", range(5))
+@pytest.mark.parametrize("change", ["add", "remove", "replace"])
+def test_who_is_ahead_goes_back_to_the_documents_that_all_have(breath: int, change: str) -> None:
+    """Rank 2 dies so many messages into a step after which the others change documents; rank 0 may see
+    that step through and rank 1 not. What was written for a document that goes is not kept."""
+    lives = Lives()
+    config = small_config(max_blocks=24, corpus_slots=24, placement=Placement(copies=2))
+    layout = config.model.layers[0]
+
+    def rank(rank: int) -> tuple[list[str], int] | None:
+        end = lives.end(0, rank, 3)
+        with Runtime.open(config, end) as runtime:
+            small(runtime)
+            runtime.add_document("more", tokens=16)
+            runtime.idle_attend(0)
+            if rank == 2:
+                die_after(end, breath)
+            with suppress(PeerError):
+                runtime.idle_attend(0)
+                if change != "add":
+                    runtime.remove_document("more")
+                if change != "remove":
+                    runtime.add_document("other", tokens=16)
+                    request = runtime.request(into="other")
+                    entries = torch.ones(16, layout.entry_dim, dtype=torch.float64)
+                    runtime.write(0, runtime.append(request, 16), entries)
+                runtime.idle_attend(0)
+            if rank == 2:
+                return None
+            runtime.rejoin(lives.end(1, rank, 2), incarnation=1)
+            known(runtime).check()
+            runtime.idle_attend(0)
+            assert all(check.is_sound for check in runtime.verify())
+            names = [document.name for document in runtime.documents()]
+            if "more" in names:  # nobody wrote it
+                blocks = list(runtime._world.directory.document("more").blocks)
+                slots = runtime._world.entries.slot_of[blocks]
+                assert not runtime._world.entries.fill[:, slots[slots >= 0].long()].any()
+            return names, runtime.add_document("late", tokens=8).serial
+
+    said = threads([partial(rank, r) for r in range(3)])
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"), [(0, (1 << 63) - 1), (4, 1 << 40), (5, 1 << 32), (6, (1 << 63) - 1)]
+)
+def test_facts_of_no_world_are_their_tellers_fault(fact: int, value: int) -> None:
+    """Steps, ranks of the former world, the version of its tables, or documents: too many of them."""
+
+    def then(runtime: Runtime, lives: Lives) -> None:
+        end = lives.end(1, runtime.rank, 3)
+        if runtime.rank == 1:
+            lie(end, fact, value)
+        with pytest.raises(PeerError, match="malformed things about its former life") as raised:
+            runtime.rejoin(end, incarnation=1)
+        assert raised.value.culprits == (1,)
+
+    broken_world(4, 3, then)
+
+
+def lie(end: LoopbackTransport, fact: int, value: int) -> None:
+    """Say something else of one's former life."""
+    post = end.post_shares
+
+    def lying(header: Header, shares: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        for share in shares:
+            if "facts" in share:
+                share["facts"][fact] = value
+        post(header, shares)
+
+    end.post_shares = lying  # type: ignore[method-assign]
 
 
 def test_a_rank_with_another_pool_is_refused() -> None:
