@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -74,4 +75,5 @@ def test_a_world_with_fewer_ranks_than_copies_takes_documents_and_fills_up_later
         with Runtime.open(config, lives.end(2, 1, 2), incarnation=2) as runtime:
             assert all(check.is_sound for check in runtime.verify())
 
-    threads([partial(survivor, 0), partial(survivor, 1), newcomer])
+    works: list[Callable[[], None]] = [partial(survivor, 0), partial(survivor, 1), newcomer]
+    threads(works)

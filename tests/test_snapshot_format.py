@@ -50,7 +50,6 @@ from qroam.partition.snapshot_disk import (
     write_manifest,
 )
 from qroam.partition.snapshot_verify import verify
-from qroam.runtime.restore import _closed_tokens
 
 B, WIDTH = 4, 4 * (12 + 8)
 
@@ -154,14 +153,6 @@ def test_a_known_hash_is_of_one_generation() -> None:
     found, known = hashes.find(torch.tensor([0, 1, 1]), torch.tensor([4, 4, 5]))
     assert known.tolist() == [False, True, False]
     assert torch.equal(found[1], name[0])
-
-
-def test_tokens_count_as_restored_up_to_the_first_gap(tmp_path: Path) -> None:
-    manifest = written(tmp_path)
-    assert _closed_tokens(manifest) == {"a": 6, "ü": 4}
-    first, second = manifest.documents
-    gap = replace(first, index=bytes(16) + first.index[16:])
-    assert _closed_tokens(replace(manifest, documents=(gap, second))) == {"a": 0, "ü": 4}
 
 
 # Data files -----------------------------------------------------------------------------------------
