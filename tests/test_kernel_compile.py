@@ -361,7 +361,8 @@ def test_cuda_compiles_for_hopper(
         assert used, told
         registers, stack = map(int, used.groups())
         assert registers * threads <= 65536
-        assert stack <= 96, "more spills than a few registers, or the arguments are copied"
+        most = 96 if listed > 2048 else 16  # eight units a thread, 64 registers
+        assert stack <= most, "more spills than a few registers, or the arguments are copied"
         # Without contraction, as the definition on the host computes.
         assert "DFMA" not in told
         assert "DMUL" in told or mode == "given"
