@@ -46,10 +46,10 @@ def diagnose() -> list[Check]:
         _cuda(gpus),
         Check(name="transport loopback", ok=True, detail="one rank"),
         _gloo(),
-        _absent("transport nvshmem", "nvshmem4py-cu13", gpus),
+        _apart("transport nvshmem", "nvshmem4py-cu13", gpus),
         Check(name="kernels torch", ok=True, detail="the definition of every verb"),
-        _absent("kernels triton", "triton", gpus),
-        _absent("kernels flashinfer", "flashinfer-python", gpus),
+        _apart("kernels triton", "triton", gpus),
+        _apart("kernels flashinfer", "flashinfer-python", gpus),
     ]
 
 
@@ -101,9 +101,9 @@ def _gloo() -> Check:
     return Check(name="transport torch (gloo)", ok=usable, detail=detail)
 
 
-def _absent(name: str, distribution: str, gpus: Sequence[str]) -> Check:
-    """A path that this version of qroam lacks, and what else it would need of the machine."""
-    reasons = ["not part of this version of qroam"]
+def _apart(name: str, distribution: str, gpus: Sequence[str]) -> Check:
+    """What stands apart from `Runtime` in this version, and what else it needs of the machine."""
+    reasons = ["not used by Runtime yet"]
     if _version(distribution) is None:
         reasons.append(f"{distribution} is not installed")
     if not gpus:
