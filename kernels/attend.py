@@ -108,6 +108,7 @@ def attend(
     out: Tensor | None = None,
     lse: Tensor | None = None,
     covered: Tensor | None = None,
+    combined: bool = True,
     checked: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of each row over its own listed units; `reference.attend` and `coverage` define it.
@@ -123,6 +124,8 @@ def attend(
         query_of: (M,) int32, the query of each row; by default its own.
         rotation: (M, R) fp32, cos then sin of R / 2 angles by which a row's query is turned.
         out, lse, covered: where to write, instead of new tensors.
+        combined: without it a row that was cut stays in the workspace, see `_add_parts`, and nothing
+            of it is in the results: for a kernel that merges more than its parts.
         checked: read `units` and `query_of` back and refuse ids that are out of range.
     Returns:
         out: (M, H, C) in the query's dtype, 0 for an empty row.
@@ -239,6 +242,8 @@ def attend(
             num_warps=2 * group // 8,
             num_stages=1 if wide else 2,
         )
+    if not combined:
+        return out, lse, covered
     # On Hopper the merge is launched while the attention ends, and waits for its results itself.
     early = {"launch_pdl": True} if on_hopper else {}
     group = max(min(rows * heads // 1024, 8), 1)

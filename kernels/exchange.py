@@ -21,6 +21,7 @@ for; and a launch has no more CTAs than are resident, so that all of them do sen
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
+from .attend import Workspace
 from .checks import check_tensor
 from .put import put_and_signal
 from .signals import UNTRUE, last_of, publish, stamp_of, tell_abort, wait_for
@@ -43,7 +45,8 @@ _WARPS = 4
 _REGISTERS = 128  # of a thread, so that an SM holds four CTAs
 _CTAS_OF_SM = 65536 // (_REGISTERS * 32 * _WARPS)
 _TILE = 2048  # words a CTA copies at once, four accesses of 16 bytes a thread
-_HEADS = 8  # that a CTA merges
+_WIDE = 4  # so many times a CTA's threads and tile where only a few CTAs may run
+_HEADS = 8  # the most that a CTA merges
 _MOST_PARTS = 64  # CTAs that copy a chunk; each of them counts, one after another
 
 
@@ -114,18 +117,23 @@ class Accepted(NamedTuple):
 
 
 class Partials(NamedTuple):
-    """Of the accepted rows: out (M, H, C), lse (M, H) fp32, covered (M, 2) int32."""
+    """Of the accepted rows: out (M, H, C), lse (M, H) fp32, covered (M, 2) int32.
+
+    parts: where `attend` left the rows that it cut; they are merged as they leave.
+    """
 
     out: Tensor
     lse: Tensor
     covered: Tensor
+    parts: Workspace | None = None
 
 
 class Merge(NamedTuple):
     """Own partials, outs (P, N, H, C) and lses (P, N, H) fp32, and where the result goes.
 
     out: (N, H, C), lse: (N, H) fp32; NaN where something was missing. fault: (N,) int32, 0, or 1 +
-    the last holder whose answer covers something else than was asked.
+    the last holder whose answer covers something else than was asked. lacking: (N,) int32, faults
+    that the own partials have already.
     """
 
     outs: Tensor
@@ -133,6 +141,7 @@ class Merge(NamedTuple):
     out: Tensor
     lse: Tensor
     fault: Tensor
+    lacking: Tensor | None = None
 
 
 @triton.jit
@@ -299,16 +308,82 @@ def _accept(
 
 
 @triton.jit
+def _add(
+    lse_at, row_at, used, top, total, acc, columns, C: tl.constexpr,
+):  # fmt: skip
+    """One more partial of these heads; an empty one is not even read."""
+    lses = tl.load(lse_at, mask=used, other=-float("inf"))
+    some = used & (lses != -float("inf"))
+    outs = tl.load(row_at, mask=some[:, None] & (columns < C)[None, :], other=0.0)
+    # The maximum may skip a NaN; the shares do not.
+    new_top = tl.maximum(top, lses)
+    safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)
+    share, decay = tl.exp(lses - safe_top), tl.exp(top - safe_top)
+    total = total * decay + share
+    acc = acc * decay[:, None] + outs.to(tl.float32) * share[:, None]
+    return new_top, total, acc
+
+
+@triton.jit
+def _merge_parts(
+    m, heads, used, columns, out_ptr, lse_ptr, w_out_ptr, w_lse_ptr, first_tile_ptr,
+    M: tl.constexpr, H: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Out (HEADS, CP) fp32 and lse (HEADS,) of some heads of a row, from the parts it was cut into."""
+    at_once: tl.constexpr = 4  # parts whose loads are under way together
+    chunk = tl.load(first_tile_ptr + M + 1)
+    begin, end = tl.load(first_tile_ptr + m), tl.load(first_tile_ptr + m + 1)
+    first = begin // chunk
+    parts = (end - 1) // chunk - first + 1
+    top = tl.full((HEADS,), -float("inf"), tl.float32)
+    total = tl.zeros((HEADS,), tl.float32)
+    acc = tl.zeros((HEADS, CP), tl.float32)
+    for i in range(0, parts, at_once):
+        for j in tl.static_range(at_once):
+            seat = ((first + i + j) * 2 + tl.where(i + j == 0, 1, 0)).to(tl.int64)
+            whole = parts == 1
+            outs = tl.where(whole, out_ptr + m * H * C, w_out_ptr + seat * H * C)
+            lses = tl.where(whole, lse_ptr + m * H, w_lse_ptr + seat * H) + heads
+            rows = outs + heads[:, None] * C + columns[None, :]
+            top, total, acc = _add(lses, rows, used & (i + j < parts), top, total, acc, columns, C)
+    acc /= tl.where(total == 0.0, 1.0, total)[:, None]
+    return acc, top + tl.log(total)
+
+
+@triton.jit
+def _covered_parts(
+    m, covered_ptr, w_covered_ptr, first_tile_ptr, M: tl.constexpr, PP: tl.constexpr
+):
+    """What the parts of a row cover together, (2,)."""
+    chunk = tl.load(first_tile_ptr + M + 1)
+    begin, end = tl.load(first_tile_ptr + m), tl.load(first_tile_ptr + m + 1)
+    first = begin // chunk
+    parts = (end - 1) // chunk - first + 1
+    every, both = tl.arange(0, PP), tl.arange(0, 2)
+    seats = (first + every) * 2 + (every == 0).to(tl.int32)
+    found = tl.load(
+        w_covered_ptr + seats[:, None] * 2 + both[None, :],
+        mask=((every < parts) & (parts > 1))[:, None], other=0,
+    )  # fmt: skip
+    whole = tl.load(covered_ptr + m * 2 + both, mask=parts == 1, other=0)
+    return tl.sum(found, axis=0) + whole
+
+
+@triton.jit
 def _answer(
-    unit, counts, code, epoch, lane, rank, out_ptr, lse_ptr, covered_ptr, own_ptr, peers_ptr,
-    counters_ptr, status_ptr, budget_ns,
-    W: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr,
+    unit, counts, code, epoch, lane, rank, out_ptr, lse_ptr, covered_ptr, w_out_ptr, w_lse_ptr,
+    w_covered_ptr, first_tile_ptr, own_ptr, peers_ptr, counters_ptr, status_ptr, budget_ns,
+    W: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr, M: tl.constexpr,
+    C: tl.constexpr, CP: tl.constexpr, PP: tl.constexpr, HEADS: tl.constexpr,
     ANSWER: tl.constexpr, RECORD: tl.constexpr, WINDOW: tl.constexpr, QUERY_SIGNALS: tl.constexpr,
     ANSWER_SIGNALS: tl.constexpr, OUTGOING: tl.constexpr, ABORT: tl.constexpr,
     PARTS: tl.constexpr, TILE: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of a chunk of answers that are one part's, as soon as its queries are there."""
-    TILES: tl.constexpr = 1 + (ANSWER + TILE - 1) // TILE
+    """The tiles of a chunk of answers that are one part's, as soon as its queries are there.
+
+    With PP the rows come in parts, and a tile is HEADS of a row's heads; else they are copied.
+    """
+    TILES: tl.constexpr = (H + HEADS - 1) // HEADS if PP > 0 else 1 + (ANSWER + TILE - 1) // TILE
     part, chunk, source = _part(unit, rank, W, PARTS)
     before, count = _share(counts, source)
     rows = tl.minimum(count - chunk * CHUNK, CHUNK)
@@ -327,7 +402,20 @@ def _answer(
             row, tile = t // TILES, t % TILES
             m = tl.cast(before + chunk * CHUNK + row, tl.int64)
             record = to_ptr + row * RECORD
-            if tile == 0:
+            if PP > 0:
+                heads, columns = tile * HEADS + tl.arange(0, HEADS), tl.arange(0, CP)
+                used = heads < H
+                out, lse = _merge_parts(m, heads, used, columns, out_ptr, lse_ptr, w_out_ptr,
+                                        w_lse_ptr, first_tile_ptr, M, H, C, CP, HEADS)  # fmt: skip
+                rows_at = record.to(out_ptr.dtype) + heads[:, None] * C + columns[None, :]
+                tl.store(rows_at, out.to(out_ptr.dtype.element_ty),
+                         mask=used[:, None] & (columns < C)[None, :])  # fmt: skip
+                tl.store((record + ANSWER).to(lse_ptr.dtype) + heads, lse, mask=used)
+                if tile == 0:
+                    both = tl.arange(0, 2)
+                    tl.store(record + ANSWER + H + both, _covered_parts(
+                        m, covered_ptr, w_covered_ptr, first_tile_ptr, M, PP))  # fmt: skip
+            elif tile == 0:
                 _copy(record + ANSWER, lse_ptr + m * H, 0, H, triton.next_power_of_2(H))
                 both = tl.arange(0, 2)
                 tl.store(record + ANSWER + H + both, tl.load(covered_ptr + m * 2 + both))
@@ -340,25 +428,8 @@ def _answer(
 
 
 @triton.jit
-def _add(
-    lse_at, row_at, used, top, total, acc, columns, C: tl.constexpr,
-):  # fmt: skip
-    """One more partial of these heads; an empty one is not even read."""
-    lses = tl.load(lse_at, mask=used, other=-float("inf"))
-    some = used & (lses != -float("inf"))
-    outs = tl.load(row_at, mask=some[:, None] & (columns < C)[None, :], other=0.0)
-    # The maximum may skip a NaN; the shares do not.
-    new_top = tl.maximum(top, lses)
-    safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)
-    share, decay = tl.exp(lses - safe_top), tl.exp(top - safe_top)
-    total = total * decay + share
-    acc = acc * decay[:, None] + outs.to(tl.float32) * share[:, None]
-    return new_top, total, acc
-
-
-@triton.jit
 def _receive(
-    unit, epoch, lane, rank, outs_ptr, lses_ptr, out_ptr, lse_ptr, fault_ptr,
+    unit, epoch, lane, rank, outs_ptr, lses_ptr, out_ptr, lse_ptr, fault_ptr, lacking_ptr,
     items_ptr, pairs_ptr, expected_ptr, own_ptr, peers_ptr, status_ptr, budget_ns,
     W: tl.constexpr, WP: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, ANSWER: tl.constexpr, RECORD: tl.constexpr,
@@ -376,6 +447,8 @@ def _receive(
                                top, total, acc, columns, C)  # fmt: skip
     aborted = tl.full((), 0, tl.int64)
     fault = tl.full((), 0, tl.int32)
+    if lacking_ptr is not None:
+        fault = tl.load(lacking_ptr + item)
     ranks = tl.arange(0, WP)
     pairs = tl.load(pairs_ptr + ranks, mask=ranks < W, other=0)
     for holder in range(W):
@@ -434,17 +507,19 @@ def _note(ring_ptr, epoch, stamp: tl.constexpr, RING: tl.constexpr):
 @triton.jit(do_not_specialize=["lane", "rank", "budget_ns"])  # so every rank compiles the same
 def _exchange_kernel(
     query, items, units_of, route_units, pairs, expected, units, lengths, query_of, num_rows,
-    partial_out, partial_lse, covered, own_outs, own_lses, out, lse, fault,
+    partial_out, partial_lse, covered, part_outs, part_lses, part_covered, first_tile,
+    own_outs, own_lses, out, lse, fault, lacking,
     arena, peers, epoch_ptr, counters, tables, status, ring, lane, rank, budget_ns,
     W: tl.constexpr, WP: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
     ROWS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr, C: tl.constexpr,
-    CP: tl.constexpr, E: tl.constexpr, P: tl.constexpr, QUERY: tl.constexpr, ANSWER: tl.constexpr,
+    CP: tl.constexpr, E: tl.constexpr, P: tl.constexpr, M: tl.constexpr, PP: tl.constexpr,
+    QUERY: tl.constexpr, ANSWER: tl.constexpr,
     LIST: tl.constexpr, LISTS: tl.constexpr, INBOX_CHUNK: tl.constexpr, RECORD: tl.constexpr,
     WINDOW: tl.constexpr, QUERY_SIGNALS: tl.constexpr, ANSWER_SIGNALS: tl.constexpr,
     ABORT: tl.constexpr, OUTBOX: tl.constexpr, OUTGOING: tl.constexpr, RING: tl.constexpr,
     SENDS: tl.constexpr, ACCEPTS: tl.constexpr, ANSWERS: tl.constexpr, RECEIVES: tl.constexpr,
-    SEND_PARTS: tl.constexpr, ANSWER_PARTS: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr,
-    GROUPS: tl.constexpr, PUT: tl.constexpr,
+    SEND_PARTS: tl.constexpr, ANSWER_PARTS: tl.constexpr, ANSWER_HEADS: tl.constexpr,
+    TILE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
     """Every CTA takes its units of each role, role after role; it has sent before it waits."""
     cta, ctas = tl.program_id(0), tl.num_programs(0)
@@ -479,8 +554,9 @@ def _exchange_kernel(
             if first + cta < ANSWERS:
                 _answer(
                     first + cta, counts, code, epoch, lane, rank, partial_out, partial_lse, covered,
-                    arena, peers, counters, status, budget_ns, W, CHUNKS, CHUNK, H, ANSWER, RECORD,
-                    WINDOW, QUERY_SIGNALS, ANSWER_SIGNALS, OUTGOING, ABORT, ANSWER_PARTS, TILE, PUT,
+                    part_outs, part_lses, part_covered, first_tile, arena, peers, counters, status,
+                    budget_ns, W, CHUNKS, CHUNK, H, M, C, CP, PP, ANSWER_HEADS, ANSWER, RECORD, WINDOW,
+                    QUERY_SIGNALS, ANSWER_SIGNALS, OUTGOING, ABORT, ANSWER_PARTS, TILE, PUT,
                 )  # fmt: skip
         if ANSWERS > 0:
             _note(ring, epoch, 3, RING)
@@ -488,8 +564,8 @@ def _exchange_kernel(
         for first in range(0, RECEIVES, ctas):
             if first + cta < RECEIVES:
                 _receive(
-                    first + cta, epoch, lane, rank, own_outs, own_lses, out, lse, fault, items,
-                    pairs, expected, arena, peers, status, budget_ns, W, WP, CHUNKS, CHUNK, H, C,
+                    first + cta, epoch, lane, rank, own_outs, own_lses, out, lse, fault, lacking,
+                    items, pairs, expected, arena, peers, status, budget_ns, W, WP, CHUNKS, CHUNK, H, C,
                     CP, ANSWER, RECORD, WINDOW, ANSWER_SIGNALS, ABORT, N, NP, P, HEADS, GROUPS,
                 )  # fmt: skip
         _note(ring, epoch, 4, RING)
@@ -503,6 +579,7 @@ def exchange(
     accept: Accepted | None = None,
     answer: Partials | None = None,
     receive: Merge | None = None,
+    ctas: int | None = None,
 ) -> None:
     """Launch the given roles as one kernel; on the stream they must follow in their order.
 
@@ -511,6 +588,8 @@ def exchange(
         accept: where to list what the others ask; its rows beyond `num_rows` are not written.
         answer: partials of the accepted rows, of `send`'s dtype.
         receive: own partials in, the merged result out.
+        ctas: run on so many SMs only, with as many threads each as one takes, so that an attention
+            on the others goes on beside it. By default all SMs help.
     Raises:
         ValueError: on shapes, dtypes or devices that do not fit the wire, or on no role.
     """
@@ -520,12 +599,22 @@ def exchange(
     if all(role is None for role in roles):
         raise ValueError("give at least one of send, accept, answer and receive")
     _check(ends, routes, send, accept, answer, receive)
-    groups, chunks = triton.cdiv(wire.heads, _HEADS), others * wire.chunks
-    resident = _multiprocessors(device) * _CTAS_OF_SM
-    most = min(max(resident // chunks, 1), _MOST_PARTS)
-    list_tiles, query_tiles = triton.cdiv(wire.units, _TILE), triton.cdiv(wire.query_words, _TILE)
+    if ctas is not None and not 1 <= ctas <= _multiprocessors(device):
+        raise ValueError(f"ctas must be 1 to {_multiprocessors(device)}, got {ctas}")
+    parts = None if answer is None else answer.parts
+    wide = 1 if ctas is None else _WIDE
+    tile, chunks = wide * _TILE, others * wire.chunks
+    resident = ctas or _multiprocessors(device) * _CTAS_OF_SM
+    # Few CTAs take their turns evenly if all chunks have as many parts as make up whole rounds.
+    most = ctas // math.gcd(ctas, chunks) if ctas else min(max(resident // chunks, 1), _MOST_PARTS)
+    heads, answer_heads = _heads_of(items, wire.heads), _heads_of(others * wire.rows, wire.heads)
+    groups = triton.cdiv(wire.heads, heads)
+    list_tiles, query_tiles = triton.cdiv(wire.units, tile), triton.cdiv(wire.query_words, tile)
+    row_tiles = 1 + triton.cdiv(wire.answer_words, tile)
+    if parts is not None:
+        row_tiles = triton.cdiv(wire.heads, answer_heads)
     send_parts = _even(wire.chunk_rows * (list_tiles + query_tiles), most)
-    answer_parts = _even(wire.chunk_rows * (1 + triton.cdiv(wire.answer_words, _TILE)), most)
+    answer_parts = _even(wire.chunk_rows * row_tiles, most)
     units = (
         chunks * send_parts if send is not None else 0,
         others * wire.rows if accept is not None else 0,
@@ -535,33 +624,44 @@ def exchange(
     nothing = ends.counters  # what a role that does not take part points to
     query = nothing if send is None else send.view(torch.int32)
     asked = accept or Accepted(nothing, nothing, nothing, nothing)
-    answered = answer or Partials(nothing, nothing, nothing)
     merge = receive or Merge(nothing, nothing, nothing, nothing, nothing)
+    answered = [nothing] * 7
     columns = 1 if receive is None else merge.outs.shape[-1]
-    # Messages are copied as words, whatever they hold.
-    words = [t if t is nothing else t.view(torch.int32) for t in answered]
-    options: dict[str, Any] = {"num_warps": _WARPS, "num_stages": 1, "maxnreg": _REGISTERS}
+    if answer is not None and parts is None:  # copied as words, whatever they hold
+        answered[:3] = [t.view(torch.int32) for t in answer[:3]]
+    elif answer is not None and parts is not None:
+        columns = answer.out.shape[-1]
+        answered = [*answer[:3], *parts]
+    options: dict[str, Any] = {"num_stages": 1, "maxnreg": _REGISTERS}
     if ends.put is not None:
         options["extern_libs"] = {"libnvshmem_device": ends.put}
     _exchange_kernel[(min(max(units), resident),)](
         query, routes.items, routes.units_of, routes.route_units, routes.pairs, routes.expected,
-        *asked, *words, *merge,
+        *asked, *answered, *merge,
         ends.arena, ends.peers, ends.epoch, ends.counters, ends.tables, ends.status, ends.ring,
         ends.lane, ends.rank, ends.budget_ns,
         W=wire.world_size, WP=triton.next_power_of_2(wire.world_size),
         BP=triton.next_power_of_2(wire.world_size * items), N=items,
         NP=triton.next_power_of_2(items), ROWS=wire.rows, CHUNKS=wire.chunks, CHUNK=wire.chunk,
         H=wire.heads, C=columns, CP=triton.next_power_of_2(columns), E=wire.units,
-        P=0 if receive is None else len(merge.outs), QUERY=wire.query_words,
+        P=0 if receive is None else len(merge.outs), M=others * wire.rows,
+        PP=0 if parts is None else triton.next_power_of_2(len(parts.out)),
+        QUERY=wire.query_words,
         ANSWER=wire.answer_words, LIST=wire.list_words, LISTS=wire.list_rows,
         INBOX_CHUNK=wire.inbox_chunk, RECORD=wire.record, WINDOW=wire.window,
         QUERY_SIGNALS=wire.query_signals, ANSWER_SIGNALS=wire.answer_signals, ABORT=wire.abort,
         OUTBOX=wire.outbox, OUTGOING=wire.outgoing,
         RING=0 if ends.ring is None else len(ends.ring),
         SENDS=units[0], ACCEPTS=units[1], ANSWERS=units[2], RECEIVES=units[3],
-        SEND_PARTS=send_parts, ANSWER_PARTS=answer_parts, TILE=_TILE, HEADS=_HEADS, GROUPS=groups,
-        PUT=ends.put is not None, **options,
+        SEND_PARTS=send_parts, ANSWER_PARTS=answer_parts, ANSWER_HEADS=answer_heads, TILE=tile,
+        HEADS=heads, GROUPS=groups, PUT=ends.put is not None, num_warps=wide * _WARPS, **options,
     )  # fmt: skip
+
+
+def _heads_of(rows: int, heads: int) -> int:
+    """How many heads of a row a CTA merges: fewer where else most SMs had nothing to do."""
+    wanted = triton.next_power_of_2(max(rows * heads // 132, 2))
+    return int(min(wanted, _HEADS, triton.next_power_of_2(heads)))
 
 
 def _even(tiles: int, most: int) -> int:
@@ -589,7 +689,7 @@ def _check(
     if not 1 <= items <= wire.rows:
         raise ValueError(f"expected must be of 1 to {wire.rows} items, got {items}")
     pairs = wire.world_size * items
-    listed: list[tuple[str, Tensor, tuple[int | None, ...], torch.dtype | None]] = [
+    listed: list[tuple[str, Tensor | None, tuple[int | None, ...], torch.dtype | None]] = [
         ("items", routes.items, (pairs,), i32),
         ("units_of", routes.units_of, (pairs,), i32),
         ("route_units", routes.route_units, (None,), i32),
@@ -616,6 +716,15 @@ def _check(
             ("covered", answer.covered, (rows, 2), i32),
         ]
         _words("partial out", answer.out, wire.answer_words)
+        if answer.parts is not None:
+            parts, columns = len(answer.parts.out), answer.out.shape[-1]
+            shape = (parts, 2, heads, columns)
+            listed += [
+                ("parts.out", answer.parts.out, shape, answer.out.dtype),
+                ("parts.lse", answer.parts.lse, shape[:-1], f32),
+                ("parts.covered", answer.parts.covered, (parts, 2, 2), i32),
+                ("parts.first_tile", answer.parts.first_tile, (rows + 2,), i32),
+            ]
     if receive is not None:
         columns, partials = receive.outs.shape[-1], len(receive.outs)
         listed += [
@@ -624,6 +733,7 @@ def _check(
             ("out", receive.out, (items, heads, columns), None),
             ("lse", receive.lse, (items, heads), f32),
             ("fault", receive.fault, (items,), i32),
+            ("lacking", receive.lacking, (items,), i32),
         ]
         _words("outs", receive.outs.flatten(0, 1), wire.answer_words)
     for name, tensor, shape, dtype in listed:

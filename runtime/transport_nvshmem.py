@@ -43,6 +43,7 @@ class Facts:
     """What a rank says before NVSHMEM starts. All but `host` to `free_bytes` must be equal."""
 
     wires: tuple[str, ...]
+    heap: int
     incarnation: int
     put: bool
     libnvshmem: str
@@ -102,9 +103,9 @@ def refusal(facts: Sequence[Facts], num_bytes: int) -> str | None:
     for rank, fact in enumerate(facts):
         if fact.free_bytes < num_bytes + _RESERVE:
             return (
-                f"rank {rank} has {fact.free_bytes} bytes of device memory free, the arena takes "
-                f"{num_bytes} and {_RESERVE} must remain: open fewer channels, or a wire of fewer "
-                "rows, before the pool takes its share"
+                f"rank {rank} has {fact.free_bytes} bytes of device memory free, arena and pool take "
+                f"{num_bytes} and {_RESERVE} must remain: open fewer channels, a wire of fewer rows, or "
+                "a pool of fewer slots"
             )
     if facts[0].put:
         return None
@@ -119,7 +120,11 @@ def refusal(facts: Sequence[Facts], num_bytes: int) -> str | None:
 
 
 class NvshmemTransport:
-    """One rank of a world over NVSHMEM. There is one per process, until it is closed."""
+    """One rank of a world over NVSHMEM. There is one per process, until it is closed.
+
+    heap: (bytes,) uint8, this rank's memory beside the channels, zero at first. heaps: (W,) int64,
+    where each rank's is mapped here, 0 where it cannot be reached.
+    """
 
     def __init__(
         self,
@@ -131,6 +136,7 @@ class NvshmemTransport:
         deadline_s: float = 2.0,
         put: bool = False,
         ring: int = 0,
+        heap: int = 0,
     ) -> None:
         """Open it; every rank of `group` (gloo) at the same time.
 
@@ -142,6 +148,7 @@ class NvshmemTransport:
             put: send by NVSHMEM's put instead of stores, for peers of other hosts. Experimental
                 until it has run over InfiniBand.
             ring: epochs whose time stamps are kept, 0 for none.
+            heap: bytes that the others can read beside the channels, for a pool of blocks.
         Raises:
             ValueError: naming what does not fit, on every rank alike, before NVSHMEM is entered.
         """
@@ -165,8 +172,10 @@ class NvshmemTransport:
             raise ValueError(
                 f"needs a CUDA device with its index and a deadline, got {device}, {deadline_s} s"
             )
-        sizes = [-(-wire.num_bytes // _ALIGNMENT) * _ALIGNMENT for wire in wires]
-        starts, num_bytes = [sum(sizes[:channel]) for channel in range(channels)], sum(sizes)
+        if heap < 0:
+            raise ValueError(f"heap must not be negative, got {heap}")
+        sizes = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in (*(w.num_bytes for w in wires), heap)]
+        starts, num_bytes = [sum(sizes[:channel]) for channel in range(channels + 1)], sum(sizes)
         torch.cuda.set_device(device)
         torch.cuda.init()
         import nvshmem.bindings as bindings  # only here: the package needs a GPU's libraries
@@ -174,7 +183,7 @@ class NvshmemTransport:
 
         load_nvidia_dynamic_lib("nvshmem_host")
         self._library = bindings
-        ours = _facts(bindings, wires, device, incarnation=incarnation, put=put)
+        ours = _facts(bindings, wires, device, heap=heap, incarnation=incarnation, put=put)
         said = gather(ours.encoded(), group)
         if reason := refusal([ours.read(rank, text) for rank, text in enumerate(said)], num_bytes):
             raise ValueError(reason)
@@ -191,6 +200,9 @@ class NvshmemTransport:
             )
         memory = _view(self._base, num_bytes, device)
         memory.zero_()
+        own = starts[channels]
+        self.heap = memory[own : own + heap]
+        self.heaps = torch.tensor([base and base + own for base in bases], device=device)
         self._status = torch.zeros(channels, dtype=torch.int64, pin_memory=True)
         self._hook = _ModuleHook(bindings) if put else None
         bitcode = str(_device_library()) if put else None
@@ -213,7 +225,7 @@ class NvshmemTransport:
                 budget_ns=int(0.9e9 * deadline_s),
                 put=bitcode,
             )
-            for channel, (wire, start) in enumerate(zip(wires, starts, strict=True))
+            for channel, (wire, start) in enumerate(zip(wires, starts[:channels], strict=True))
         ]
         torch.cuda.synchronize(device)
         gather(b"", group)  # nobody writes to an arena that is not zero yet
@@ -299,7 +311,13 @@ def gather(said: bytes, group: dist.ProcessGroup) -> list[bytes]:
 
 
 def _facts(
-    library: Any, wires: Sequence[Wire], device: torch.device, *, incarnation: int, put: bool
+    library: Any,
+    wires: Sequence[Wire],
+    device: torch.device,
+    *,
+    heap: int,
+    incarnation: int,
+    put: bool,
 ) -> Facts:
     parts = [ctypes.c_int() for _ in range(3)]
     library.vendor_get_version_info(*(ctypes.addressof(part) for part in parts))
@@ -314,6 +332,7 @@ def _facts(
     )
     return Facts(
         wires=tuple(map(str, wires)),
+        heap=heap,
         incarnation=incarnation,
         put=put,
         libnvshmem=".".join(str(part.value) for part in parts),

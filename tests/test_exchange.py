@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from triton.runtime.errors import InterpreterError
 from wires import asked, connected, due, partials_of, room, target
 
+from qroam.kernels.attend import Workspace
 from qroam.kernels.exchange import Accepted, Ends, Merge, Partials, exchange
 from qroam.kernels.signals import SILENT, UNTRUE, blame
 from qroam.kernels.wire import Wire
@@ -42,8 +43,8 @@ def queries(ends: Ends, accepted: Accepted) -> tuple[Tensor, Tensor]:
 def full(wire: Wire, answer: Partials) -> Partials:
     """With capacity for all that can arrive, poisoned."""
     rows = (wire.world_size - 1) * wire.rows
-    padded = [torch.full((rows, *t.shape[1:]), 77).to(t.dtype) for t in answer]
-    for to, given in zip(padded, answer, strict=True):
+    padded = [torch.full((rows, *t.shape[1:]), 77).to(t.dtype) for t in answer[:3]]
+    for to, given in zip(padded, answer[:3], strict=True):
         to[: len(given)] = given
     return Partials(*padded)
 
@@ -91,6 +92,74 @@ def test_every_row_arrives_and_every_answer_returns(world: int, items: int) -> N
             torch.testing.assert_close(merge.lse, lse, rtol=1e-6, atol=1e-6)
             assert not merge.fault.any()
         assert [int(end.epoch) for end in ends] == [epoch + 1] * world
+        assert not any(int(end.status) for end in ends)
+        assert not any(bool(end.counters.any()) for end in ends)
+
+
+def cut(answer: Partials, rows: int, *, parts: int, seed: int) -> Partials:
+    """These partials as `attend` leaves rows that it cuts: tiles of all rows in one sequence, in
+    equal shares, and of a row that is cut a partial in each part that has some of it."""
+    g = torch.Generator().manual_seed(seed)
+    capacity = len(answer.out)
+    tiles = torch.zeros(capacity, dtype=torch.int64)
+    tiles[:rows] = torch.randint(1, 6, (rows,), generator=g)
+    ends = tiles.cumsum(0)
+    chunk = max(-(-int(ends[-1]) // parts), 1)
+    made = Workspace.make(
+        rows=capacity, heads=answer.out.shape[1], value_dim=answer.out.shape[2], parts=parts,
+        device="cpu", dtype=answer.out.dtype,
+    )  # fmt: skip
+    for tensor in made:
+        tensor.fill_(77)
+    made.first_tile[:capacity] = (ends - tiles).int()
+    made.first_tile[capacity:] = torch.tensor([int(ends[-1]), chunk])
+    whole = answer._replace(out=answer.out.clone(), lse=answer.lse.clone(), parts=made)
+    for m in range(rows):
+        begin, end = int(ends[m] - tiles[m]), int(ends[m])
+        first, last = begin // chunk, (end - 1) // chunk
+        if first == last:
+            continue
+        shares = torch.rand(last - first + 1, generator=g)
+        shares[0] = 0.0  # a part of which nothing was there
+        shares /= shares.sum()
+        for i, share in enumerate(shares):
+            seat = (first + i, int(i == 0))
+            made.out[seat] = torch.nan if share == 0 else answer.out[m]
+            made.lse[seat] = answer.lse[m] + share.log()
+            made.covered[seat] = answer.covered[m] if i == 1 else 0
+        whole.out[m], whole.lse[m] = torch.nan, torch.nan
+    whole.covered[whole.lse.isnan().any(1)] = 12345
+    return whole
+
+
+def test_cut_rows_are_merged_as_they_leave() -> None:
+    """And few wide CTAs do the same."""
+    wire = small_wire(2)
+    for epoch, (parts, ctas) in enumerate([(3, None), (9, 2), (40, 3)]):
+        ends = connected(wire)
+        given = [
+            asked(wire, r, 5, columns=COLUMNS, seed=epoch, dtype=torch.float16) for r in range(2)
+        ]
+        merged = [target(a) for a in given]
+        accepted = [room(wire) for _ in ends]
+        lacking = torch.zeros(5, dtype=torch.int32)
+        lacking[3] = 2
+        for end, ask in zip(ends, given, strict=True):
+            exchange(end, ask.routes, send=ask.query, ctas=ctas)
+        for end, ask, rows in zip(ends, given, accepted, strict=True):
+            exchange(end, ask.routes, accept=rows, ctas=ctas)
+            found, lengths = queries(end, rows)
+            answer = full(wire, partials_of(found, lengths, COLUMNS))
+            answer = cut(answer, len(found), parts=parts, seed=epoch)
+            exchange(end, ask.routes, answer=answer, ctas=ctas)
+        for end, ask, merge in zip(ends, given, merged, strict=True):
+            exchange(end, ask.routes, receive=merge._replace(lacking=lacking))
+            out, lse = due(ask, COLUMNS)
+            right = lacking == 0
+            torch.testing.assert_close(merge.out[right].float(), out[right], rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(merge.lse[right], lse[right], rtol=1e-5, atol=1e-5)
+            assert merge.fault.tolist() == lacking.tolist()
+            assert bool(merge.out[3].isnan().all())
         assert not any(int(end.status) for end in ends)
         assert not any(bool(end.counters.any()) for end in ends)
 

@@ -18,6 +18,7 @@ from qroam.runtime.transport_nvshmem import Facts, gather, refusal
 GIB = 1 << 30
 RANK = Facts(
     wires=("rows=8",),
+    heap=0,
     incarnation=1,
     put=False,
     libnvshmem="3.4.5",

@@ -1,0 +1,227 @@
+"""One layer-step on the device, in the order the data travels: decide, move, attend, merge.
+
+Letters: N items of this rank (a query each), K listed entries, H heads, D query columns, C value
+columns, W ranks. Everything between the selection and the merged output is launched without a look
+at the device, so a step is captured in one CUDA graph and replayed with new queries and selections;
+`runtime/step.py` tells the same story on CPUs.
+
+    main stream    plan   send, accept        routed rows        answer   receive
+    own stream          \\ pull, own rows: first half        second half /
+
+What this rank has and what it pulled is attended beside the exchange: the first half of its rows
+while queries fly, the second while answers do. Whoever sends takes a few SMs, the attention beside it
+the others; the rows of other ranks get all of them, as nothing else can go on then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...kernels.attend import Workspace, attend, parts_of
+from ...kernels.decide import Mode, PriceTable
+from ...kernels.exchange import Accepted, Ends, Merge, Partials, Routes, exchange
+from ...kernels.fetch import compose, fetch
+from ...kernels.plan import Plan, plan
+from ...kernels.plan import Workspace as PlanWorkspace
+from ...partition.layout import Layout
+from .pool import GpuPool
+
+SENDERS = 16  # SMs that move messages beside an attention: 8 push 315 GB/s, and half of them wait
+_SPLIT = 16  # rows from which on half of them wait for the answers' flight
+
+
+class _Own(NamedTuple):
+    """Own rows [first, end) and their results, merged with the answers."""
+
+    rows: slice
+    out: Tensor
+    lse: Tensor
+    covered: Tensor
+
+
+class GpuStep:
+    """The step of up to N queries a rank, of K entries each.
+
+    Every rank of the world runs the same sequence of steps, idle ones without units. The buffers:
+
+    query (N, H, D), units (N, K) int32 stored entry ids, distinct in a row, -1 anywhere, and hidden
+    (N, 2) int32, entry ids ahead of each query, are what it reads. out (N, H, C), lse (N, H) fp32 and
+    fault (N,) int32, 0 or 1 + a holder whose entries were not all there, are what it leaves; out and
+    lse of a query with a fault are NaN. `plan` is the last step's.
+    """
+
+    def __init__(
+        self,
+        pool: GpuPool,
+        layouts: Sequence[Layout],
+        *,
+        prices: PriceTable,
+        ends: Ends | None,
+        rank: int,
+        world_size: int,
+        rows: int,
+        listed: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """Allocate for N = `rows` and K = `listed`; nothing is launched.
+
+        Args:
+            layouts: of each layer, of equal shapes. prices: what decides, of `world_size` ranks.
+            ends: this rank's end of a channel; None in a world of one.
+        Raises: ValueError for sizes that do not fit one another.
+        """
+        if (ends is None) != (world_size == 1):
+            raise ValueError(f"a world of {world_size} needs {'no' if ends else 'an'} end of a channel")
+        if ends is not None and (rows > ends.wire.rows or listed > ends.wire.units):
+            raise ValueError(
+                f"{rows} rows of {listed} entries do not fit a wire of {ends.wire.rows} rows of "
+                f"{ends.wire.units}"
+            )
+        layout, device = layouts[0], pool.memory.device
+        heads, columns = layout.branch_heads, layout.value_dim
+        self._pool, self._prices, self._ends = pool, prices, ends
+        self._rank, self._world = rank, world_size
+        self._value_dim = columns
+        self._scales = [given.softmax_scale for given in layouts]
+
+        def ints(*shape: int, value: int = 0) -> Tensor:
+            return torch.full(shape, value, dtype=torch.int32, device=device)
+
+        def results(count: int) -> tuple[Tensor, Tensor, Tensor]:
+            out = torch.empty(count, heads, columns, dtype=dtype, device=device)
+            return out, torch.empty(count, heads, device=device), ints(count, 2)
+
+        self.query = torch.zeros(rows, heads, layout.key_dim, dtype=dtype, device=device)
+        self.units, self.hidden = ints(rows, listed, value=-1), ints(rows, 2)
+        self.out, self.lse, _ = results(rows)
+        self.fault = ints(rows)
+        self.plan = Plan.make(
+            num_items=rows, num_listed=listed, world_size=world_size,
+            num_forms=prices.num_forms, device=device,
+        )  # fmt: skip
+        self._plan_space = PlanWorkspace.make(
+            num_items=rows,
+            num_branches=1,
+            num_units=len(pool.directory.records) * pool.directory.block_tokens,
+            world_size=world_size,
+            device=device,
+        )
+        self._came = ints(rows * listed, 2)
+        self._own_units, self._own_lengths = ints(rows, listed), ints(rows)
+        self._lacking = ints(rows)
+        beside = 0 if ends is None else SENDERS
+        parts = parts_of(heads, device)
+        own_parts = max(parts * _sms(device, beside) // _sms(device, 0), 1)
+
+        def space(count: int, parts: int) -> Workspace:
+            return Workspace.make(
+                rows=count, heads=heads, value_dim=columns, parts=parts, device=device, dtype=dtype
+            )
+
+        self._own = results(rows)
+        self._own_space = space(rows, own_parts)
+        middle = rows // 2 if ends is not None and rows >= _SPLIT else rows
+        self._shares = [slice(0, middle)] + ([slice(middle, rows)] if middle < rows else [])
+        self._aside = torch.cuda.Stream(device)
+        self._graphs: dict[tuple[int, Mode], torch.cuda.CUDAGraph] = {}
+        if ends is not None:
+            others = (world_size - 1) * ends.wire.rows
+            self._routes = Routes(
+                *(column[0] for column in (self.plan.items, self.plan.units_of)),
+                self.plan.route_units[0],
+                self.plan.pairs[0],
+                self.plan.expected,
+            )
+            self._accepted = Accepted.make(ends.wire, device)
+            self._answer = Partials(*results(others), parts=space(others, parts))
+            self._inbox = ends.inbox.view(dtype).view(-1, heads, layout.key_dim)
+
+    def run(self, layer: int, mode: Mode) -> None:
+        """Launch one step on the current stream. With mode "given" the ways are those in `plan.way`."""
+        pool, ends = self._pool, self._ends
+        plan(
+            self.units, pool.directory, self._prices, self._plan_space, rank=self._rank, mode=mode,
+            hidden=self.hidden, fill=pool.fill[layer], out=self.plan,
+        )  # fmt: skip
+        if ends is None:
+            self._pull(layer, mode)
+            self._attend_own(layer, self._shares[0])
+            self.out.copy_(torch.where(self._lacking[:, None, None] == 0, self._own[0], torch.nan))
+            self.lse.copy_(torch.where(self._lacking[:, None] == 0, self._own[1], torch.nan))
+            self.fault.copy_(self._lacking)
+            return
+        main = torch.cuda.current_stream()
+        self._aside.wait_stream(main)
+        exchange(ends, self._routes, send=self.query, accept=self._accepted, ctas=SENDERS)
+        with torch.cuda.stream(self._aside):
+            self._pull(layer, mode)
+            self._attend_own(layer, self._shares[0])
+        self._attend_routed(layer)
+        if len(self._shares) > 1:
+            self._aside.wait_stream(main)
+            with torch.cuda.stream(self._aside):
+                self._attend_own(layer, self._shares[1])
+            exchange(ends, self._routes, answer=self._answer, ctas=SENDERS)
+            main.wait_stream(self._aside)
+            exchange(ends, self._routes, receive=self._merge)
+        else:
+            main.wait_stream(self._aside)
+            exchange(ends, self._routes, answer=self._answer, receive=self._merge)
+
+    def replay(self, layer: int, mode: Mode) -> None:
+        """`run` from a graph, captured at first use after a run outside, as all ranks then do."""
+        key = (layer, mode)
+        if key not in self._graphs:
+            self.run(layer, mode)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.run(layer, mode)
+            self._graphs[key] = graph
+            return
+        self._graphs[key].replay()
+
+    @property
+    def _merge(self) -> Merge:
+        out, lse, _ = self._own
+        return Merge(out[None], lse[None], self.out, self.lse, self.fault, self._lacking)
+
+    def _pull(self, layer: int, mode: Mode) -> None:
+        """Fetch what the plan says; the list of each item's entries that are here then."""
+        pool = self._pool
+        if mode != "always-route" and self._ends is not None:
+            fetch(
+                pool.map, layer, pool.peers, self.plan.fetch_units, self.plan.counts,
+                memory=pool.memory, came=self._came,
+            )  # fmt: skip
+        compose(
+            pool.map, layer, self.plan, self._came, rank=self._rank,
+            units=self._own_units, lengths=self._own_lengths, fault=self._lacking,
+        )  # fmt: skip
+
+    def _attend_own(self, layer: int, rows: slice) -> None:
+        out, lse, covered = (result[rows] for result in self._own)
+        attend(
+            self.query[rows], self._pool.entries(layer), self._own_units[rows],
+            value_dim=self._value_dim, scale=self._scales[layer], workspace=self._own_space,
+            lengths=self._own_lengths[rows], out=out, lse=lse, covered=covered,
+        )  # fmt: skip
+
+    def _attend_routed(self, layer: int) -> None:
+        accepted, answer = self._accepted, self._answer
+        assert answer.parts is not None
+        attend(
+            self._inbox, self._pool.entries(layer), accepted.units,
+            value_dim=self._value_dim, scale=self._scales[layer], workspace=answer.parts,
+            lengths=accepted.lengths, num_rows=accepted.num_rows, query_of=accepted.query_of,
+            tables=self._pool.tables(layer), out=answer.out, lse=answer.lse,
+            covered=answer.covered, combined=False,
+        )  # fmt: skip
+
+
+def _sms(device: torch.device, taken: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) - taken
