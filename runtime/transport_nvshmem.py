@@ -174,7 +174,9 @@ class NvshmemTransport:
             )
         if heap < 0:
             raise ValueError(f"heap must not be negative, got {heap}")
-        sizes = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in (*(w.num_bytes for w in wires), heap)]
+        sizes = [
+            -(-size // _ALIGNMENT) * _ALIGNMENT for size in (*(w.num_bytes for w in wires), heap)
+        ]
         starts, num_bytes = [sum(sizes[:channel]) for channel in range(channels + 1)], sum(sizes)
         torch.cuda.set_device(device)
         torch.cuda.init()

@@ -27,7 +27,15 @@ from qroam.kernels.signals import publish
 
 BF16, F32, I64 = torch.bfloat16, torch.float32, torch.int64
 ROLES = ("send", "accept", "answer", "receive")
-LAUNCHES = [[role] for role in ROLES] + [["answer", "receive"], list(ROLES)]
+# Of each launch the roles, on how many CTAs, and whether the answers come in parts.
+LAUNCHES: dict[str, tuple[tuple[str, ...], int | None, bool]] = {
+    **{role: ((role,), None, False) for role in ROLES},
+    "answer_receive": (("answer", "receive"), None, False),
+    "_".join(ROLES): (ROLES, None, False),
+    "few_send_accept": (("send", "accept"), 16, False),
+    "few_answer_parts": (("answer",), 16, True),
+    "answer_parts_receive": (("answer", "receive"), None, True),
+}
 _PROBE = "store_and_publish"
 _COUNT = re.compile(r"atom\.global\.gpu\.acq_rel\.add\.u32")
 _RELEASE = re.compile(r"atom\.global\.sys\.release\.exch\.b64")
@@ -48,14 +56,15 @@ def compile_roles(folder: str, *chosen: str) -> None:
     """In the child: PTX of the chosen launches, or all, and of the probe; one file each."""
     from test_kernel_compile import StandIn, on_gpu, pretend_hopper
 
+    from qroam.kernels.attend import Workspace
     from qroam.kernels.exchange import Accepted, Ends, Merge, Partials, Routes, exchange
     from qroam.kernels.wire import Wire
 
     wire = Wire(
         world_size=2, rows=8, heads=128, query_words=36864, answer_words=32768, units=2048
     )  # fmt: skip
-    launches = [roles for roles in LAUNCHES if not chosen or "_".join(roles) in chosen]
-    names = iter([*("_".join(roles) for roles in launches), _PROBE])
+    launches = [name for name in LAUNCHES if not chosen or name in chosen]
+    names = iter([*launches, _PROBE])
 
     def keep(made: Any) -> None:
         (Path(folder) / next(names)).write_text(made.asm["ptx"])
@@ -74,8 +83,16 @@ def compile_roles(folder: str, *chosen: str) -> None:
             "answer": Partials(out, lse, on_gpu(8, 2)),
             "receive": Merge(out[None], lse[None], out, lse, on_gpu(8)),
         }
-        for roles in launches:
-            exchange(ends, routes, **{name: role[name] for name in roles})
+        parts = Workspace(
+            on_gpu(66, 2, 128, 512, dtype=BF16), on_gpu(66, 2, 128, dtype=F32), on_gpu(66, 2, 2),
+            on_gpu(10),
+        )  # fmt: skip
+        for launch in launches:
+            roles, ctas, in_parts = LAUNCHES[launch]
+            given = {name: role[name] for name in roles}
+            if in_parts:
+                given["answer"] = role["answer"]._replace(parts=parts)
+            exchange(ends, routes, ctas=ctas, **given)
         _store_and_publish[(4,)](
             on_gpu(1024), on_gpu(1), on_gpu(1, dtype=I64), 1 << 40, num_warps=4
         )
@@ -130,16 +147,17 @@ def test_publishing_alone(shipped: dict[str, str]) -> None:
     assert breaches(shipped[_PROBE]) == []
 
 
-@pytest.mark.parametrize("roles", LAUNCHES, ids="_".join)
-def test_order_of_what_is_shipped(roles: list[str], shipped: dict[str, str]) -> None:
-    ptx = shipped["_".join(roles)]
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_order_of_what_is_shipped(launch: str, shipped: dict[str, str]) -> None:
+    ptx, (roles, _, in_parts) = shipped[launch], LAUNCHES[launch]
     assert breaches(ptx) == []
     senders = {"send", "answer"} & set(roles)
     waiters = {"accept", "answer", "receive"} & set(roles)
     assert len(_RELEASE.findall(ptx)) == len(senders)
     assert bool(_ACQUIRE.findall(ptx)) == bool(waiters)
-    # What is copied to another GPU goes in 16 bytes a thread.
-    assert len(re.findall(r"st\.global\.v4\.b32", ptx)) >= 4 * len(senders)
+    # What goes to another GPU goes in 16 bytes a thread, four times at once where it is only copied.
+    wide = len(re.findall(r"st\.global\.v4\.b32", ptx))
+    assert wide >= (1 if in_parts else 4 * len(senders))
 
 
 BROKEN: dict[str, tuple[Changes, str]] = {

@@ -136,7 +136,9 @@ def rope(*, layers: int) -> None:
     )
 
 
-def exchange(*, rows: int) -> None:
+def exchange(*, rows: int, few: bool = False) -> None:
+    """All roles at once; or, on a few SMs beside an attention, those that go beside one."""
+    from qroam.kernels.attend import Workspace
     from qroam.kernels.exchange import Accepted, Ends, Merge, Partials, Routes, exchange
     from qroam.kernels.wire import Wire
 
@@ -153,14 +155,16 @@ def exchange(*, rows: int) -> None:
         on_gpu(2 * rows), on_gpu(2 * rows), on_gpu(rows * 2048), on_gpu(2), on_gpu(rows, 2, 2)
     )
     out, lse = on_gpu(rows, 128, 512, dtype=_BF16), on_gpu(rows, 128, dtype=_F32)
-    exchange(
-        ends,
-        routes,
-        send=on_gpu(rows, 128, 576, dtype=_BF16),
-        accept=Accepted.make(wire, _GPU),
-        answer=Partials(out, lse, on_gpu(rows, 2)),
-        receive=Merge(out[None], lse[None], out, lse, on_gpu(rows)),
-    )
+    parts = Workspace.make(rows=rows, heads=128, value_dim=512, parts=66, device=_GPU)
+    query, accepted = on_gpu(rows, 128, 576, dtype=_BF16), Accepted.make(wire, _GPU)
+    answer = Partials(out, lse, on_gpu(rows, 2))
+    merge = Merge(out[None], lse[None], out, lse, on_gpu(rows))
+    if few:
+        exchange(ends, routes, send=query, accept=accepted, ctas=16)
+        exchange(ends, routes, answer=answer._replace(parts=parts), ctas=16)
+        exchange(ends, routes, answer=answer._replace(parts=parts), receive=merge)
+    else:
+        exchange(ends, routes, send=query, accept=accepted, answer=answer, receive=merge)
 
 
 @dataclass(frozen=True)
@@ -196,6 +200,11 @@ LAUNCHES = {
     },
     "rope": launch(rope, "_rotate_kernel", layers=61),
     "exchange 64": launch(exchange, "_exchange_kernel", rows=64),
+    "exchange 1 beside an attention": launch(exchange, "_exchange_kernel", rows=1, few=True),
+    # One register, outside of the loops over words.
+    "exchange 64 beside an attention": launch(
+        exchange, "_exchange_kernel", rows=64, few=True, spilled=16
+    ),
 }
 
 

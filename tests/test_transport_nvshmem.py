@@ -50,7 +50,7 @@ def test_ranks_that_fit_are_not_refused() -> None:
         ),
         (
             [RANK, replace(OTHER, free_bytes=4 * GIB)],
-            f"rank 1 has {4 * GIB} bytes of device memory free, the arena takes {4 * GIB}",
+            f"rank 1 has {4 * GIB} bytes of device memory free, arena and pool take {4 * GIB}",
         ),
         (
             [RANK, replace(OTHER, host="two")],

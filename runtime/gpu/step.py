@@ -75,7 +75,9 @@ class GpuStep:
         Raises: ValueError for sizes that do not fit one another.
         """
         if (ends is None) != (world_size == 1):
-            raise ValueError(f"a world of {world_size} needs {'no' if ends else 'an'} end of a channel")
+            raise ValueError(
+                f"a world of {world_size} needs {'no' if ends else 'an'} end of a channel"
+            )
         if ends is not None and (rows > ends.wire.rows or listed > ends.wire.units):
             raise ValueError(
                 f"{rows} rows of {listed} entries do not fit a wire of {ends.wire.rows} rows of "
