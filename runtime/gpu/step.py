@@ -16,7 +16,6 @@ the others; the rows of other ranks get all of them, as nothing else can go on t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,15 +31,6 @@ from .pool import GpuPool
 
 SENDERS = 16  # SMs that move messages beside an attention: 8 push 315 GB/s, and half of them wait
 _SPLIT = 16  # rows from which on half of them wait for the answers' flight
-
-
-class _Own(NamedTuple):
-    """Own rows [first, end) and their results, merged with the answers."""
-
-    rows: slice
-    out: Tensor
-    lse: Tensor
-    covered: Tensor
 
 
 class GpuStep:
@@ -144,35 +134,42 @@ class GpuStep:
 
     def run(self, layer: int, mode: Mode) -> None:
         """Launch one step on the current stream. With mode "given" the ways are those in `plan.way`."""
-        pool, ends = self._pool, self._ends
+        self.decide(layer, mode)
+        self.attend(layer, mode)
+
+    def decide(self, layer: int, mode: Mode) -> None:
+        """Who is asked for what, to `plan`."""
+        pool = self._pool
         plan(
             self.units, pool.directory, self._prices, self._plan_space, rank=self._rank, mode=mode,
             hidden=self.hidden, fill=pool.fill[layer], out=self.plan,
         )  # fmt: skip
+
+    def attend(self, layer: int, mode: Mode) -> None:
+        """Do what `plan` says, which may have been decided for another query of the same selection."""
+        ends = self._ends
         if ends is None:
-            self._pull(layer, mode)
-            self._attend_own(layer, self._shares[0])
-            self.out.copy_(torch.where(self._lacking[:, None, None] == 0, self._own[0], torch.nan))
-            self.lse.copy_(torch.where(self._lacking[:, None] == 0, self._own[1], torch.nan))
-            self.fault.copy_(self._lacking)
+            self._alone(layer, mode)
             return
-        main = torch.cuda.current_stream()
-        self._aside.wait_stream(main)
+        main, aside = torch.cuda.current_stream(), self._aside
+        aside.wait_stream(main)
         exchange(ends, self._routes, send=self.query, accept=self._accepted, ctas=SENDERS)
-        with torch.cuda.stream(self._aside):
+        with torch.cuda.stream(aside):
             self._pull(layer, mode)
             self._attend_own(layer, self._shares[0])
         self._attend_routed(layer)
-        if len(self._shares) > 1:
-            self._aside.wait_stream(main)
-            with torch.cuda.stream(self._aside):
-                self._attend_own(layer, self._shares[1])
-            exchange(ends, self._routes, answer=self._answer, ctas=SENDERS)
-            main.wait_stream(self._aside)
-            exchange(ends, self._routes, receive=self._merge)
-        else:
-            main.wait_stream(self._aside)
-            exchange(ends, self._routes, answer=self._answer, receive=self._merge)
+        out, lse, _ = self._own
+        merge = Merge(out[None], lse[None], self.out, self.lse, self.fault, self._lacking)
+        if len(self._shares) == 1:
+            main.wait_stream(aside)
+            exchange(ends, self._routes, answer=self._answer, receive=merge)
+            return
+        aside.wait_stream(main)
+        with torch.cuda.stream(aside):
+            self._attend_own(layer, self._shares[1])
+        exchange(ends, self._routes, answer=self._answer, ctas=SENDERS)
+        main.wait_stream(aside)
+        exchange(ends, self._routes, receive=merge)
 
     def replay(self, layer: int, mode: Mode) -> None:
         """`run` from a graph, captured at first use after a run outside, as all ranks then do."""
@@ -187,10 +184,14 @@ class GpuStep:
             return
         self._graphs[key].replay()
 
-    @property
-    def _merge(self) -> Merge:
+    def _alone(self, layer: int, mode: Mode) -> None:
+        self._pull(layer, mode)
+        self._attend_own(layer, self._shares[0])
         out, lse, _ = self._own
-        return Merge(out[None], lse[None], self.out, self.lse, self.fault, self._lacking)
+        whole = self._lacking == 0
+        self.out.copy_(torch.where(whole[:, None, None], out, torch.nan))
+        self.lse.copy_(torch.where(whole[:, None], lse, torch.nan))
+        self.fault.copy_(self._lacking)
 
     def _pull(self, layer: int, mode: Mode) -> None:
         """Fetch what the plan says; the list of each item's entries that are here then."""
