@@ -41,7 +41,8 @@ class GpuStep:
     query (N, H, D), units (N, K) int32 stored entry ids, distinct in a row, -1 anywhere, and hidden
     (N, 2) int32, entry ids ahead of each query, are what it reads. out (N, H, C), lse (N, H) fp32 and
     fault (N,) int32, 0 or 1 + a holder whose entries were not all there, are what it leaves; out and
-    lse of a query with a fault are NaN. `plan` is the last step's.
+    lse of a query with a fault are NaN. `plan` is the last step's, `lacking` (N,) int32 the faults of
+    what was fetched or is here.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class GpuStep:
         )
         self._came = ints(rows * listed, 2)
         self._own_units, self._own_lengths = ints(rows, listed), ints(rows)
-        self._lacking = ints(rows)
+        self.lacking = ints(rows)
         beside = 0 if ends is None else SENDERS
         parts = parts_of(heads, device)
         own_parts = max(parts * _sms(device, beside) // _sms(device, 0), 1)
@@ -155,11 +156,11 @@ class GpuStep:
         aside.wait_stream(main)
         exchange(ends, self._routes, send=self.query, accept=self._accepted, ctas=SENDERS)
         with torch.cuda.stream(aside):
-            self._pull(layer, mode)
+            self.pull(layer, mode)
             self._attend_own(layer, self._shares[0])
         self._attend_routed(layer)
         out, lse, _ = self._own
-        merge = Merge(out[None], lse[None], self.out, self.lse, self.fault, self._lacking)
+        merge = Merge(out[None], lse[None], self.out, self.lse, self.fault, self.lacking)
         if len(self._shares) == 1:
             main.wait_stream(aside)
             exchange(ends, self._routes, answer=self._answer, receive=merge)
@@ -185,15 +186,15 @@ class GpuStep:
         self._graphs[key].replay()
 
     def _alone(self, layer: int, mode: Mode) -> None:
-        self._pull(layer, mode)
+        self.pull(layer, mode)
         self._attend_own(layer, self._shares[0])
         out, lse, _ = self._own
-        whole = self._lacking == 0
+        whole = self.lacking == 0
         self.out.copy_(torch.where(whole[:, None, None], out, torch.nan))
         self.lse.copy_(torch.where(whole[:, None], lse, torch.nan))
-        self.fault.copy_(self._lacking)
+        self.fault.copy_(self.lacking)
 
-    def _pull(self, layer: int, mode: Mode) -> None:
+    def pull(self, layer: int, mode: Mode) -> None:
         """Fetch what the plan says; the list of each item's entries that are here then."""
         pool = self._pool
         if mode != "always-route" and self._ends is not None:
@@ -203,7 +204,7 @@ class GpuStep:
             )  # fmt: skip
         compose(
             pool.map, layer, self.plan, self._came, rank=self._rank,
-            units=self._own_units, lengths=self._own_lengths, fault=self._lacking,
+            units=self._own_units, lengths=self._own_lengths, fault=self.lacking,
         )  # fmt: skip
 
     def _attend_own(self, layer: int, rows: slice) -> None:
