@@ -104,19 +104,19 @@ def _fetch_kernel(
         generation = tl.load(_words_at(region + GENERATION) + slot, mask=placed, other=0)
         block = layer * SLOTS + slot
         fill = tl.load(_words_at(region + FILL) + block, mask=placed, other=0)
+        # Rows are read beside the tables: blocks that may be fetched do not change.
         there = placed & (offset < fill)
-        tl.store(came_ptr + seat * 2, there.to(tl.int32), mask=used)
-        mixed = tl.where(there, mix_of(unit, generation), 0).to(tl.int32)
-        tl.store(came_ptr + seat * 2 + 1, mixed, mask=used)
-
         row = (block * B + offset).to(tl.int64)
         from_row = _words_at(region + ENTRIES + row * (4 * WORDS))
         to_row = memory_ptr + STAGED + seat.to(tl.int64) * WORDS
         for first in tl.static_range(0, WORDS, COLUMNS):
             at = first + columns
-            live = there[:, None] & (at < WORDS)[None, :]
-            entry = tl.load(from_row[:, None] + at[None, :], mask=live)
-            tl.store(to_row[:, None] + at[None, :], entry, mask=live)
+            live = (at < WORDS)[None, :]
+            entry = tl.load(from_row[:, None] + at[None, :], mask=placed[:, None] & live)
+            tl.store(to_row[:, None] + at[None, :], entry, mask=there[:, None] & live)
+        tl.store(came_ptr + seat * 2, there.to(tl.int32), mask=used)
+        mixed = tl.where(there, mix_of(unit, generation), 0).to(tl.int32)
+        tl.store(came_ptr + seat * 2 + 1, mixed, mask=used)
 
 
 @triton.jit
