@@ -47,7 +47,7 @@ _CTAS_OF_SM = 65536 // (_REGISTERS * 32 * _WARPS)
 _TILE = 2048  # words a CTA copies at once, four accesses of 16 bytes a thread
 _WIDE = 4  # so many times a CTA's threads and tile where only a few CTAs may run
 _HEADS = 8  # the most that a CTA merges
-_MOST_PARTS = 64  # CTAs that copy a chunk; each of them counts, one after another
+_MOST_PARTS = 128  # CTAs that copy a chunk; each of them counts, one after another
 
 
 class Ends(NamedTuple):
@@ -133,7 +133,8 @@ class Merge(NamedTuple):
 
     out: (N, H, C), lse: (N, H) fp32; NaN where something was missing. fault: (N,) int32, 0, or 1 +
     the last holder whose answer covers something else than was asked. lacking: (N,) int32, faults
-    that the own partials have already.
+    that the own partials have already. parts: where `attend` left rows that it cut, with a dimension
+    in front: the N items in S equal shares, one after another. P is 1 then.
     """
 
     outs: Tensor
@@ -142,6 +143,7 @@ class Merge(NamedTuple):
     lse: Tensor
     fault: Tensor
     lacking: Tensor | None = None
+    parts: Workspace | None = None
 
 
 @triton.jit
@@ -334,19 +336,14 @@ def _accept(
 
 
 @triton.jit
-def _add(
-    lse_at, row_at, used, top, total, acc, columns, C: tl.constexpr,
-):  # fmt: skip
-    """One more partial of these heads; whatever an empty one holds cannot leak."""
-    lses = tl.load(lse_at, mask=used, other=-float("inf"))
-    outs = tl.load(row_at, mask=used[:, None] & (columns < C)[None, :], other=0.0)
+def _add(lses, outs, top, total, acc):
+    """One more partial of these heads, (HEADS,) and (HEADS, CP); nothing of an empty one can leak."""
     # The maximum may skip a NaN; the shares do not.
     new_top = tl.maximum(top, lses)
     safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)
     share, decay = tl.exp(lses - safe_top), tl.exp(top - safe_top)
-    total = total * decay + share
     weighted = tl.where(share[:, None] == 0.0, 0.0, outs.to(tl.float32) * share[:, None])
-    return new_top, total, acc * decay[:, None] + weighted
+    return new_top, total * decay + share, acc * decay[:, None] + weighted
 
 
 @triton.jit
@@ -357,25 +354,29 @@ def _cut(begin, end, size):
 
 
 @triton.jit
-def _merge_parts(
+def _gathered(
     m, first, parts, heads, used, columns, out_ptr, lse_ptr, w_out_ptr, w_lse_ptr,
     H: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, HEADS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Out (HEADS, CP) fp32 and lse (HEADS,) of some heads of a row, from the parts it was cut into;
-    the loads of AT_ONCE of them are under way together."""
+    """Running maximum (HEADS,), sum (HEADS,) and values (HEADS, CP) of some heads of a row, over the
+    parts it was cut into; AT_ONCE of them are read before the first is used."""
     top = tl.full((HEADS,), -float("inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
     acc = tl.zeros((HEADS, CP), tl.float32)
+    whole = parts == 1
     for i in range(0, parts, AT_ONCE):
+        lses, outs = (), ()
         for j in tl.static_range(AT_ONCE):
             seat = ((first + i + j) * 2 + tl.where(i + j == 0, 1, 0)).to(tl.int64)
-            whole = parts == 1
-            outs = tl.where(whole, out_ptr + m * H * C, w_out_ptr + seat * H * C)
-            lses = tl.where(whole, lse_ptr + m * H, w_lse_ptr + seat * H) + heads
-            rows = tl.multiple_of(outs, 16) + heads[:, None] * C + columns[None, :]
-            top, total, acc = _add(lses, rows, used & (i + j < parts), top, total, acc, columns, C)
-    acc /= tl.where(total == 0.0, 1.0, total)[:, None]
-    return acc, top + tl.log(total)
+            some = used & (i + j < parts)
+            lse_at = tl.where(whole, lse_ptr + m * H, w_lse_ptr + seat * H)
+            out_at = tl.where(whole, out_ptr + m * H * C, w_out_ptr + seat * H * C)
+            rows = tl.multiple_of(out_at, 16) + heads[:, None] * C + columns[None, :]
+            lses += (tl.load(lse_at + heads, mask=some, other=-float("inf")),)
+            outs += (tl.load(rows, mask=some[:, None] & (columns < C)[None, :], other=0.0),)
+        for j in tl.static_range(AT_ONCE):
+            top, total, acc = _add(lses[j], outs[j], top, total, acc)
+    return top, total, acc
 
 
 @triton.jit
@@ -438,12 +439,14 @@ def _answer(
                 end = tl.load(first_tile_ptr + first_m + after + 1)
                 heads, columns = tile * HEADS + tl.arange(0, HEADS), tl.arange(0, CP)
                 used = heads < H
-                out, lse = _merge_parts(m, first, parts, heads, used, columns, out_ptr, lse_ptr,
-                                        w_out_ptr, w_lse_ptr, H, C, CP, HEADS, AT_ONCE)  # fmt: skip
+                top, total, acc = _gathered(m, first, parts, heads, used, columns, out_ptr, lse_ptr,
+                                            w_out_ptr, w_lse_ptr, H, C, CP, HEADS, AT_ONCE)  # fmt: skip
+                out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
                 rows_at = record.to(out_ptr.dtype) + heads[:, None] * C + columns[None, :]
                 tl.store(rows_at, out.to(out_ptr.dtype.element_ty),
                          mask=used[:, None] & (columns < C)[None, :])  # fmt: skip
-                tl.store((record + ANSWER).to(lse_ptr.dtype) + heads, lse, mask=used)
+                lses = (record + ANSWER).to(lse_ptr.dtype) + heads
+                tl.store(lses, top + tl.log(total), mask=used)
                 if tile == 0:
                     both = tl.arange(0, 2)
                     tl.store(record + ANSWER + H + both,
@@ -463,21 +466,38 @@ def _answer(
 @triton.jit
 def _receive(
     unit, epoch, lane, rank, outs_ptr, lses_ptr, out_ptr, lse_ptr, fault_ptr, lacking_ptr,
-    items_ptr, pairs_ptr, expected_ptr, own_ptr, peers_ptr, status_ptr, budget_ns,
+    w_out_ptr, w_lse_ptr, first_tile_ptr, items_ptr, pairs_ptr, expected_ptr,
+    own_ptr, peers_ptr, status_ptr, budget_ns,
     W: tl.constexpr, WP: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, ANSWER: tl.constexpr, RECORD: tl.constexpr,
     WINDOW: tl.constexpr, ANSWER_SIGNALS: tl.constexpr, ABORT: tl.constexpr, N: tl.constexpr,
-    NP: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
+    NP: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, SHARE: tl.constexpr,
+    AT_ONCE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
+    """HEADS heads of an item. Its own partials are merged before anybody is waited for.
+
+    With PARTS they lie as `attend` cut them, in as many parts for each SHARE items.
+    """
     item, heads = unit // GROUPS, unit % GROUPS * HEADS + tl.arange(0, HEADS)
     used, columns = heads < H, tl.arange(0, CP)
     top = tl.full((HEADS,), -float("inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
     acc = tl.zeros((HEADS, CP), tl.float32)
-    for p in range(P):
-        row = (p * N + item).to(tl.int64) * H + heads
-        top, total, acc = _add(lses_ptr + row, outs_ptr + row[:, None] * C + columns[None, :], used,
-                               top, total, acc, columns, C)  # fmt: skip
+    if PARTS > 0:
+        first_tile_ptr += item // SHARE * (SHARE + 2)
+        begin = tl.load(first_tile_ptr + item % SHARE)
+        end = tl.load(first_tile_ptr + item % SHARE + 1)
+        first, parts = _cut(begin, end, tl.load(first_tile_ptr + SHARE + 1))
+        first += item // SHARE * PARTS
+        top, total, acc = _gathered(item.to(tl.int64), first, parts, heads, used, columns, outs_ptr,
+                                    lses_ptr, w_out_ptr, w_lse_ptr, H, C, CP, HEADS, AT_ONCE)  # fmt: skip
+    else:
+        for p in range(P):
+            row = (p * N + item).to(tl.int64) * H + heads
+            rows = outs_ptr + row[:, None] * C + columns[None, :]
+            lses = tl.load(lses_ptr + row, mask=used, other=-float("inf"))
+            outs = tl.load(rows, mask=used[:, None] & (columns < C)[None, :], other=0.0)
+            top, total, acc = _add(lses, outs, top, total, acc)
     aborted = tl.full((), 0, tl.int64)
     fault = tl.full((), 0, tl.int32)
     if lacking_ptr is not None:
@@ -509,8 +529,11 @@ def _receive(
                 differs = (found != tl.load(wanted)) | (found_mix != tl.load(wanted + 1))
                 fault = tl.where((seat >= 0) & differs, holder + 1, fault)
                 rows = record.to(outs_ptr.dtype) + heads[:, None] * C + columns[None, :]
-                lses = (record + ANSWER).to(lses_ptr.dtype) + heads
-                top, total, acc = _add(lses, rows, used & there, top, total, acc, columns, C)
+                some = used & there
+                lses = tl.load((record + ANSWER).to(lses_ptr.dtype) + heads, mask=some,
+                               other=-float("inf"))  # fmt: skip
+                outs = tl.load(rows, mask=some[:, None] & (columns < C)[None, :], other=0.0)
+                top, total, acc = _add(lses, outs, top, total, acc)
     broken = (aborted != 0) | (fault != 0)
     lse = tl.where(broken, float("nan"), top + tl.log(total))
     scale = tl.where(broken, float("nan"), 1.0 / tl.where(total == 0.0, 1.0, total))
@@ -541,7 +564,7 @@ def _note(ring_ptr, epoch, stamp: tl.constexpr, RING: tl.constexpr):
 def _exchange_kernel(
     query, items, units_of, route_units, pairs, expected, units, lengths, query_of, num_rows,
     partial_out, partial_lse, covered, part_outs, part_lses, part_covered, first_tile,
-    own_outs, own_lses, out, lse, fault, lacking,
+    own_outs, own_lses, out, lse, fault, lacking, own_part_outs, own_part_lses, own_first_tile,
     arena, peers, epoch_ptr, counters, tables, status, ring, lane, rank, budget_ns,
     W: tl.constexpr, WP: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
     ROWS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr, C: tl.constexpr,
@@ -551,7 +574,8 @@ def _exchange_kernel(
     WINDOW: tl.constexpr, QUERY_SIGNALS: tl.constexpr, ANSWER_SIGNALS: tl.constexpr,
     ABORT: tl.constexpr, OUTBOX: tl.constexpr, OUTGOING: tl.constexpr, RING: tl.constexpr,
     SENDS: tl.constexpr, ACCEPTS: tl.constexpr, ANSWERS: tl.constexpr, RECEIVES: tl.constexpr,
-    SEND_PARTS: tl.constexpr, ANSWER_PARTS: tl.constexpr, ANSWER_HEADS: tl.constexpr, AT_ONCE: tl.constexpr,
+    SEND_PARTS: tl.constexpr, ANSWER_PARTS: tl.constexpr, ANSWER_HEADS: tl.constexpr,
+    AT_ONCE: tl.constexpr, OWN_PARTS: tl.constexpr, SHARE: tl.constexpr, OWN_AT_ONCE: tl.constexpr,
     TILE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
     """Every CTA takes its units of each role, role after role; it has sent before it waits."""
@@ -598,8 +622,10 @@ def _exchange_kernel(
             if first + cta < RECEIVES:
                 _receive(
                     first + cta, epoch, lane, rank, own_outs, own_lses, out, lse, fault, lacking,
-                    items, pairs, expected, arena, peers, status, budget_ns, W, WP, CHUNKS, CHUNK, H, C,
-                    CP, ANSWER, RECORD, WINDOW, ANSWER_SIGNALS, ABORT, N, NP, P, HEADS, GROUPS,
+                    own_part_outs, own_part_lses, own_first_tile, items, pairs, expected,
+                    arena, peers, status, budget_ns, W, WP, CHUNKS, CHUNK, H, C,
+                    CP, ANSWER, RECORD, WINDOW, ANSWER_SIGNALS, ABORT, N, NP, P,
+                    OWN_PARTS, SHARE, OWN_AT_ONCE, HEADS, GROUPS,
                 )  # fmt: skip
         _note(ring, epoch, 4, RING)
 
@@ -640,10 +666,9 @@ def exchange(
     resident = ctas or _multiprocessors(device) * _CTAS_OF_SM
     # Few CTAs take their turns evenly if all chunks have as many parts as make up whole rounds.
     most = ctas // math.gcd(ctas, chunks) if ctas else min(max(resident // chunks, 1), _MOST_PARTS)
-    heads, answer_heads = (
-        _heads_of(items, wire.heads),
-        _heads_of(others * wire.rows, wire.heads, wide),
-    )
+    most_heads = min(wide * _HEADS, triton.next_power_of_2(wire.heads))
+    heads = _heads_of(items * wire.heads, resident, most_heads)
+    answer_heads = _heads_of(others * wire.rows * wire.heads, resident, most_heads)
     groups = triton.cdiv(wire.heads, heads)
     list_tiles, query_tiles = triton.cdiv(wire.units, tile), triton.cdiv(wire.query_words, tile)
     row_tiles = 1 + triton.cdiv(wire.answer_words, tile)
@@ -661,25 +686,29 @@ def exchange(
     query = nothing if send is None else send.view(torch.int32)
     asked = accept or Accepted(nothing, nothing, nothing, nothing)
     merge = receive or Merge(nothing, nothing, nothing, nothing, nothing)
-    answered = [nothing] * 7
+    answered, merged_parts = [nothing] * 7, [nothing] * 3
+    own_parts = merge.parts
+    if own_parts is not None:
+        merged_parts = [own_parts.out, own_parts.lse, own_parts.first_tile]
     columns = 1 if receive is None else merge.outs.shape[-1]
     if answer is not None and parts is None:  # copied as words, whatever they hold
         answered[:3] = [t.view(torch.int32) for t in answer[:3]]
     elif answer is not None and parts is not None:
         columns = answer.out.shape[-1]
         answered = [*answer[:3], *parts]
+    column_room, threads = triton.next_power_of_2(columns), 32 * wide * _WARPS
     options: dict[str, Any] = {"num_stages": 1, "maxnreg": _REGISTERS}
     if ends.put is not None:
         options["extern_libs"] = {"libnvshmem_device": ends.put}
     _exchange_kernel[(min(max(units), resident),)](
         query, routes.items, routes.units_of, routes.route_units, routes.pairs, routes.expected,
-        *asked, *answered, *merge,
+        *asked, *answered, *merge[:6], *merged_parts,
         ends.arena, ends.peers, ends.epoch, ends.counters, ends.tables, ends.status, ends.ring,
         ends.lane, ends.rank, ends.budget_ns,
         W=wire.world_size, WP=triton.next_power_of_2(wire.world_size),
         BP=triton.next_power_of_2(wire.world_size * items), N=items,
         NP=triton.next_power_of_2(items), ROWS=wire.rows, CHUNKS=wire.chunks, CHUNK=wire.chunk,
-        H=wire.heads, C=columns, CP=triton.next_power_of_2(columns), E=wire.units,
+        H=wire.heads, C=columns, CP=column_room, E=wire.units,
         P=0 if receive is None else len(merge.outs), M=others * wire.rows,
         PP=0 if parts is None else triton.next_power_of_2(len(parts.out)),
         QUERY=wire.query_words,
@@ -690,15 +719,23 @@ def exchange(
         RING=0 if ends.ring is None else len(ends.ring),
         SENDS=units[0], ACCEPTS=units[1], ANSWERS=units[2], RECEIVES=units[3],
         SEND_PARTS=send_parts, ANSWER_PARTS=answer_parts, ANSWER_HEADS=answer_heads,
-        AT_ONCE=2 if answer_heads >= wide * _HEADS else 4, TILE=tile,
-        HEADS=heads, GROUPS=groups, PUT=ends.put is not None, num_warps=wide * _WARPS, **options,
+        AT_ONCE=_at_once(answer_heads, column_room, threads),
+        OWN_PARTS=0 if own_parts is None else own_parts.out.shape[1],
+        SHARE=0 if own_parts is None else items // len(own_parts.out),
+        OWN_AT_ONCE=_at_once(heads, column_room, threads),
+        TILE=tile, HEADS=heads, GROUPS=groups, PUT=ends.put is not None, num_warps=threads // 32,
+        **options,
     )  # fmt: skip
 
 
-def _heads_of(rows: int, heads: int, wide: int = 1) -> int:
-    """How many heads of a row a CTA merges: fewer where else most CTAs had nothing to do."""
-    wanted = triton.next_power_of_2(max(wide * rows * heads // 132, 2))
-    return int(min(wanted, wide * _HEADS, triton.next_power_of_2(heads)))
+def _heads_of(all_heads: int, ctas: int, most: int) -> int:
+    """How many heads of a row a CTA merges: fewer where else some CTAs had nothing to do."""
+    return int(min(triton.next_power_of_2(max(all_heads // ctas, 2)), most))
+
+
+def _at_once(heads: int, columns: int, threads: int) -> int:
+    """How many parts of so many heads' columns a CTA reads together: up to 64 numbers a thread."""
+    return int(min(max(64 * threads // (heads * columns), 1), 8))
 
 
 def _even(tiles: int, most: int) -> int:
@@ -773,6 +810,19 @@ def _check(
             ("lacking", receive.lacking, (items,), i32),
         ]
         _words("outs", receive.outs.flatten(0, 1), wire.answer_words)
+        if receive.parts is not None:
+            shares, parts, *_ = receive.parts.out.shape
+            if partials != 1 or items % shares:
+                raise ValueError(
+                    f"rows in parts are one partial of equal shares, got {partials} partials and "
+                    f"{shares} shares of {items} rows"
+                )
+            shape = (shares, parts, 2, heads, columns)
+            listed += [
+                ("parts.out", receive.parts.out, shape, receive.outs.dtype),
+                ("parts.lse", receive.parts.lse, shape[:-1], f32),
+                ("parts.first_tile", receive.parts.first_tile, (shares, items // shares + 2), i32),
+            ]
     for name, tensor, shape, dtype in listed:
         check_tensor(tensor, name, shape, dtype, device)
 
