@@ -29,7 +29,7 @@ from ...kernels.plan import Workspace as PlanWorkspace
 from ...partition.layout import Layout
 from .pool import GpuPool
 
-SENDERS = 16  # SMs that move messages beside an attention: 8 push 315 GB/s, and half of them wait
+SENDERS = 32  # SMs that move messages beside an attention, which leaves it time enough for its part
 _SPLIT = 16  # rows from which on half of them wait for the answers' flight
 
 
