@@ -815,7 +815,7 @@ def _heads_of(all_heads: int, ctas: int, most: int) -> int:
 
 def _at_once(heads: int, columns: int, threads: int, numbers: int) -> int:
     """How many parts of so many heads' columns a CTA reads together, `numbers` a thread at most."""
-    return int(min(max(numbers * threads // (heads * columns), 1), 16))
+    return int(min(max(numbers * threads // (heads * columns), 1), 8))
 
 
 def _even(tiles: int, most: int) -> int:
