@@ -133,8 +133,11 @@ class Merge(NamedTuple):
 
     out: (N, H, C), lse: (N, H) fp32; NaN where something was missing. fault: (N,) int32, 0, or 1 +
     the last holder whose answer covers something else than was asked. lacking: (N,) int32, faults
-    that the own partials have already. parts: where `attend` left rows that it cut, with a dimension
-    in front: the N items in S equal shares, one after another. P is 1 then.
+    that the own partials have already.
+
+    parts: where `attend` left rows that it cut; P is 1 then. Items from `first_rows` on may have been
+    attended by a launch of their own: its parts are those from `first_parts` on, and its first_tile
+    follows the first_rows + 2 numbers of the other's.
     """
 
     outs: Tensor
@@ -144,6 +147,8 @@ class Merge(NamedTuple):
     fault: Tensor
     lacking: Tensor | None = None
     parts: Workspace | None = None
+    first_rows: int = 0
+    first_parts: int = 0
 
 
 @triton.jit
@@ -537,24 +542,25 @@ def _receive(
     W: tl.constexpr, WP: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, ANSWER: tl.constexpr, RECORD: tl.constexpr,
     WINDOW: tl.constexpr, ANSWER_SIGNALS: tl.constexpr, ABORT: tl.constexpr, N: tl.constexpr,
-    NP: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, SHARE: tl.constexpr,
+    NP: tl.constexpr, P: tl.constexpr, FIRST_PARTS: tl.constexpr, FIRST_ROWS: tl.constexpr,
     AT_ONCE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """HEADS heads of an item. Its own partials are merged before anybody is waited for.
 
-    With PARTS they lie as `attend` cut them, in as many parts for each SHARE items.
+    With FIRST_ROWS they lie as one or two launches of `attend` cut them, see `Merge`.
     """
     item, heads = unit // GROUPS, unit % GROUPS * HEADS + tl.arange(0, HEADS)
     used, columns = heads < H, tl.arange(0, CP)
     top = tl.full((HEADS,), -float("inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
     acc = tl.zeros((HEADS, CP), tl.float32)
-    if PARTS > 0:
-        first_tile_ptr += item // SHARE * (SHARE + 2)
-        begin = tl.load(first_tile_ptr + item % SHARE)
-        end = tl.load(first_tile_ptr + item % SHARE + 1)
-        first, parts = _cut(begin, end, tl.load(first_tile_ptr + SHARE + 1))
-        first += item // SHARE * PARTS
+    if FIRST_ROWS > 0:
+        is_later = item >= FIRST_ROWS
+        at = item + tl.where(is_later, 2, 0)
+        begin, end = tl.load(first_tile_ptr + at), tl.load(first_tile_ptr + at + 1)
+        last = tl.where(is_later, N + 3, FIRST_ROWS + 1)
+        first, parts = _cut(begin, end, tl.load(first_tile_ptr + last))
+        first += tl.where(is_later, FIRST_PARTS, 0)
         m = item.to(tl.int64)
         own_lses, own_outs = _parts_from(0, m, first, parts, heads, used, columns, outs_ptr, lses_ptr,
                                          w_out_ptr, w_lse_ptr, H, C, AT_ONCE)  # fmt: skip
@@ -646,7 +652,8 @@ def _exchange_kernel(
     ABORT: tl.constexpr, OUTBOX: tl.constexpr, OUTGOING: tl.constexpr, RING: tl.constexpr,
     SENDS: tl.constexpr, ACCEPTS: tl.constexpr, ANSWERS: tl.constexpr, RECEIVES: tl.constexpr,
     SEND_PARTS: tl.constexpr, ANSWER_PARTS: tl.constexpr, ANSWER_HEADS: tl.constexpr,
-    AT_ONCE: tl.constexpr, OWN_PARTS: tl.constexpr, SHARE: tl.constexpr, OWN_AT_ONCE: tl.constexpr,
+    AT_ONCE: tl.constexpr, FIRST_PARTS: tl.constexpr, FIRST_ROWS: tl.constexpr,
+    OWN_AT_ONCE: tl.constexpr,
     TILE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
     """Every CTA takes its units of each role, role after role; it has sent before it waits."""
@@ -701,7 +708,7 @@ def _exchange_kernel(
                     own_part_outs, own_part_lses, own_first_tile, items, pairs, expected,
                     arena, peers, status, budget_ns, W, WP, CHUNKS, CHUNK, H, C,
                     CP, ANSWER, RECORD, WINDOW, ANSWER_SIGNALS, ABORT, N, NP, P,
-                    OWN_PARTS, SHARE, OWN_AT_ONCE, HEADS, GROUPS,
+                    FIRST_PARTS, FIRST_ROWS, OWN_AT_ONCE, HEADS, GROUPS,
                 )  # fmt: skip
         _note(ring, epoch, 4, RING)
 
@@ -742,9 +749,10 @@ def exchange(
     resident = ctas or _multiprocessors(device) * _CTAS_OF_SM
     # Few CTAs take their turns evenly if all chunks have as many parts as make up whole rounds.
     most = ctas // math.gcd(ctas, chunks) if ctas else min(max(resident // chunks, 1), _MOST_PARTS)
-    most_heads = min(wide * _HEADS, triton.next_power_of_2(wire.heads))
-    heads = _heads_of(items * wire.heads, resident, most_heads)
-    answer_heads = _heads_of(others * wire.rows * wire.heads, resident, most_heads)
+    most_heads = wide * _HEADS
+    # Who receives does not read ahead, and has the registers for twice as many.
+    heads = _heads_of(items, wire.heads, resident, 2 * most_heads)
+    answer_heads = _heads_of(others * wire.rows, wire.heads, resident, most_heads)
     groups = triton.cdiv(wire.heads, heads)
     list_tiles, query_tiles = triton.cdiv(wire.units, tile), triton.cdiv(wire.query_words, tile)
     row_tiles = 1 + triton.cdiv(wire.answer_words, tile)
@@ -800,17 +808,22 @@ def exchange(
         SENDS=units[0], ACCEPTS=units[1], ANSWERS=units[2], RECEIVES=units[3],
         SEND_PARTS=send_parts, ANSWER_PARTS=answer_parts, ANSWER_HEADS=answer_heads,
         AT_ONCE=_at_once(answer_heads, column_room, threads, numbers),
-        OWN_PARTS=0 if own_parts is None else own_parts.out.shape[1],
-        SHARE=0 if own_parts is None else items // len(own_parts.out),
+        FIRST_PARTS=merge.first_parts, FIRST_ROWS=0 if own_parts is None else merge.first_rows,
         OWN_AT_ONCE=_at_once(heads, column_room, threads, numbers),
         TILE=tile, HEADS=heads, GROUPS=groups, PUT=ends.put is not None, num_warps=threads // 32,
         **options,
     )  # fmt: skip
 
 
-def _heads_of(all_heads: int, ctas: int, most: int) -> int:
+def _heads_of(rows: int, heads: int, ctas: int, most: int) -> int:
     """How many heads of a row a CTA merges: fewer where else some CTAs had nothing to do."""
-    return int(min(triton.next_power_of_2(triton.cdiv(all_heads, ctas)), most))
+    return int(
+        min(
+            triton.next_power_of_2(triton.cdiv(rows * heads, ctas)),
+            most,
+            triton.next_power_of_2(heads),
+        )
+    )
 
 
 def _at_once(heads: int, columns: int, threads: int, numbers: int) -> int:
@@ -891,17 +904,18 @@ def _check(
         ]
         _words("outs", receive.outs.flatten(0, 1), wire.answer_words)
         if receive.parts is not None:
-            shares, parts, *_ = receive.parts.out.shape
-            if partials != 1 or items % shares:
+            parts, rows_first = len(receive.parts.out), receive.first_rows
+            shares = 1 if rows_first == items else 2
+            if partials != 1 or not 1 <= rows_first <= items or receive.first_parts > parts:
                 raise ValueError(
-                    f"rows in parts are one partial of equal shares, got {partials} partials and "
-                    f"{shares} shares of {items} rows"
+                    f"rows in parts are of one partial, the first 1 to {items} of them in up to {parts} "
+                    f"parts, got {partials}, {rows_first} and {receive.first_parts}"
                 )
-            shape = (shares, parts, 2, heads, columns)
+            shape = (parts, 2, heads, columns)
             listed += [
                 ("parts.out", receive.parts.out, shape, receive.outs.dtype),
                 ("parts.lse", receive.parts.lse, shape[:-1], f32),
-                ("parts.first_tile", receive.parts.first_tile, (shares, items // shares + 2), i32),
+                ("parts.first_tile", receive.parts.first_tile, (items + 2 * shares,), i32),
             ]
     for name, tensor, shape, dtype in listed:
         check_tensor(tensor, name, shape, dtype, device)

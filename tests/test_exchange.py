@@ -155,17 +155,19 @@ def test_cut_rows_are_merged_as_they_leave() -> None:
         for end, ask, merge in zip(ends, given, merged, strict=True):
             shares = [
                 cut(
-                    Partials(ask.outs[0, at], ask.lses[0, at], torch.zeros(2, 2, dtype=torch.int32)),
-                    2, parts=parts, seed=epoch,
+                    Partials(ask.outs[0, at], ask.lses[0, at], torch.zeros(count, 2, dtype=torch.int32)),
+                    count, parts=parts, seed=epoch,
                 )
-                for at in (slice(0, 2), slice(2, 4))
+                for count, at in ((1, slice(0, 1)), (3, slice(1, 4)))
             ]  # fmt: skip
             spaces = [share.parts for share in shares if share.parts is not None]
             merge = merge._replace(
                 outs=torch.cat([share.out for share in shares])[None],
                 lses=torch.cat([share.lse for share in shares])[None],
                 lacking=lacking,
-                parts=Workspace(*(torch.stack(of) for of in zip(*spaces, strict=True))),
+                parts=Workspace(*(torch.cat(of) for of in zip(*spaces, strict=True))),
+                first_rows=1,
+                first_parts=parts,
             )
             exchange(end, ask.routes, receive=merge)
             out, lse = due(ask, COLUMNS)

@@ -163,11 +163,13 @@ def exchange(*, rows: int, few: bool = False) -> None:
     if few:
         exchange(ends, routes, send=query, accept=accepted, ctas=16)
         exchange(ends, routes, answer=answer._replace(parts=parts), ctas=16)
-        own = Workspace(*(torch.stack((part, part)) for part in parts)) if rows > 1 else None
+        two = rows > 1
+        own = parts._replace(first_tile=on_gpu(rows + (4 if two else 2)))
         merge = merge._replace(
-            lacking=on_gpu(rows), parts=own and own._replace(first_tile=on_gpu(2, rows // 2 + 2))
+            lacking=on_gpu(rows), parts=own, first_rows=rows - two, first_parts=40
         )
         exchange(ends, routes, answer=answer._replace(parts=parts), receive=merge)
+        exchange(ends, routes, receive=merge)
     else:
         exchange(ends, routes, send=query, accept=accepted, answer=answer, receive=merge)
 

@@ -6,10 +6,10 @@ at the device, so a step is captured in one CUDA graph and replayed with new que
 `runtime/step.py` tells the same story on CPUs.
 
     main stream    plan   send, accept        routed rows        answer   receive
-    own stream          \\ pull, own rows: first half        second half /
+    own stream          \\ pull, own rows: the first         the others /
 
-What this rank has and what it pulled is attended beside the exchange: the first half of its rows
-while queries fly, the second while answers do. Whoever sends takes a few SMs, the attention beside it
+What this rank has and what it pulled is attended beside the exchange: most of its rows while queries
+fly, the others while answers do. Whoever sends takes a few SMs, the attention beside it
 the others; the rows of other ranks get all of them, as nothing else can go on then.
 """
 
@@ -29,8 +29,10 @@ from ...kernels.plan import Workspace as PlanWorkspace
 from ...partition.layout import Layout
 from .pool import GpuPool
 
-SENDERS = 32  # SMs that move messages beside an attention, which leaves it time enough for its part
-_SPLIT = 16  # rows from which on half of them wait for the answers' flight
+# SMs that move messages while the others attend, for queries and for answers; and the share of its own
+# rows that a rank attends while queries fly, in eighths. Measured, see docs/performance.md.
+SENDERS, ANSWERERS, EIGHTHS = 16, 64, 6
+_SPLIT = 16  # rows from which on the others wait for the answers' flight
 
 
 class GpuStep:
@@ -106,9 +108,11 @@ class GpuStep:
         self._came = ints(rows * listed, 2)
         self._own_units, self._own_lengths = ints(rows, listed), ints(rows)
         self.lacking = ints(rows)
-        beside = 0 if ends is None else SENDERS
         parts = parts_of(heads, device)
-        own_parts = max(parts * _sms(device, beside) // _sms(device, 0), 1)
+
+        def parts_beside(taken: int) -> int:
+            sms = torch.cuda.get_device_properties(device).multi_processor_count
+            return max(parts * (sms - taken) // sms, 1) if ends is not None else parts
 
         def space(count: int, parts: int) -> Workspace:
             return Workspace.make(
@@ -116,11 +120,18 @@ class GpuStep:
             )
 
         self._own = results(rows)
-        shares = 2 if ends is not None and rows >= _SPLIT and rows % 2 == 0 else 1
-        share = rows // shares
-        self._shares = [slice(first, first + share) for first in range(0, rows, share)]
-        spaces = [space(share, own_parts) for _ in range(shares)]
-        self._own_parts = Workspace(*(torch.stack(of) for of in zip(*spaces, strict=True)))
+        first = rows * EIGHTHS // 8 if ends is not None and rows >= _SPLIT else rows
+        of_share = (parts_beside(SENDERS), parts_beside(ANSWERERS))[: 1 if first == rows else 2]
+        self._own_parts = space(rows + 2 * len(of_share) - 2, sum(of_share))
+        out, lse, covered, first_tile = self._own_parts
+        self._first_rows, self._first_parts = first, of_share[0]
+        self._shares = [
+            (own, Workspace(out[some], lse[some], covered[some], first_tile[tiles]))
+            for own, some, tiles in (
+                (slice(0, first), slice(0, of_share[0]), slice(0, first + 2)),
+                (slice(first, rows), slice(of_share[0], None), slice(first + 2, None)),
+            )
+        ][: len(of_share)]
         self._aside = torch.cuda.Stream(device)
         self._graphs: dict[tuple[int, Mode], torch.cuda.CUDAGraph] = {}
         if ends is not None:
@@ -162,7 +173,15 @@ class GpuStep:
         self._attend_routed(layer)
         out, lse, _ = self._own
         merge = Merge(
-            out[None], lse[None], self.out, self.lse, self.fault, self.lacking, self._own_parts
+            out[None],
+            lse[None],
+            self.out,
+            self.lse,
+            self.fault,
+            self.lacking,
+            self._own_parts,
+            self._first_rows,
+            self._first_parts,
         )
         if len(self._shares) == 1:
             main.wait_stream(aside)
@@ -171,7 +190,7 @@ class GpuStep:
         aside.wait_stream(main)
         with torch.cuda.stream(aside):
             self._attend_own(layer, mode, 1)
-        exchange(ends, self._routes, answer=self._answer, ctas=SENDERS)
+        exchange(ends, self._routes, answer=self._answer, ctas=ANSWERERS)
         main.wait_stream(aside)
         exchange(ends, self._routes, receive=merge)
 
@@ -221,7 +240,7 @@ class GpuStep:
             self._attend_own(layer, mode, 0, combined=combined)
 
     def _attend_own(self, layer: int, mode: Mode, share: int, *, combined: bool = False) -> None:
-        rows = self._shares[share]
+        rows, workspace = self._shares[share]
         out, lse, covered = (result[rows] for result in self._own)
         units, lengths = self._own_units, self._own_lengths
         if mode == "always-route":
@@ -229,7 +248,7 @@ class GpuStep:
         attend(
             self.query[rows], self._pool.entries(layer), units[rows],
             value_dim=self._value_dim, scale=self._scales[layer],
-            workspace=Workspace(*(part[share] for part in self._own_parts)),
+            workspace=workspace,
             lengths=lengths[rows], out=out, lse=lse, covered=covered, combined=combined,
         )  # fmt: skip
 
@@ -243,7 +262,3 @@ class GpuStep:
             tables=self._pool.tables(layer), out=answer.out, lse=answer.lse,
             covered=answer.covered, combined=False,
         )  # fmt: skip
-
-
-def _sms(device: torch.device, taken: int) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) - taken
