@@ -1,9 +1,10 @@
-"""A routed decode step of one layer on two GPUs, the plan given: exchange around the attention.
+"""A decode step of one layer on two GPUs: plan, exchange, attention, merge, in one CUDA graph.
 
 B queries a rank, 128 heads, 512+64, bf16, form A; 2048 entries of 262144 each, half of them on
-either rank. Own entries are attended while queries fly. The baseline is the same step with NCCL and
-the same attention kernels, its queries sent while own entries are attended; the bound is one GPU
-that holds all entries. `exposed` is the step without what that GPU takes.
+either rank. The baseline is the same step with NCCL, the same plan and the same attention kernels,
+its queries sent while own entries are attended; the bound is one GPU that holds all entries and has
+nothing to plan. `exposed` is the step without what that GPU takes. "Plan given" leaves the plan out
+of both.
 
     python benchmarks/step.py [--quick] [--cases REGEX]
 """
@@ -16,111 +17,63 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from corpus import BF16, HEADS, LAYOUT, QUERY, VALUE, Corpus, chosen, map_of, step_of, wire_of
 from gpu import Variant, as_good_as_eager
 from gpus import Rank, launch
 from torch import Tensor
 
 from qroam.kernels import reference
-from qroam.kernels.attend import Tables, Workspace, attend, parts_of
-from qroam.kernels.exchange import Accepted, Ends, Merge, Partials, Routes, exchange
+from qroam.kernels.attend import Workspace, attend, parts_of
+from qroam.kernels.decide import Mode
 from qroam.kernels.merge import merge
-from qroam.kernels.wire import Wire
+from qroam.runtime.gpu.step import GpuStep
 from qroam.runtime.transport_nvshmem import NvshmemTransport
 
-HEADS, QUERY, VALUE, ENTRIES, SELECTED, BLOCK = 128, 576, 512, 262144, 2048, 64
-SCALE = QUERY**-0.5
+SELECTED = 2048
+SCALE = LAYOUT.softmax_scale
 BATCHES = (1, 8, 64)
-BF16 = torch.bfloat16
-
-
-class Corpus:
-    """All entries, of which each rank owns half, and the tables of the owner and of the bound."""
-
-    def __init__(self, here: Rank) -> None:
-        generator = torch.Generator(here.device).manual_seed(7)  # the same on both ranks
-        self.entries = torch.randn(
-            ENTRIES, QUERY, dtype=BF16, device=here.device, generator=generator
-        )
-        half, blocks = ENTRIES // 2, ENTRIES // BLOCK
-        self.own = self.entries[here.rank * half : (here.rank + 1) * half]
-        slots = torch.full((blocks,), -1, dtype=torch.int32, device=here.device)
-        mine = slice(here.rank * blocks // 2, (here.rank + 1) * blocks // 2)
-        slots[mine] = torch.arange(blocks // 2, dtype=torch.int32, device=here.device)
-        zeros = torch.zeros(blocks, dtype=torch.int32, device=here.device)
-        full = torch.full_like(zeros, BLOCK)
-        self.tables = Tables(slots, zeros[: blocks // 2], full[: blocks // 2], BLOCK)
-        every = torch.arange(blocks, dtype=torch.int32, device=here.device)
-        self.all_tables = Tables(every, zeros, full, BLOCK)
 
 
 class Call:
     """Buffers of one step on this rank."""
 
-    def __init__(self, here: Rank, corpus: Corpus, batch: int) -> None:
-        device, rank, half = here.device, here.rank, ENTRIES // 2
-        self.corpus, self.rank = corpus, rank
-
-        def chosen(owner: int) -> Tensor:
-            lists = [torch.randperm(half, device=device)[: SELECTED // 2] for _ in range(batch)]
-            return (torch.stack(lists) + owner * half).to(torch.int32)
-
-        def ints(*shape: int, value: int = 0) -> Tensor:
-            return torch.full(shape, value, dtype=torch.int32, device=device)
-
-        self.own_units, self.remote_units = chosen(rank), chosen(1 - rank)
-        self.all_units = torch.cat((self.own_units, self.remote_units), 1)
-        pairs, items = ints(2), ints(2 * batch)
-        pairs[1 - rank] = batch
-        items[:batch] = torch.arange(batch, device=device)
-        expected = ints(batch, 2, 2)
-        every = torch.ones_like(self.remote_units, dtype=torch.bool)
-        covered = reference.coverage(self.remote_units, torch.zeros_like(self.remote_units), every)
-        expected[:, 1 - rank] = covered.to(torch.int32)
-        units_of = ints(2 * batch, value=SELECTED // 2)
-        self.routes = Routes(items, units_of, self.remote_units.flatten(), pairs, expected)
-        self.query = torch.randn(batch, HEADS, QUERY, dtype=BF16, device=device)
-        self.out = torch.empty(batch, HEADS, VALUE, dtype=BF16, device=device)
-        self.lse = torch.empty(batch, HEADS, device=device)
-        self.fault = ints(batch)
+    def __init__(self, here: Rank, corpus: Corpus, step: GpuStep) -> None:
+        self.corpus, self.rank, self.step = corpus, here.rank, step
+        batch, device, half = len(step.query), here.device, SELECTED // 2
+        own = chosen(batch, half, here.rank, device)
+        remote = chosen(batch, half, 1 - here.rank, device)
+        # As a selector leaves them: mixed.
+        mixed = torch.rand(batch, SELECTED, device=device).argsort(1)
+        self.units = torch.cat((own, remote), 1).gather(1, mixed)
+        step.units.copy_(self.units)
+        step.query.normal_()
+        self.query, self.out, self.lse = step.query, step.out, step.lse
         # Of own entries [0], and of what the other rank asked here or answered [1].
         self.outs = torch.empty(2, batch, HEADS, VALUE, dtype=BF16, device=device)
         self.lses = torch.empty(2, batch, HEADS, device=device)
-        self.covered = ints(2, batch, 2)
-        self.arrived = torch.empty_like(self.query)
-        self.arrived_units = torch.empty_like(self.remote_units)
+        self.covered = torch.zeros(2, batch, 2, dtype=torch.int32, device=device)
+        self.arrived, self.arrived_units = torch.empty_like(self.query), torch.empty_like(remote)
         self.home, self.home_lse = torch.empty_like(self.outs), torch.empty_like(self.lses)
         self.workspace = Workspace.make(
             rows=batch, heads=HEADS, value_dim=VALUE, parts=parts_of(HEADS, device), device=device
         )
+        step.decide(0, "always-route")
 
-    def _attend(
-        self, query: Tensor, units: Tensor, at: int, accepted: Accepted | None = None
-    ) -> None:
-        attend(
-            query, self.corpus.own, units, value_dim=VALUE, scale=SCALE, workspace=self.workspace,
-            tables=self.corpus.tables, out=self.outs[at], lse=self.lses[at],
-            covered=self.covered[at],
-            lengths=None if accepted is None else accepted.lengths,
-            num_rows=None if accepted is None else accepted.num_rows,
-            query_of=None if accepted is None else accepted.query_of,
-        )  # fmt: skip
+    def qroam(self, mode: Mode) -> tuple[Tensor, Tensor, Tensor]:
+        self.step.run(0, mode)
+        return self.out, self.lse, self.step.fault
 
-    def qroam(self, ends: Ends, accepted: Accepted) -> tuple[Tensor, Tensor, Tensor]:
-        exchange(ends, self.routes, send=self.query)
-        self._attend(self.query, self.own_units, 0)
-        exchange(ends, self.routes, accept=accepted)
-        inbox = ends.inbox.view(BF16).view(-1, HEADS, QUERY)
-        self._attend(inbox, accepted.units, 1, accepted)
-        exchange(
-            ends,
-            self.routes,
-            answer=Partials(self.outs[1], self.lses[1], self.covered[1]),
-            receive=Merge(self.outs[:1], self.lses[:1], self.out, self.lse, self.fault),
-        )
-        return self.out, self.lse, self.fault
+    def given(self) -> tuple[Tensor, Tensor, Tensor]:
+        self.step.attend(0, "always-route")
+        return self.out, self.lse, self.step.fault
 
-    def nccl(self, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-        peer = 1 - self.rank
+    def nccl(self, group: dist.ProcessGroup, *, planned: bool) -> tuple[Tensor, Tensor]:
+        peer, made = 1 - self.rank, self.step.plan
+        if planned:
+            self.step.decide(0, "always-route")
+        batch, pool = len(self.query), self.corpus.pool
+        # All lists are of one length here, which NCCL has to know; ours reads it on the device.
+        lists = made.route_units[0][: batch * SELECTED // 2].view(batch, -1)
 
         def swap(*pairs: tuple[Tensor, Tensor]) -> list[dist.Work]:
             works: list[dist.Work] = dist.batch_isend_irecv(
@@ -132,11 +85,18 @@ class Call:
             )
             return works
 
-        asked = swap((self.query, self.arrived), (self.remote_units, self.arrived_units))
-        self._attend(self.query, self.own_units, 0)
+        options = {"value_dim": VALUE, "scale": SCALE, "workspace": self.workspace}
+        asked = swap((self.query, self.arrived), (lists, self.arrived_units))
+        attend(
+            self.query, pool.entries(0), made.local_units, lengths=made.local_lengths,
+            out=self.outs[0], lse=self.lses[0], covered=self.covered[0], **options,
+        )  # fmt: skip
         for work in asked:
             work.wait()
-        self._attend(self.arrived, self.arrived_units, 1)
+        attend(
+            self.arrived, pool.entries(0), self.arrived_units, tables=pool.tables(0),
+            out=self.outs[1], lse=self.lses[1], covered=self.covered[1], **options,
+        )  # fmt: skip
         for work in swap((self.outs[1], self.home[1]), (self.lses[1], self.home_lse[1])):
             work.wait()
         self.home[0].copy_(self.outs[0])
@@ -146,9 +106,8 @@ class Call:
 
     def bound(self) -> tuple[Tensor, Tensor]:
         attend(
-            self.query, self.corpus.entries, self.all_units, value_dim=VALUE, scale=SCALE,
-            workspace=self.workspace, tables=self.corpus.all_tables, out=self.out, lse=self.lse,
-            covered=self.covered[0],
+            self.query, self.corpus.entries, self.units, value_dim=VALUE, scale=SCALE,
+            workspace=self.workspace, out=self.out, lse=self.lse, covered=self.covered[0],
         )  # fmt: skip
         return self.out, self.lse
 
@@ -162,7 +121,7 @@ def checked(calls: Sequence[Call]) -> Callable[[Sequence[tuple[Tensor, ...]]], N
             assert not fault or not bool(fault[0].any()), "coverage was found to differ"
             for item in (0, len(out) - 1):
                 query = call.query[item : item + 1]
-                entries = call.corpus.entries[call.all_units[item].long()][None]
+                entries = call.corpus.entries[call.units[item].long()][None]
                 valid = torch.ones(1, SELECTED, dtype=torch.bool, device=out.device)
                 run = partial(reference.attend, valid=valid, value_dim=VALUE, scale=SCALE)
                 exact, exact_lse = run(query.double(), entries.double())
@@ -179,15 +138,12 @@ def work(here: Rank) -> None:
     assert group is not None
     group_nccl = dist.new_group(backend="nccl", device_id=here.device)
     assert group_nccl is not None
-    wires = [
-        Wire(
-            world_size=2, rows=batch, heads=HEADS, query_words=HEADS * QUERY // 2,
-            answer_words=HEADS * VALUE // 2, units=SELECTED,
-        )
-        for batch in BATCHES
-    ]  # fmt: skip
-    transport = NvshmemTransport(wires, group=group, device=here.device, deadline_s=20.0)
-    corpus = Corpus(here)
+    shape = map_of(entry_bytes=2 * QUERY, staged=BATCHES[-1] * SELECTED)
+    transport = NvshmemTransport(
+        [wire_of(batch, SELECTED) for batch in BATCHES], group=group, device=here.device,
+        deadline_s=20.0, heap=shape.num_bytes,
+    )  # fmt: skip
+    corpus = Corpus(here, transport.heap, transport.heaps, shape)
     here.say(
         f"2 x {here.properties.name}, torch {torch.__version__}, NCCL {torch.cuda.nccl.version()}"
     )
@@ -196,15 +152,24 @@ def work(here: Rank) -> None:
         if not here.wants(case):
             continue
         torch.manual_seed(here.rank)
-        calls = [Call(here, corpus, batch) for _ in range(here.calls(batch * SELECTED * QUERY * 2))]
-        ends, accepted = transport.ends(channel), Accepted.make(wires[channel], here.device)
+        calls = [
+            Call(here, corpus, step_of(here, corpus, transport, channel, batch, SELECTED))
+            for _ in range(here.calls(batch * SELECTED * QUERY * 2))
+        ]
+        torch.cuda.synchronize()
         check = checked(calls)
         ways: dict[str, Callable[[Call], object]] = {
-            "routed, plan given": lambda call, e=ends, a=accepted: call.qroam(e, a),  # type: ignore[misc]
-            "NCCL send and receive, same attention": lambda call: call.nccl(group_nccl),
+            "plan and routed step": lambda call: call.qroam("always-route"),
+            "routed step, plan given": Call.given,
+            "plan, NCCL send and receive, same attention": partial(
+                Call.nccl, group=group_nccl, planned=True
+            ),
+            "NCCL send and receive, same attention, plan given": partial(
+                Call.nccl, group=group_nccl, planned=False
+            ),
             "one GPU that holds all entries": Call.bound,
         }
-        own, nccl, bound = here.timed(
+        whole, given, nccl, nccl_given, bound = here.timed(
             [
                 Variant(name=name, check=check, calls=[partial(way, call) for call in calls])
                 for name, way in ways.items()
@@ -212,10 +177,14 @@ def work(here: Rank) -> None:
         )
         transport.check()
         names = list(ways)
-        here.report("step", case, (names[0], own), {names[1]: nccl, names[2]: bound})
-        exposed, theirs = own.median - bound.median, nccl.median - bound.median
-        here.say(f"{'':<28} exposed: {exposed:.1f} us, with NCCL {theirs:.1f} us")
-        here.record("step", f"{case}, exposed", exposed, f"{names[1]}, exposed", theirs)
+        for own, ours, theirs, baseline in (
+            (whole, names[0], nccl, names[2]),
+            (given, names[1], nccl_given, names[3]),
+        ):
+            here.report("step", case, (ours, own), {baseline: theirs, names[4]: bound})
+            exposed, its = own.median - bound.median, theirs.median - bound.median
+            here.say(f"{'':<28} exposed: {exposed:.1f} us, with NCCL {its:.1f} us")
+            here.record("step", f"{case}, {ours}, exposed", exposed, f"{baseline}, exposed", its)
     transport.close()
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import hopper
 from .checks import check_ids, check_tensor
+from .mix import mix_of
 
 TILE = 64
 FP8_ROW_BYTES = 656
@@ -261,15 +262,6 @@ def _num_tiles(units, U: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _mix(ids, generations):
-    """`reference.mix`."""
-    x = ids.to(tl.uint32) * 0x9E3779B1 + generations.to(tl.uint32) * 0x85EBCA77 + 0x165667B1
-    x = (x ^ (x >> 15)) * 0x2C1B3C6D
-    x = (x ^ (x >> 12)) * 0x297A2D39
-    return x ^ (x >> 15)
-
-
-@triton.jit
 def _e4m3(codes):
     """Exact: the code's exponent and mantissa as those of an fp32, its bias made up for."""
     code = codes.to(tl.int32)
@@ -371,7 +363,7 @@ def _attend(
                 valid = valid & (offset < tl.load(fill + slot, mask=valid, other=0))
                 index = slot * B + offset
             number += valid.to(tl.int32)
-            mixed += tl.where(valid, _mix(ids, gens), 0)
+            mixed += tl.where(valid, mix_of(ids, gens), 0)
 
             here = valid[:, None]
             wide = index.to(tl.int64)[:, None]

@@ -206,9 +206,13 @@ def _send(
     E: tl.constexpr, INBOX_CHUNK: tl.constexpr, QUERY_SIGNALS: tl.constexpr, OUTBOX: tl.constexpr,
     PARTS: tl.constexpr, TILE: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of a chunk that are one part's."""
+    """The tiles of a chunk that are one part's.
+
+    A tile's words are read while those of the tile before it are written, and its item while those
+    of two before it are: else a few CTAs would wait for memory most of the time.
+    """
     LIST_TILES: tl.constexpr = (E + TILE - 1) // TILE
-    TILES: tl.constexpr = LIST_TILES + (QUERY + TILE - 1) // TILE
+    TILES: tl.constexpr = (QUERY + TILE - 1) // TILE
     BEFORE: tl.constexpr = LISTS * QUERY - _HEAD  # of a chunk's words, where its head is
     part, chunk, peer = _part(unit, rank, W, PARTS)
     ranks = tl.arange(0, WP)
@@ -221,28 +225,50 @@ def _send(
         to_ptr = from_ptr if PUT else _arena_of(peers_ptr, peer) + place
         if (chunk == 0) & (part == 0):
             tl.store(to_ptr + BEFORE, tl.load(tables_ptr))
-        for t in range(part, rows * TILES, PARTS):
-            row, tile = t // TILES, t % TILES
-            seat = before + chunk * CHUNK + row
-            if tile < LIST_TILES:
-                length = tl.minimum(tl.load(units_of_ptr + seat), E)
-                all_seats = tl.arange(0, BP)
-                earlier = tl.load(units_of_ptr + all_seats, mask=all_seats < seat, other=0)
-                to_list = to_ptr + BEFORE - (row + 1) * LIST
-                at = tile * TILE + tl.arange(0, TILE)
-                from_list = route_units_ptr + tl.sum(earlier, axis=0) + at
-                listed = tl.load(from_list, mask=at < length)
-                tl.store(to_list + _LIST_HEAD + at, listed, mask=at < length)
-                tl.store(to_list, length)
-            else:
-                item = tl.load(items_ptr + seat).to(tl.int64)
-                _copy(to_ptr + (LISTS + row) * QUERY, query_ptr + item * QUERY, tile - LIST_TILES,
-                      QUERY, TILE)  # fmt: skip
         rows = tl.maximum(rows, 0)
+        first = before + chunk * CHUNK
+        at = tl.arange(0, TILE)
+        item = _item_of(items_ptr, first, part, rows, TILES)
+        next_item = _item_of(items_ptr, first, part + PARTS, rows, TILES)
+        words = _query_tile(query_ptr, item, part, rows, at, QUERY, TILE, TILES)
+        for t in range(part, rows * LIST_TILES, PARTS):
+            row, tile = t // LIST_TILES, t % LIST_TILES
+            length = tl.minimum(tl.load(units_of_ptr + first + row), E)
+            all_seats = tl.arange(0, BP)
+            earlier = tl.load(units_of_ptr + all_seats, mask=all_seats < first + row, other=0)
+            to_list = to_ptr + BEFORE - (row + 1) * LIST
+            of_list = tile * TILE + at
+            from_list = route_units_ptr + tl.sum(earlier, axis=0) + of_list
+            listed = tl.load(from_list, mask=of_list < length)
+            tl.store(to_list + _LIST_HEAD + of_list, listed, mask=of_list < length)
+            tl.store(to_list, length)
+        for t in range(part, rows * TILES, PARTS):
+            next_words = _query_tile(query_ptr, next_item, t + PARTS, rows, at, QUERY, TILE, TILES)
+            next_item = _item_of(items_ptr, first, t + 2 * PARTS, rows, TILES)
+            of_row = t % TILES * TILE + at
+            to_row = to_ptr + (LISTS + t // TILES) * QUERY
+            tl.store(to_row + of_row, words, mask=of_row < QUERY)
+            words = next_words
         skipped = BEFORE - rows * LIST
         _leave(counters_ptr + peer * CHUNKS + chunk, own_ptr, place + skipped, from_ptr + skipped,
                _HEAD + rows * (LIST + QUERY), QUERY_SIGNALS + 2 * mine,
                (stamp_of(epoch, lane) << 16) | count, peers_ptr, peer, PARTS, PUT)  # fmt: skip
+
+
+@triton.jit
+def _item_of(items_ptr, first, t, rows, TILES: tl.constexpr):
+    """The item whose query tile t of a chunk is of; `first` is its first row's place in the list."""
+    return tl.load(items_ptr + first + t // TILES, mask=t < rows * TILES, other=0).to(tl.int64)
+
+
+@triton.jit
+def _query_tile(
+    query_ptr, item, t, rows, at, QUERY: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr
+):
+    of_row = t % TILES * TILE + at
+    return tl.load(
+        query_ptr + item * QUERY + of_row, mask=(of_row < QUERY) & (t < rows * TILES), other=0
+    )
 
 
 @triton.jit
@@ -311,54 +337,50 @@ def _accept(
 def _add(
     lse_at, row_at, used, top, total, acc, columns, C: tl.constexpr,
 ):  # fmt: skip
-    """One more partial of these heads; an empty one is not even read."""
+    """One more partial of these heads; whatever an empty one holds cannot leak."""
     lses = tl.load(lse_at, mask=used, other=-float("inf"))
-    some = used & (lses != -float("inf"))
-    outs = tl.load(row_at, mask=some[:, None] & (columns < C)[None, :], other=0.0)
+    outs = tl.load(row_at, mask=used[:, None] & (columns < C)[None, :], other=0.0)
     # The maximum may skip a NaN; the shares do not.
     new_top = tl.maximum(top, lses)
     safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)
     share, decay = tl.exp(lses - safe_top), tl.exp(top - safe_top)
     total = total * decay + share
-    acc = acc * decay[:, None] + outs.to(tl.float32) * share[:, None]
-    return new_top, total, acc
+    weighted = tl.where(share[:, None] == 0.0, 0.0, outs.to(tl.float32) * share[:, None])
+    return new_top, total, acc * decay[:, None] + weighted
+
+
+@triton.jit
+def _cut(begin, end, size):
+    """First part, and number of parts, of a row whose tiles are [begin, end), of parts of `size`."""
+    first = begin // size
+    return first, (end - 1) // size - first + 1
 
 
 @triton.jit
 def _merge_parts(
-    m, heads, used, columns, out_ptr, lse_ptr, w_out_ptr, w_lse_ptr, first_tile_ptr,
-    M: tl.constexpr, H: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, HEADS: tl.constexpr,
+    m, first, parts, heads, used, columns, out_ptr, lse_ptr, w_out_ptr, w_lse_ptr,
+    H: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, HEADS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Out (HEADS, CP) fp32 and lse (HEADS,) of some heads of a row, from the parts it was cut into."""
-    at_once: tl.constexpr = 4  # parts whose loads are under way together
-    chunk = tl.load(first_tile_ptr + M + 1)
-    begin, end = tl.load(first_tile_ptr + m), tl.load(first_tile_ptr + m + 1)
-    first = begin // chunk
-    parts = (end - 1) // chunk - first + 1
+    """Out (HEADS, CP) fp32 and lse (HEADS,) of some heads of a row, from the parts it was cut into;
+    the loads of AT_ONCE of them are under way together."""
     top = tl.full((HEADS,), -float("inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
     acc = tl.zeros((HEADS, CP), tl.float32)
-    for i in range(0, parts, at_once):
-        for j in tl.static_range(at_once):
+    for i in range(0, parts, AT_ONCE):
+        for j in tl.static_range(AT_ONCE):
             seat = ((first + i + j) * 2 + tl.where(i + j == 0, 1, 0)).to(tl.int64)
             whole = parts == 1
             outs = tl.where(whole, out_ptr + m * H * C, w_out_ptr + seat * H * C)
             lses = tl.where(whole, lse_ptr + m * H, w_lse_ptr + seat * H) + heads
-            rows = outs + heads[:, None] * C + columns[None, :]
+            rows = tl.multiple_of(outs, 16) + heads[:, None] * C + columns[None, :]
             top, total, acc = _add(lses, rows, used & (i + j < parts), top, total, acc, columns, C)
     acc /= tl.where(total == 0.0, 1.0, total)[:, None]
     return acc, top + tl.log(total)
 
 
 @triton.jit
-def _covered_parts(
-    m, covered_ptr, w_covered_ptr, first_tile_ptr, M: tl.constexpr, PP: tl.constexpr
-):
+def _covered_parts(m, first, parts, covered_ptr, w_covered_ptr, PP: tl.constexpr):
     """What the parts of a row cover together, (2,)."""
-    chunk = tl.load(first_tile_ptr + M + 1)
-    begin, end = tl.load(first_tile_ptr + m), tl.load(first_tile_ptr + m + 1)
-    first = begin // chunk
-    parts = (end - 1) // chunk - first + 1
     every, both = tl.arange(0, PP), tl.arange(0, 2)
     seats = (first + every) * 2 + (every == 0).to(tl.int32)
     found = tl.load(
@@ -375,7 +397,8 @@ def _answer(
     w_covered_ptr, first_tile_ptr, own_ptr, peers_ptr, counters_ptr, status_ptr, budget_ns,
     W: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr, M: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, PP: tl.constexpr, HEADS: tl.constexpr,
-    ANSWER: tl.constexpr, RECORD: tl.constexpr, WINDOW: tl.constexpr, QUERY_SIGNALS: tl.constexpr,
+    AT_ONCE: tl.constexpr, ANSWER: tl.constexpr, RECORD: tl.constexpr, WINDOW: tl.constexpr,
+    QUERY_SIGNALS: tl.constexpr,
     ANSWER_SIGNALS: tl.constexpr, OUTGOING: tl.constexpr, ABORT: tl.constexpr,
     PARTS: tl.constexpr, TILE: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
@@ -398,23 +421,33 @@ def _answer(
         theirs = _message(epoch, source, chunk, W, CHUNKS)
         from_ptr = own_ptr + OUTGOING + theirs * (CHUNK * RECORD)
         to_ptr = from_ptr if PUT else _arena_of(peers_ptr, source) + place
+        first_m = before + chunk * CHUNK
+        if PP > 0:
+            size = tl.load(first_tile_ptr + M + 1)
+            row = tl.minimum(part // TILES, tl.maximum(rows - 1, 0))
+            begin = tl.load(first_tile_ptr + first_m + row)
+            end = tl.load(first_tile_ptr + first_m + row + 1)
         for t in range(part, rows * TILES, PARTS):
             row, tile = t // TILES, t % TILES
-            m = tl.cast(before + chunk * CHUNK + row, tl.int64)
+            m = (first_m + row).to(tl.int64)
             record = to_ptr + row * RECORD
             if PP > 0:
+                first, parts = _cut(begin, end, size)
+                after = tl.minimum((t + PARTS) // TILES, rows - 1)  # read ahead of its turn
+                begin = tl.load(first_tile_ptr + first_m + after)
+                end = tl.load(first_tile_ptr + first_m + after + 1)
                 heads, columns = tile * HEADS + tl.arange(0, HEADS), tl.arange(0, CP)
                 used = heads < H
-                out, lse = _merge_parts(m, heads, used, columns, out_ptr, lse_ptr, w_out_ptr,
-                                        w_lse_ptr, first_tile_ptr, M, H, C, CP, HEADS)  # fmt: skip
+                out, lse = _merge_parts(m, first, parts, heads, used, columns, out_ptr, lse_ptr,
+                                        w_out_ptr, w_lse_ptr, H, C, CP, HEADS, AT_ONCE)  # fmt: skip
                 rows_at = record.to(out_ptr.dtype) + heads[:, None] * C + columns[None, :]
                 tl.store(rows_at, out.to(out_ptr.dtype.element_ty),
                          mask=used[:, None] & (columns < C)[None, :])  # fmt: skip
                 tl.store((record + ANSWER).to(lse_ptr.dtype) + heads, lse, mask=used)
                 if tile == 0:
                     both = tl.arange(0, 2)
-                    tl.store(record + ANSWER + H + both, _covered_parts(
-                        m, covered_ptr, w_covered_ptr, first_tile_ptr, M, PP))  # fmt: skip
+                    tl.store(record + ANSWER + H + both,
+                             _covered_parts(m, first, parts, covered_ptr, w_covered_ptr, PP))  # fmt: skip
             elif tile == 0:
                 _copy(record + ANSWER, lse_ptr + m * H, 0, H, triton.next_power_of_2(H))
                 both = tl.arange(0, 2)
@@ -518,7 +551,7 @@ def _exchange_kernel(
     WINDOW: tl.constexpr, QUERY_SIGNALS: tl.constexpr, ANSWER_SIGNALS: tl.constexpr,
     ABORT: tl.constexpr, OUTBOX: tl.constexpr, OUTGOING: tl.constexpr, RING: tl.constexpr,
     SENDS: tl.constexpr, ACCEPTS: tl.constexpr, ANSWERS: tl.constexpr, RECEIVES: tl.constexpr,
-    SEND_PARTS: tl.constexpr, ANSWER_PARTS: tl.constexpr, ANSWER_HEADS: tl.constexpr,
+    SEND_PARTS: tl.constexpr, ANSWER_PARTS: tl.constexpr, ANSWER_HEADS: tl.constexpr, AT_ONCE: tl.constexpr,
     TILE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
     """Every CTA takes its units of each role, role after role; it has sent before it waits."""
@@ -555,8 +588,8 @@ def _exchange_kernel(
                 _answer(
                     first + cta, counts, code, epoch, lane, rank, partial_out, partial_lse, covered,
                     part_outs, part_lses, part_covered, first_tile, arena, peers, counters, status,
-                    budget_ns, W, CHUNKS, CHUNK, H, M, C, CP, PP, ANSWER_HEADS, ANSWER, RECORD, WINDOW,
-                    QUERY_SIGNALS, ANSWER_SIGNALS, OUTGOING, ABORT, ANSWER_PARTS, TILE, PUT,
+                    budget_ns, W, CHUNKS, CHUNK, H, M, C, CP, PP, ANSWER_HEADS, AT_ONCE, ANSWER,
+                    RECORD, WINDOW, QUERY_SIGNALS, ANSWER_SIGNALS, OUTGOING, ABORT, ANSWER_PARTS, TILE, PUT,
                 )  # fmt: skip
         if ANSWERS > 0:
             _note(ring, epoch, 3, RING)
@@ -607,7 +640,10 @@ def exchange(
     resident = ctas or _multiprocessors(device) * _CTAS_OF_SM
     # Few CTAs take their turns evenly if all chunks have as many parts as make up whole rounds.
     most = ctas // math.gcd(ctas, chunks) if ctas else min(max(resident // chunks, 1), _MOST_PARTS)
-    heads, answer_heads = _heads_of(items, wire.heads), _heads_of(others * wire.rows, wire.heads)
+    heads, answer_heads = (
+        _heads_of(items, wire.heads),
+        _heads_of(others * wire.rows, wire.heads, wide),
+    )
     groups = triton.cdiv(wire.heads, heads)
     list_tiles, query_tiles = triton.cdiv(wire.units, tile), triton.cdiv(wire.query_words, tile)
     row_tiles = 1 + triton.cdiv(wire.answer_words, tile)
@@ -653,15 +689,16 @@ def exchange(
         OUTBOX=wire.outbox, OUTGOING=wire.outgoing,
         RING=0 if ends.ring is None else len(ends.ring),
         SENDS=units[0], ACCEPTS=units[1], ANSWERS=units[2], RECEIVES=units[3],
-        SEND_PARTS=send_parts, ANSWER_PARTS=answer_parts, ANSWER_HEADS=answer_heads, TILE=tile,
+        SEND_PARTS=send_parts, ANSWER_PARTS=answer_parts, ANSWER_HEADS=answer_heads,
+        AT_ONCE=2 if answer_heads >= wide * _HEADS else 4, TILE=tile,
         HEADS=heads, GROUPS=groups, PUT=ends.put is not None, num_warps=wide * _WARPS, **options,
     )  # fmt: skip
 
 
-def _heads_of(rows: int, heads: int) -> int:
-    """How many heads of a row a CTA merges: fewer where else most SMs had nothing to do."""
-    wanted = triton.next_power_of_2(max(rows * heads // 132, 2))
-    return int(min(wanted, _HEADS, triton.next_power_of_2(heads)))
+def _heads_of(rows: int, heads: int, wide: int = 1) -> int:
+    """How many heads of a row a CTA merges: fewer where else most CTAs had nothing to do."""
+    wanted = triton.next_power_of_2(max(wide * rows * heads // 132, 2))
+    return int(min(wanted, wide * _HEADS, triton.next_power_of_2(heads)))
 
 
 def _even(tiles: int, most: int) -> int:

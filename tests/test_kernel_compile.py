@@ -29,6 +29,7 @@ from qroam.kernels import plan as plan_module
 from qroam.kernels.cuda import compiled
 from qroam.kernels.decide import SOURCE, Mode, PriceTable
 from qroam.kernels.plan import Directory
+from qroam.kernels.pool_map import PoolMap
 
 _USED = re.compile(
     r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
@@ -167,6 +168,36 @@ def exchange(*, rows: int, few: bool = False) -> None:
         exchange(ends, routes, send=query, accept=accepted, answer=answer, receive=merge)
 
 
+def fetched(*, entry_bytes: int, world: int) -> tuple[PoolMap, plan_module.Plan, Tensor]:
+    """A pool of 61 layers, the plan of 64 items of 2048 units, and its `came`."""
+    rows, listed = 64, 2048
+    pool = PoolMap(
+        layers=61, keys=65536, slots=4096, block_tokens=64, entry_bytes=entry_bytes,
+        staged=rows * listed,
+    )  # fmt: skip
+    plan = plan_module.Plan.make(
+        num_items=rows, num_listed=listed, world_size=world, num_forms=1, device=_GPU
+    )
+    return pool, plan, on_gpu(rows * listed, 2)
+
+
+def fetch(*, entry_bytes: int) -> None:
+    from qroam.kernels.fetch import fetch
+
+    pool, plan, came = fetched(entry_bytes=entry_bytes, world=8)
+    memory = on_gpu(pool.num_bytes, dtype=_U8)
+    peers = on_gpu(8, dtype=torch.int64)
+    fetch(pool, 60, peers, plan.fetch_units, plan.counts, memory=memory, came=came)
+
+
+def compose(*, world: int) -> None:
+    from qroam.kernels.fetch import compose
+
+    pool, plan, came = fetched(entry_bytes=1152, world=world)
+    units, lengths, fault = torch.empty_like(plan.place), on_gpu(64), on_gpu(64)
+    compose(pool, 60, plan, came, rank=0, units=units, lengths=lengths, fault=fault)
+
+
 @dataclass(frozen=True)
 class Launch:
     run: Callable[..., None]
@@ -199,6 +230,12 @@ LAUNCHES = {
         for verb in ("encode_latent", "decode_latent", "encode_index", "decode_index")
     },
     "rope": launch(rope, "_rotate_kernel", layers=61),
+    **{
+        f"fetch {size} bytes": launch(fetch, "_fetch_kernel", entry_bytes=size)
+        for size in (656, 1152, 2304, 16384)
+    },
+    "compose of 8 ranks": launch(compose, "_compose_kernel", world=8),
+    "compose of 64 ranks": launch(compose, "_compose_kernel", world=64),
     "exchange 64": launch(exchange, "_exchange_kernel", rows=64),
     "exchange 1 beside an attention": launch(exchange, "_exchange_kernel", rows=1, few=True),
     # One register, outside of the loops over words.

@@ -16,7 +16,6 @@ the others; the rows of other ranks get all of them, as nothing else can go on t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,15 +33,6 @@ SENDERS = 16  # SMs that move messages beside an attention: 8 push 315 GB/s, and
 _SPLIT = 16  # rows from which on half of them wait for the answers' flight
 
 
-class _Own(NamedTuple):
-    """Own rows [first, end) and their results, merged with the answers."""
-
-    rows: slice
-    out: Tensor
-    lse: Tensor
-    covered: Tensor
-
-
 class GpuStep:
     """The step of up to N queries a rank, of K entries each.
 
@@ -51,7 +41,8 @@ class GpuStep:
     query (N, H, D), units (N, K) int32 stored entry ids, distinct in a row, -1 anywhere, and hidden
     (N, 2) int32, entry ids ahead of each query, are what it reads. out (N, H, C), lse (N, H) fp32 and
     fault (N,) int32, 0 or 1 + a holder whose entries were not all there, are what it leaves; out and
-    lse of a query with a fault are NaN. `plan` is the last step's.
+    lse of a query with a fault are NaN. `plan` is the last step's, `lacking` (N,) int32 the faults of
+    what was fetched or is here.
     """
 
     def __init__(
@@ -114,7 +105,7 @@ class GpuStep:
         )
         self._came = ints(rows * listed, 2)
         self._own_units, self._own_lengths = ints(rows, listed), ints(rows)
-        self._lacking = ints(rows)
+        self.lacking = ints(rows)
         beside = 0 if ends is None else SENDERS
         parts = parts_of(heads, device)
         own_parts = max(parts * _sms(device, beside) // _sms(device, 0), 1)
@@ -144,35 +135,42 @@ class GpuStep:
 
     def run(self, layer: int, mode: Mode) -> None:
         """Launch one step on the current stream. With mode "given" the ways are those in `plan.way`."""
-        pool, ends = self._pool, self._ends
+        self.decide(layer, mode)
+        self.attend(layer, mode)
+
+    def decide(self, layer: int, mode: Mode) -> None:
+        """Who is asked for what, to `plan`."""
+        pool = self._pool
         plan(
             self.units, pool.directory, self._prices, self._plan_space, rank=self._rank, mode=mode,
             hidden=self.hidden, fill=pool.fill[layer], out=self.plan,
         )  # fmt: skip
+
+    def attend(self, layer: int, mode: Mode) -> None:
+        """Do what `plan` says, which may have been decided for another query of the same selection."""
+        ends = self._ends
         if ends is None:
-            self._pull(layer, mode)
-            self._attend_own(layer, self._shares[0])
-            self.out.copy_(torch.where(self._lacking[:, None, None] == 0, self._own[0], torch.nan))
-            self.lse.copy_(torch.where(self._lacking[:, None] == 0, self._own[1], torch.nan))
-            self.fault.copy_(self._lacking)
+            self._alone(layer, mode)
             return
-        main = torch.cuda.current_stream()
-        self._aside.wait_stream(main)
+        main, aside = torch.cuda.current_stream(), self._aside
+        aside.wait_stream(main)
         exchange(ends, self._routes, send=self.query, accept=self._accepted, ctas=SENDERS)
-        with torch.cuda.stream(self._aside):
-            self._pull(layer, mode)
+        with torch.cuda.stream(aside):
+            self.pull(layer, mode)
             self._attend_own(layer, self._shares[0])
         self._attend_routed(layer)
-        if len(self._shares) > 1:
-            self._aside.wait_stream(main)
-            with torch.cuda.stream(self._aside):
-                self._attend_own(layer, self._shares[1])
-            exchange(ends, self._routes, answer=self._answer, ctas=SENDERS)
-            main.wait_stream(self._aside)
-            exchange(ends, self._routes, receive=self._merge)
-        else:
-            main.wait_stream(self._aside)
-            exchange(ends, self._routes, answer=self._answer, receive=self._merge)
+        out, lse, _ = self._own
+        merge = Merge(out[None], lse[None], self.out, self.lse, self.fault, self.lacking)
+        if len(self._shares) == 1:
+            main.wait_stream(aside)
+            exchange(ends, self._routes, answer=self._answer, receive=merge)
+            return
+        aside.wait_stream(main)
+        with torch.cuda.stream(aside):
+            self._attend_own(layer, self._shares[1])
+        exchange(ends, self._routes, answer=self._answer, ctas=SENDERS)
+        main.wait_stream(aside)
+        exchange(ends, self._routes, receive=merge)
 
     def replay(self, layer: int, mode: Mode) -> None:
         """`run` from a graph, captured at first use after a run outside, as all ranks then do."""
@@ -187,12 +185,16 @@ class GpuStep:
             return
         self._graphs[key].replay()
 
-    @property
-    def _merge(self) -> Merge:
+    def _alone(self, layer: int, mode: Mode) -> None:
+        self.pull(layer, mode)
+        self._attend_own(layer, self._shares[0])
         out, lse, _ = self._own
-        return Merge(out[None], lse[None], self.out, self.lse, self.fault, self._lacking)
+        whole = self.lacking == 0
+        self.out.copy_(torch.where(whole[:, None, None], out, torch.nan))
+        self.lse.copy_(torch.where(whole[:, None], lse, torch.nan))
+        self.fault.copy_(self.lacking)
 
-    def _pull(self, layer: int, mode: Mode) -> None:
+    def pull(self, layer: int, mode: Mode) -> None:
         """Fetch what the plan says; the list of each item's entries that are here then."""
         pool = self._pool
         if mode != "always-route" and self._ends is not None:
@@ -202,7 +204,7 @@ class GpuStep:
             )  # fmt: skip
         compose(
             pool.map, layer, self.plan, self._came, rank=self._rank,
-            units=self._own_units, lengths=self._own_lengths, fault=self._lacking,
+            units=self._own_units, lengths=self._own_lengths, fault=self.lacking,
         )  # fmt: skip
 
     def _attend_own(self, layer: int, rows: slice) -> None:
