@@ -68,9 +68,9 @@ def test_rows_are_kept_where_the_store_is_told_to(name: str) -> None:
 def test_storage_of_another_size_is_refused() -> None:
     codec = codec_of("fp32")
     exact = 4 * B * codec.entry_bytes
-    for given in ([], [torch.zeros(exact - 1).byte()], [torch.zeros(exact)]):
+    for other in ([], [torch.zeros(exact - 1).byte()], [torch.zeros(exact)]):
         with pytest.raises(ValueError, match="storage must be uint8 of"):
-            BlockStore([codec], num_slots=4, num_keys=8, block_tokens=B, storage=given)
+            BlockStore([codec], num_slots=4, num_keys=8, block_tokens=B, storage=other)
 
 
 def test_versions_tell_what_changed() -> None:
