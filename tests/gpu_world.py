@@ -41,6 +41,18 @@ LAYOUT = mla(
     index=IndexLayout(heads=4, head_dim=64, rope_dim=64, pairing="half", top_k=TOP_K),
     index_codec="fp32",
 )
+WIDE = mla(
+    name="wide",
+    heads=16,
+    latent=512,
+    rope=64,
+    nope=32,
+    value=32,
+    softmax_scale=96**-0.5,
+    codec="fp8_v32",
+    index=LAYOUT.index,
+    index_codec="fp32",
+)
 MODES: tuple[Mode, ...] = ("auto", "always-route", "always-fetch")
 
 
@@ -181,28 +193,30 @@ class Life:
 
     def __init__(self, runtime: Runtime, *, weights: bool = True) -> None:
         self.runtime, self.outs = runtime, list[Tensor]()
+        self.layout, self.dtype = runtime.config.model.layers[0], runtime.config.dtype
         self._seed = 0
         self.weights = weights
+        heads, latent = self.layout.heads, self.layout.value_dim
         for layer in range(LAYERS) if weights else ():
-            w_uk = numbers(1, HEADS, 32, 128, seed=700 + layer) / 8
-            w_uv = numbers(1, HEADS, 128, 32, seed=800 + layer) / 8
+            w_uk = numbers(1, heads, 32, latent, seed=700 + layer) / 8
+            w_uv = numbers(1, heads, latent, 32, seed=800 + layer) / 8
             runtime.load_weights(layer, w_uk, w_uv)
 
     def numbers(self, *shape: int) -> Tensor:
         """Others at every rank and call."""
         self._seed += 1
-        return numbers(*shape, seed=1000 * self.runtime.rank + self._seed)
+        return numbers(*shape, seed=1000 * self.runtime.rank + self._seed).to(self.dtype)
 
     def add(self, name: str, tokens: int, seed: int) -> None:
         self.runtime.add_document(name, tokens=tokens)
         for layer in range(LAYERS):
-            entries = numbers(tokens, LAYOUT.entry_dim, seed=seed + layer)
+            entries = numbers(tokens, self.layout.entry_dim, seed=seed + layer)
             keys = numbers(tokens, 64, seed=seed + layer + 50)
-            self.runtime.load_document(name, layer, entries, keys)
+            self.runtime.load_document(name, layer, entries.to(self.dtype), keys)
 
     def query(self, count: int) -> Tensor:
-        dim = LAYOUT.query_dim if self.weights else LAYOUT.key_dim
-        return self.numbers(count, HEADS, dim)
+        dim = self.layout.query_dim if self.weights else self.layout.key_dim
+        return self.numbers(count, self.layout.heads, dim)
 
     def selected(self, layer: int, count: int, mode: Mode, **seen: Any) -> None:
         """Select and attend, or both idly."""
@@ -213,7 +227,7 @@ class Life:
         chosen = self.runtime.select(
             layer, self.numbers(count, 4, 64), self.numbers(count, 4).abs(), **seen
         )
-        sink = self.numbers(HEADS) if layer else None
+        sink = self.numbers(self.layout.heads) if layer else None
         self.outs.append(
             self.runtime.attend(layer, self.query(count), chosen, sink=sink, mode=mode)
         )
@@ -254,7 +268,7 @@ def live(runtime: Runtime, *, weights: bool = True) -> list[Tensor]:
         ids = None if writer is None else runtime.append(writer, B)
         for layer in range(LAYERS):
             if writer is not None and ids is not None:
-                entries = life.numbers(B, LAYOUT.entry_dim)
+                entries = life.numbers(B, life.layout.entry_dim)
                 runtime.write(layer, ids, entries, life.numbers(B, 64))
             documents = ["a"] if turn == 0 else ["a", "b"]
             if writer is not None and ids is not None:
@@ -275,7 +289,7 @@ def live(runtime: Runtime, *, weights: bool = True) -> list[Tensor]:
     request = runtime.request(["c"])
     ids = runtime.append(request, 3)
     for layer in range(LAYERS):
-        runtime.write(layer, ids, life.numbers(3, LAYOUT.entry_dim), life.numbers(3, 64))
+        runtime.write(layer, ids, life.numbers(3, life.layout.entry_dim), life.numbers(3, 64))
         life.selected(layer, 3, "auto", scope=runtime.scope(requests=[(request, ids)]))
     runtime.release(request)
     for layer in range(LAYERS):
