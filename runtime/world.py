@@ -412,12 +412,13 @@ class World:
         for copy in self._holders(kind, ids // self.config.block_tokens).unbind(1):
             away = (copy >= 0) & (copy != self.rank)
             if bool(away.any()):
-                self.staged[kind][layer].append(Push(copy[away], ids[away], rows[away]))
+                self.staged[kind][layer].append(Push(copy[away], ids[away], rows[away].cpu()))
 
     def _encode(self, codec: Codec, entries: Tensor, chosen: Tensor) -> Tensor:
-        """Rows of the `chosen` (N,) of entries (N, D), encoded tile by tile within the workspace."""
+        """Rows of the `chosen` (N,) of entries (N, D), where these are, tile by tile within the
+        workspace."""
         at = chosen.nonzero()[:, 0]
-        rows = torch.empty(len(at), codec.entry_bytes, dtype=torch.uint8)
+        rows = entries.new_empty(len(at), codec.entry_bytes, dtype=torch.uint8)
         step = max(self.config.workspace_bytes // (16 * codec.dim), 1)
         for start in range(0, len(at), step):
             tile = slice(start, start + step)

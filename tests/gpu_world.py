@@ -154,7 +154,8 @@ class StandIn:
 
     def _read(self, layer: int, unit: int) -> tuple[Tensor | None, int]:
         """The entry, None if it is not there as this rank's directory says; and who was asked."""
-        key, offset = divmod(unit, B)
+        block_tokens = self._config.block_tokens
+        key, offset = divmod(unit, block_tokens)
         owner, slot, generation, tokens = self._pools[self._rank].directory.records[key].tolist()
         holder = self._rank if slot >= 0 else owner
         pool = self._pools[holder]
@@ -162,7 +163,7 @@ class StandIn:
         there = at >= 0 and offset < min(int(pool.fill[layer, at]), tokens)
         if not there or int(pool.generation[at]) != generation:
             return None, holder
-        return pool.entries(layer)[at * B + offset], holder
+        return pool.entries(layer)[at * block_tokens + offset], holder
 
 
 class StandIns:
