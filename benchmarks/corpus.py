@@ -10,7 +10,7 @@ from qroam.kernels.codec import encode_latent
 from qroam.kernels.decide import PriceTable
 from qroam.kernels.plan import Directory
 from qroam.kernels.pool_map import PoolMap
-from qroam.kernels.wire import Wire
+from qroam.kernels.wire import Wire, chunk_of
 from qroam.partition.codec import make_codec
 from qroam.partition.layout import Layout, named_layout
 from qroam.runtime import load_profile
@@ -29,7 +29,7 @@ def wire_of(rows: int, units: int) -> Wire:
     """Form A of 128 heads in bf16."""
     return Wire(
         world_size=2, rows=rows, heads=HEADS, query_words=HEADS * QUERY // 2,
-        answer_words=HEADS * VALUE // 2, units=units,
+        answer_words=HEADS * VALUE // 2, units=units, chunk=chunk_of(rows),
     )  # fmt: skip
 
 

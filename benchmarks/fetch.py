@@ -53,7 +53,7 @@ class Call:
         self.staged = rows[first : first + self.count]
 
     def qroam(self) -> Tensor:
-        self.step.pull(0, "always-fetch")
+        self.step.pull(0)
         return self.staged
 
     def nccl(self, group: dist.ProcessGroup) -> Tensor:

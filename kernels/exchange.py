@@ -46,8 +46,8 @@ _REGISTERS = 128  # of a thread, so that an SM holds four CTAs
 _CTAS_OF_SM = 65536 // (_REGISTERS * 32 * _WARPS)
 _TILE = 2048  # words a CTA copies at once, four accesses of 16 bytes a thread
 _WIDE = 4  # so many times a CTA's threads and tile where only a few CTAs may run
-_HEADS = 8  # the most that a CTA merges
-_MOST_PARTS = 64  # CTAs that copy a chunk; each of them counts, one after another
+_HEADS = 4  # the most that a CTA merges
+_MOST_PARTS = 128  # CTAs that copy a chunk; each of them counts, one after another
 
 
 class Ends(NamedTuple):
@@ -133,7 +133,8 @@ class Merge(NamedTuple):
 
     out: (N, H, C), lse: (N, H) fp32; NaN where something was missing. fault: (N,) int32, 0, or 1 +
     the last holder whose answer covers something else than was asked. lacking: (N,) int32, faults
-    that the own partials have already.
+    that the own partials have already. parts: where `attend` left rows that it cut, with a dimension
+    in front: the N items in S equal shares, one after another. P is 1 then.
     """
 
     outs: Tensor
@@ -142,6 +143,7 @@ class Merge(NamedTuple):
     lse: Tensor
     fault: Tensor
     lacking: Tensor | None = None
+    parts: Workspace | None = None
 
 
 @triton.jit
@@ -295,6 +297,23 @@ def _headers(
 
 
 @triton.jit
+def _known_headers(
+    epoch, lane, rank, own_ptr,
+    W: tl.constexpr, WP: tl.constexpr, CHUNKS: tl.constexpr, QUERY_SIGNALS: tl.constexpr,
+    N: tl.constexpr,
+):  # fmt: skip
+    """As `_headers` after a launch that waited: what did not come then is missing, and blamed."""
+    ranks = tl.arange(0, WP)
+    others = (ranks < W) & (ranks != rank)
+    words = tl.load(_signal(own_ptr, QUERY_SIGNALS, _message(epoch, ranks, 0, W, CHUNKS)), mask=others,
+                    other=0)  # fmt: skip
+    counts = (words & 0xFFFF).to(tl.int32)
+    there = ((words >> 16) == stamp_of(epoch, lane)) & (counts <= N)
+    missing = tl.sum((others & (there == 0)).to(tl.int64), axis=0)
+    return tl.where(others & there, counts, 0), missing
+
+
+@triton.jit
 def _accept(
     unit, counts, code, epoch, lane, rank, units_ptr, lengths_ptr, query_of_ptr, num_rows_ptr,
     tables_ptr, own_ptr, peers_ptr, status_ptr, budget_ns,
@@ -334,19 +353,14 @@ def _accept(
 
 
 @triton.jit
-def _add(
-    lse_at, row_at, used, top, total, acc, columns, C: tl.constexpr,
-):  # fmt: skip
-    """One more partial of these heads; whatever an empty one holds cannot leak."""
-    lses = tl.load(lse_at, mask=used, other=-float("inf"))
-    outs = tl.load(row_at, mask=used[:, None] & (columns < C)[None, :], other=0.0)
+def _add(lses, outs, top, total, acc):
+    """One more partial of these heads, (HEADS,) and (HEADS, CP); nothing of an empty one can leak."""
     # The maximum may skip a NaN; the shares do not.
     new_top = tl.maximum(top, lses)
     safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)
     share, decay = tl.exp(lses - safe_top), tl.exp(top - safe_top)
-    total = total * decay + share
     weighted = tl.where(share[:, None] == 0.0, 0.0, outs.to(tl.float32) * share[:, None])
-    return new_top, total, acc * decay[:, None] + weighted
+    return new_top, total * decay + share, acc * decay[:, None] + weighted
 
 
 @triton.jit
@@ -357,25 +371,42 @@ def _cut(begin, end, size):
 
 
 @triton.jit
-def _merge_parts(
-    m, first, parts, heads, used, columns, out_ptr, lse_ptr, w_out_ptr, w_lse_ptr,
+def _parts_from(
+    i, m, first, parts, heads, used, columns, out_ptr, lse_ptr, w_out_ptr, w_lse_ptr,
+    H: tl.constexpr, C: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """The i-th and next parts of a row, AT_ONCE in all: lses (HEADS,) and outs (HEADS, CP) of each."""
+    whole = parts == 1
+    lses, outs = (), ()
+    for j in tl.static_range(AT_ONCE):
+        seat = ((first + i + j) * 2 + tl.where(i + j == 0, 1, 0)).to(tl.int64)
+        some = used & (i + j < parts)
+        lse_at = tl.where(whole, lse_ptr + m * H, w_lse_ptr + seat * H)
+        out_at = tl.where(whole, out_ptr + m * H * C, w_out_ptr + seat * H * C)
+        rows = tl.multiple_of(out_at, 16) + heads[:, None] * C + columns[None, :]
+        lses += (tl.load(lse_at + heads, mask=some, other=-float("inf")),)
+        outs += (tl.load(rows, mask=some[:, None] & (columns < C)[None, :], other=0.0),)
+    return lses, outs
+
+
+@triton.jit
+def _gathered(
+    lses, outs, m, first, parts, heads, used, columns, out_ptr, lse_ptr, w_out_ptr, w_lse_ptr,
     H: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, HEADS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Out (HEADS, CP) fp32 and lse (HEADS,) of some heads of a row, from the parts it was cut into;
-    the loads of AT_ONCE of them are under way together."""
+    """Running maximum (HEADS,), sum (HEADS,) and values (HEADS, CP) of some heads of a row, over the
+    parts it was cut into, of which the first are read already."""
     top = tl.full((HEADS,), -float("inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
     acc = tl.zeros((HEADS, CP), tl.float32)
-    for i in range(0, parts, AT_ONCE):
+    for j in tl.static_range(AT_ONCE):
+        top, total, acc = _add(lses[j], outs[j], top, total, acc)
+    for i in range(AT_ONCE, parts, AT_ONCE):
+        more_lses, more_outs = _parts_from(i, m, first, parts, heads, used, columns, out_ptr, lse_ptr,
+                                           w_out_ptr, w_lse_ptr, H, C, AT_ONCE)  # fmt: skip
         for j in tl.static_range(AT_ONCE):
-            seat = ((first + i + j) * 2 + tl.where(i + j == 0, 1, 0)).to(tl.int64)
-            whole = parts == 1
-            outs = tl.where(whole, out_ptr + m * H * C, w_out_ptr + seat * H * C)
-            lses = tl.where(whole, lse_ptr + m * H, w_lse_ptr + seat * H) + heads
-            rows = tl.multiple_of(outs, 16) + heads[:, None] * C + columns[None, :]
-            top, total, acc = _add(lses, rows, used & (i + j < parts), top, total, acc, columns, C)
-    acc /= tl.where(total == 0.0, 1.0, total)[:, None]
-    return acc, top + tl.log(total)
+            top, total, acc = _add(more_lses[j], more_outs[j], top, total, acc)
+    return top, total, acc
 
 
 @triton.jit
@@ -400,7 +431,7 @@ def _answer(
     AT_ONCE: tl.constexpr, ANSWER: tl.constexpr, RECORD: tl.constexpr, WINDOW: tl.constexpr,
     QUERY_SIGNALS: tl.constexpr,
     ANSWER_SIGNALS: tl.constexpr, OUTGOING: tl.constexpr, ABORT: tl.constexpr,
-    PARTS: tl.constexpr, TILE: tl.constexpr, PUT: tl.constexpr,
+    PARTS: tl.constexpr, TILE: tl.constexpr, PUT: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """The tiles of a chunk of answers that are one part's, as soon as its queries are there.
 
@@ -410,12 +441,13 @@ def _answer(
     part, chunk, source = _part(unit, rank, W, PARTS)
     before, count = _share(counts, source)
     rows = tl.minimum(count - chunk * CHUNK, CHUNK)
-    if rows > 0:  # in a launch of its own this is there already
+    if WAITS & (rows > 0):
         signal = _signal(own_ptr, QUERY_SIGNALS, _message(epoch, source, chunk, W, CHUNKS))
         _, missing = wait_for(signal, stamp_of(epoch, lane), source, peers_ptr, status_ptr,
                               budget_ns, rank, ABORT, W)  # fmt: skip
         code = tl.maximum(code, missing)
     if (code == 0) & ((rows > 0) | (chunk == 0)):
+        rows = tl.maximum(rows, 0)
         mine = _message(epoch, rank, chunk, W, CHUNKS)
         place = WINDOW + mine * (CHUNK * RECORD)
         theirs = _message(epoch, source, chunk, W, CHUNKS)
@@ -423,61 +455,120 @@ def _answer(
         to_ptr = from_ptr if PUT else _arena_of(peers_ptr, source) + place
         first_m = before + chunk * CHUNK
         if PP > 0:
-            size = tl.load(first_tile_ptr + M + 1)
-            row = tl.minimum(part // TILES, tl.maximum(rows - 1, 0))
-            begin = tl.load(first_tile_ptr + first_m + row)
-            end = tl.load(first_tile_ptr + first_m + row + 1)
-        for t in range(part, rows * TILES, PARTS):
-            row, tile = t // TILES, t % TILES
-            m = (first_m + row).to(tl.int64)
-            record = to_ptr + row * RECORD
-            if PP > 0:
-                first, parts = _cut(begin, end, size)
-                after = tl.minimum((t + PARTS) // TILES, rows - 1)  # read ahead of its turn
-                begin = tl.load(first_tile_ptr + first_m + after)
-                end = tl.load(first_tile_ptr + first_m + after + 1)
-                heads, columns = tile * HEADS + tl.arange(0, HEADS), tl.arange(0, CP)
-                used = heads < H
-                out, lse = _merge_parts(m, first, parts, heads, used, columns, out_ptr, lse_ptr,
-                                        w_out_ptr, w_lse_ptr, H, C, CP, HEADS, AT_ONCE)  # fmt: skip
-                rows_at = record.to(out_ptr.dtype) + heads[:, None] * C + columns[None, :]
-                tl.store(rows_at, out.to(out_ptr.dtype.element_ty),
-                         mask=used[:, None] & (columns < C)[None, :])  # fmt: skip
-                tl.store((record + ANSWER).to(lse_ptr.dtype) + heads, lse, mask=used)
+            _merge_answers(
+                part, rows, first_m, to_ptr, out_ptr, lse_ptr, covered_ptr, w_out_ptr, w_lse_ptr,
+                w_covered_ptr, first_tile_ptr, H, M, C, CP, PP, HEADS, AT_ONCE, ANSWER, RECORD, PARTS,
+                TILES,
+            )  # fmt: skip
+        else:
+            for t in range(part, rows * TILES, PARTS):
+                row, tile = t // TILES, t % TILES
+                m = (first_m + row).to(tl.int64)
+                record = to_ptr + row * RECORD
                 if tile == 0:
+                    _copy(record + ANSWER, lse_ptr + m * H, 0, H, triton.next_power_of_2(H))
                     both = tl.arange(0, 2)
-                    tl.store(record + ANSWER + H + both,
-                             _covered_parts(m, first, parts, covered_ptr, w_covered_ptr, PP))  # fmt: skip
-            elif tile == 0:
-                _copy(record + ANSWER, lse_ptr + m * H, 0, H, triton.next_power_of_2(H))
-                both = tl.arange(0, 2)
-                tl.store(record + ANSWER + H + both, tl.load(covered_ptr + m * 2 + both))
-            else:
-                _copy(record, out_ptr + m * ANSWER, tile - 1, ANSWER, TILE)
-        rows = tl.maximum(rows, 0)
+                    tl.store(record + ANSWER + H + both, tl.load(covered_ptr + m * 2 + both))
+                else:
+                    _copy(record, out_ptr + m * ANSWER, tile - 1, ANSWER, TILE)
         _leave(counters_ptr + (W + source) * CHUNKS + chunk, own_ptr, place, from_ptr, rows * RECORD,
                ANSWER_SIGNALS + 2 * mine, (stamp_of(epoch, lane) << 16) | rows, peers_ptr, source,
                PARTS, PUT)  # fmt: skip
 
 
 @triton.jit
+def _merge_answers(
+    part, rows, first_m, to_ptr, out_ptr, lse_ptr, covered_ptr, w_out_ptr, w_lse_ptr, w_covered_ptr,
+    first_tile_ptr,
+    H: tl.constexpr, M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, PP: tl.constexpr,
+    HEADS: tl.constexpr, AT_ONCE: tl.constexpr, ANSWER: tl.constexpr, RECORD: tl.constexpr,
+    PARTS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Merge rows from the parts they were cut into, straight to where their answer goes.
+
+    What the next tile is made of is read before this one is merged and written.
+    """
+    size = tl.load(first_tile_ptr + M + 1)
+    end_t, columns, both = rows * TILES, tl.arange(0, CP), tl.arange(0, 2)
+    m, heads, used = _tile_of(part, end_t, first_m, H, HEADS, TILES)
+    first, parts = _cut(tl.load(first_tile_ptr + m), tl.load(first_tile_ptr + m + 1), size)
+    lses, outs = _parts_from(0, m, first, parts, heads, used, columns, out_ptr, lse_ptr, w_out_ptr,
+                             w_lse_ptr, H, C, AT_ONCE)  # fmt: skip
+    next_m, next_heads, next_used = _tile_of(part + PARTS, end_t, first_m, H, HEADS, TILES)
+    begin, end = tl.load(first_tile_ptr + next_m), tl.load(first_tile_ptr + next_m + 1)
+    for t in range(part, end_t, PARTS):
+        next_first, next_parts = _cut(begin, end, size)
+        next_lses, next_outs = _parts_from(
+            0, next_m, next_first, next_parts, next_heads, next_used, columns, out_ptr, lse_ptr,
+            w_out_ptr, w_lse_ptr, H, C, AT_ONCE,
+        )  # fmt: skip
+        after_m, after_heads, after_used = _tile_of(t + 2 * PARTS, end_t, first_m, H, HEADS, TILES)
+        begin, end = tl.load(first_tile_ptr + after_m), tl.load(first_tile_ptr + after_m + 1)
+
+        top, total, acc = _gathered(lses, outs, m, first, parts, heads, used, columns, out_ptr,
+                                    lse_ptr, w_out_ptr, w_lse_ptr, H, C, CP, HEADS, AT_ONCE)  # fmt: skip
+        record = to_ptr + t // TILES * RECORD
+        out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        to_row = record.to(out_ptr.dtype) + heads[:, None] * C + columns[None, :]
+        tl.store(to_row, out.to(out_ptr.dtype.element_ty),
+                 mask=used[:, None] & (columns < C)[None, :])  # fmt: skip
+        tl.store((record + ANSWER).to(lse_ptr.dtype) + heads, top + tl.log(total), mask=used)
+        if t % TILES == 0:
+            tl.store(record + ANSWER + H + both,
+                     _covered_parts(m, first, parts, covered_ptr, w_covered_ptr, PP))  # fmt: skip
+        m, heads, used, first, parts = next_m, next_heads, next_used, next_first, next_parts
+        lses, outs = next_lses, next_outs
+        next_m, next_heads, next_used = after_m, after_heads, after_used
+
+
+@triton.jit
+def _tile_of(t, end_t, first_m, H: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr):
+    """Row, heads, and which of them there are, of a chunk's tile t; none behind the last."""
+    at = tl.minimum(t, tl.maximum(end_t - 1, 0))
+    heads = at % TILES * HEADS + tl.arange(0, HEADS)
+    return (first_m + at // TILES).to(tl.int64), heads, (heads < H) & (t < end_t)
+
+
+@triton.jit
 def _receive(
     unit, epoch, lane, rank, outs_ptr, lses_ptr, out_ptr, lse_ptr, fault_ptr, lacking_ptr,
-    items_ptr, pairs_ptr, expected_ptr, own_ptr, peers_ptr, status_ptr, budget_ns,
+    w_out_ptr, w_lse_ptr, first_tile_ptr, items_ptr, pairs_ptr, expected_ptr,
+    own_ptr, peers_ptr, status_ptr, budget_ns,
     W: tl.constexpr, WP: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, ANSWER: tl.constexpr, RECORD: tl.constexpr,
     WINDOW: tl.constexpr, ANSWER_SIGNALS: tl.constexpr, ABORT: tl.constexpr, N: tl.constexpr,
-    NP: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
+    NP: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, SHARE: tl.constexpr,
+    AT_ONCE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
+    """HEADS heads of an item. Its own partials are merged before anybody is waited for.
+
+    With PARTS they lie as `attend` cut them, in as many parts for each SHARE items.
+    """
     item, heads = unit // GROUPS, unit % GROUPS * HEADS + tl.arange(0, HEADS)
     used, columns = heads < H, tl.arange(0, CP)
     top = tl.full((HEADS,), -float("inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
     acc = tl.zeros((HEADS, CP), tl.float32)
-    for p in range(P):
-        row = (p * N + item).to(tl.int64) * H + heads
-        top, total, acc = _add(lses_ptr + row, outs_ptr + row[:, None] * C + columns[None, :], used,
-                               top, total, acc, columns, C)  # fmt: skip
+    if PARTS > 0:
+        first_tile_ptr += item // SHARE * (SHARE + 2)
+        begin = tl.load(first_tile_ptr + item % SHARE)
+        end = tl.load(first_tile_ptr + item % SHARE + 1)
+        first, parts = _cut(begin, end, tl.load(first_tile_ptr + SHARE + 1))
+        first += item // SHARE * PARTS
+        m = item.to(tl.int64)
+        own_lses, own_outs = _parts_from(0, m, first, parts, heads, used, columns, outs_ptr, lses_ptr,
+                                         w_out_ptr, w_lse_ptr, H, C, AT_ONCE)  # fmt: skip
+        top, total, acc = _gathered(
+            own_lses, own_outs, m, first, parts, heads, used, columns, outs_ptr, lses_ptr, w_out_ptr,
+            w_lse_ptr, H, C, CP, HEADS, AT_ONCE,
+        )  # fmt: skip
+    else:
+        for p in range(P):
+            row = (p * N + item).to(tl.int64) * H + heads
+            rows = outs_ptr + row[:, None] * C + columns[None, :]
+            lses = tl.load(lses_ptr + row, mask=used, other=-float("inf"))
+            outs = tl.load(rows, mask=used[:, None] & (columns < C)[None, :], other=0.0)
+            top, total, acc = _add(lses, outs, top, total, acc)
     aborted = tl.full((), 0, tl.int64)
     fault = tl.full((), 0, tl.int32)
     if lacking_ptr is not None:
@@ -509,8 +600,11 @@ def _receive(
                 differs = (found != tl.load(wanted)) | (found_mix != tl.load(wanted + 1))
                 fault = tl.where((seat >= 0) & differs, holder + 1, fault)
                 rows = record.to(outs_ptr.dtype) + heads[:, None] * C + columns[None, :]
-                lses = (record + ANSWER).to(lses_ptr.dtype) + heads
-                top, total, acc = _add(lses, rows, used & there, top, total, acc, columns, C)
+                some = used & there
+                lses = tl.load((record + ANSWER).to(lses_ptr.dtype) + heads, mask=some,
+                               other=-float("inf"))  # fmt: skip
+                outs = tl.load(rows, mask=some[:, None] & (columns < C)[None, :], other=0.0)
+                top, total, acc = _add(lses, outs, top, total, acc)
     broken = (aborted != 0) | (fault != 0)
     lse = tl.where(broken, float("nan"), top + tl.log(total))
     scale = tl.where(broken, float("nan"), 1.0 / tl.where(total == 0.0, 1.0, total))
@@ -541,7 +635,7 @@ def _note(ring_ptr, epoch, stamp: tl.constexpr, RING: tl.constexpr):
 def _exchange_kernel(
     query, items, units_of, route_units, pairs, expected, units, lengths, query_of, num_rows,
     partial_out, partial_lse, covered, part_outs, part_lses, part_covered, first_tile,
-    own_outs, own_lses, out, lse, fault, lacking,
+    own_outs, own_lses, out, lse, fault, lacking, own_part_outs, own_part_lses, own_first_tile,
     arena, peers, epoch_ptr, counters, tables, status, ring, lane, rank, budget_ns,
     W: tl.constexpr, WP: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
     ROWS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr, C: tl.constexpr,
@@ -551,14 +645,13 @@ def _exchange_kernel(
     WINDOW: tl.constexpr, QUERY_SIGNALS: tl.constexpr, ANSWER_SIGNALS: tl.constexpr,
     ABORT: tl.constexpr, OUTBOX: tl.constexpr, OUTGOING: tl.constexpr, RING: tl.constexpr,
     SENDS: tl.constexpr, ACCEPTS: tl.constexpr, ANSWERS: tl.constexpr, RECEIVES: tl.constexpr,
-    SEND_PARTS: tl.constexpr, ANSWER_PARTS: tl.constexpr, ANSWER_HEADS: tl.constexpr, AT_ONCE: tl.constexpr,
+    SEND_PARTS: tl.constexpr, ANSWER_PARTS: tl.constexpr, ANSWER_HEADS: tl.constexpr,
+    AT_ONCE: tl.constexpr, OWN_PARTS: tl.constexpr, SHARE: tl.constexpr, OWN_AT_ONCE: tl.constexpr,
     TILE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
     """Every CTA takes its units of each role, role after role; it has sent before it waits."""
     cta, ctas = tl.program_id(0), tl.num_programs(0)
     epoch = tl.load(epoch_ptr) + 1
-    if RECEIVES > 0:
-        _advance(epoch_ptr, epoch, counters + 2 * W * CHUNKS)
     if SENDS > 0:
         if cta == 0:
             _note(ring, epoch, 0, RING)
@@ -570,10 +663,15 @@ def _exchange_kernel(
                     INBOX_CHUNK, QUERY_SIGNALS, OUTBOX, SEND_PARTS, TILE, PUT,
                 )  # fmt: skip
         _note(ring, epoch, 1, RING)
+    idle = ctas - 1 - cta  # from behind: the last CTAs have the fewest tiles to copy
     if ACCEPTS + ANSWERS > 0:
-        counts, code = _headers(epoch, lane, rank, arena, peers, status, budget_ns, W, WP, CHUNKS,
-                                QUERY_SIGNALS, ABORT, ROWS)  # fmt: skip
-        idle = ctas - 1 - cta  # from behind: the last CTAs have the fewest tiles to copy
+        if ACCEPTS > 0:
+            counts, code = _headers(epoch, lane, rank, arena, peers, status, budget_ns, W, WP, CHUNKS,
+                                    QUERY_SIGNALS, ABORT, ROWS)  # fmt: skip
+        else:
+            counts, code = _known_headers(
+                epoch, lane, rank, arena, W, WP, CHUNKS, QUERY_SIGNALS, ROWS
+            )
         for first in range(0, ACCEPTS, ctas):
             if first + idle < ACCEPTS:
                 _accept(
@@ -590,16 +688,20 @@ def _exchange_kernel(
                     part_outs, part_lses, part_covered, first_tile, arena, peers, counters, status,
                     budget_ns, W, CHUNKS, CHUNK, H, M, C, CP, PP, ANSWER_HEADS, AT_ONCE, ANSWER,
                     RECORD, WINDOW, QUERY_SIGNALS, ANSWER_SIGNALS, OUTGOING, ABORT, ANSWER_PARTS, TILE, PUT,
+                    ACCEPTS > 0,
                 )  # fmt: skip
         if ANSWERS > 0:
             _note(ring, epoch, 3, RING)
     if RECEIVES > 0:
+        _advance(epoch_ptr, epoch, counters + 2 * W * CHUNKS)
         for first in range(0, RECEIVES, ctas):
-            if first + cta < RECEIVES:
+            if first + idle < RECEIVES:
                 _receive(
-                    first + cta, epoch, lane, rank, own_outs, own_lses, out, lse, fault, lacking,
-                    items, pairs, expected, arena, peers, status, budget_ns, W, WP, CHUNKS, CHUNK, H, C,
-                    CP, ANSWER, RECORD, WINDOW, ANSWER_SIGNALS, ABORT, N, NP, P, HEADS, GROUPS,
+                    first + idle, epoch, lane, rank, own_outs, own_lses, out, lse, fault, lacking,
+                    own_part_outs, own_part_lses, own_first_tile, items, pairs, expected,
+                    arena, peers, status, budget_ns, W, WP, CHUNKS, CHUNK, H, C,
+                    CP, ANSWER, RECORD, WINDOW, ANSWER_SIGNALS, ABORT, N, NP, P,
+                    OWN_PARTS, SHARE, OWN_AT_ONCE, HEADS, GROUPS,
                 )  # fmt: skip
         _note(ring, epoch, 4, RING)
 
@@ -640,10 +742,9 @@ def exchange(
     resident = ctas or _multiprocessors(device) * _CTAS_OF_SM
     # Few CTAs take their turns evenly if all chunks have as many parts as make up whole rounds.
     most = ctas // math.gcd(ctas, chunks) if ctas else min(max(resident // chunks, 1), _MOST_PARTS)
-    heads, answer_heads = (
-        _heads_of(items, wire.heads),
-        _heads_of(others * wire.rows, wire.heads, wide),
-    )
+    most_heads = min(wide * _HEADS, triton.next_power_of_2(wire.heads))
+    heads = _heads_of(items * wire.heads, resident, most_heads)
+    answer_heads = _heads_of(others * wire.rows * wire.heads, resident, most_heads)
     groups = triton.cdiv(wire.heads, heads)
     list_tiles, query_tiles = triton.cdiv(wire.units, tile), triton.cdiv(wire.query_words, tile)
     row_tiles = 1 + triton.cdiv(wire.answer_words, tile)
@@ -661,25 +762,33 @@ def exchange(
     query = nothing if send is None else send.view(torch.int32)
     asked = accept or Accepted(nothing, nothing, nothing, nothing)
     merge = receive or Merge(nothing, nothing, nothing, nothing, nothing)
-    answered = [nothing] * 7
+    answered, merged_parts = [nothing] * 7, [nothing] * 3
+    own_parts = merge.parts
+    if own_parts is not None:
+        merged_parts = [own_parts.out, own_parts.lse, own_parts.first_tile]
     columns = 1 if receive is None else merge.outs.shape[-1]
     if answer is not None and parts is None:  # copied as words, whatever they hold
         answered[:3] = [t.view(torch.int32) for t in answer[:3]]
     elif answer is not None and parts is not None:
         columns = answer.out.shape[-1]
         answered = [*answer[:3], *parts]
+    column_room, threads = triton.next_power_of_2(columns), 32 * wide * _WARPS
+    ctas = min(max(*units, units[2] + units[3]), resident)
     options: dict[str, Any] = {"num_stages": 1, "maxnreg": _REGISTERS}
+    numbers = 32  # of parts that a thread may hold
+    if wide == 1 and ctas <= 2 * _multiprocessors(device):
+        options["maxnreg"], numbers = 2 * _REGISTERS - 1, 64
     if ends.put is not None:
         options["extern_libs"] = {"libnvshmem_device": ends.put}
-    _exchange_kernel[(min(max(units), resident),)](
+    _exchange_kernel[(ctas,)](
         query, routes.items, routes.units_of, routes.route_units, routes.pairs, routes.expected,
-        *asked, *answered, *merge,
+        *asked, *answered, *merge[:6], *merged_parts,
         ends.arena, ends.peers, ends.epoch, ends.counters, ends.tables, ends.status, ends.ring,
         ends.lane, ends.rank, ends.budget_ns,
         W=wire.world_size, WP=triton.next_power_of_2(wire.world_size),
         BP=triton.next_power_of_2(wire.world_size * items), N=items,
         NP=triton.next_power_of_2(items), ROWS=wire.rows, CHUNKS=wire.chunks, CHUNK=wire.chunk,
-        H=wire.heads, C=columns, CP=triton.next_power_of_2(columns), E=wire.units,
+        H=wire.heads, C=columns, CP=column_room, E=wire.units,
         P=0 if receive is None else len(merge.outs), M=others * wire.rows,
         PP=0 if parts is None else triton.next_power_of_2(len(parts.out)),
         QUERY=wire.query_words,
@@ -690,15 +799,23 @@ def exchange(
         RING=0 if ends.ring is None else len(ends.ring),
         SENDS=units[0], ACCEPTS=units[1], ANSWERS=units[2], RECEIVES=units[3],
         SEND_PARTS=send_parts, ANSWER_PARTS=answer_parts, ANSWER_HEADS=answer_heads,
-        AT_ONCE=2 if answer_heads >= wide * _HEADS else 4, TILE=tile,
-        HEADS=heads, GROUPS=groups, PUT=ends.put is not None, num_warps=wide * _WARPS, **options,
+        AT_ONCE=_at_once(answer_heads, column_room, threads, numbers),
+        OWN_PARTS=0 if own_parts is None else own_parts.out.shape[1],
+        SHARE=0 if own_parts is None else items // len(own_parts.out),
+        OWN_AT_ONCE=_at_once(heads, column_room, threads, numbers),
+        TILE=tile, HEADS=heads, GROUPS=groups, PUT=ends.put is not None, num_warps=threads // 32,
+        **options,
     )  # fmt: skip
 
 
-def _heads_of(rows: int, heads: int, wide: int = 1) -> int:
-    """How many heads of a row a CTA merges: fewer where else most CTAs had nothing to do."""
-    wanted = triton.next_power_of_2(max(wide * rows * heads // 132, 2))
-    return int(min(wanted, wide * _HEADS, triton.next_power_of_2(heads)))
+def _heads_of(all_heads: int, ctas: int, most: int) -> int:
+    """How many heads of a row a CTA merges: fewer where else some CTAs had nothing to do."""
+    return int(min(triton.next_power_of_2(triton.cdiv(all_heads, ctas)), most))
+
+
+def _at_once(heads: int, columns: int, threads: int, numbers: int) -> int:
+    """How many parts of so many heads' columns a CTA reads together, `numbers` a thread at most."""
+    return int(min(max(numbers * threads // (heads * columns), 1), 8))
 
 
 def _even(tiles: int, most: int) -> int:
@@ -773,6 +890,19 @@ def _check(
             ("lacking", receive.lacking, (items,), i32),
         ]
         _words("outs", receive.outs.flatten(0, 1), wire.answer_words)
+        if receive.parts is not None:
+            shares, parts, *_ = receive.parts.out.shape
+            if partials != 1 or items % shares:
+                raise ValueError(
+                    f"rows in parts are one partial of equal shares, got {partials} partials and "
+                    f"{shares} shares of {items} rows"
+                )
+            shape = (shares, parts, 2, heads, columns)
+            listed += [
+                ("parts.out", receive.parts.out, shape, receive.outs.dtype),
+                ("parts.lse", receive.parts.lse, shape[:-1], f32),
+                ("parts.first_tile", receive.parts.first_tile, (shares, items // shares + 2), i32),
+            ]
     for name, tensor, shape, dtype in listed:
         check_tensor(tensor, name, shape, dtype, device)
 

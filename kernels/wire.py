@@ -29,6 +29,11 @@ MAX_UNITS = 4096
 _LINE = 32  # words of 128 bytes: regions begin at multiples of it
 
 
+def chunk_of(rows: int) -> int:
+    """Queries of a chunk where a bucket has `rows`: a quarter, so that four can be under way at once."""
+    return min(max(rows // 4, 1), MAX_CHUNK)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wire:
     """Sizes of all messages, in 4-byte words; equal on every rank.

@@ -124,7 +124,8 @@ def cut(answer: Partials, rows: int, *, parts: int, seed: int) -> Partials:
         shares /= shares.sum()
         for i, share in enumerate(shares):
             seat = (first + i, int(i == 0))
-            made.out[seat] = torch.nan if share == 0 else answer.out[m]
+            empty = share == 0 or bool((answer.lse[m] == -torch.inf).all())
+            made.out[seat] = torch.nan if empty else answer.out[m]
             made.lse[seat] = answer.lse[m] + share.log()
             made.covered[seat] = answer.covered[m] if i == 1 else 0
         whole.out[m], whole.lse[m] = torch.nan, torch.nan
@@ -133,17 +134,16 @@ def cut(answer: Partials, rows: int, *, parts: int, seed: int) -> Partials:
 
 
 def test_cut_rows_are_merged_as_they_leave() -> None:
-    """And few wide CTAs do the same."""
+    """And own rows as they are received; and few wide CTAs do the same."""
     wire = small_wire(2)
     for epoch, (parts, ctas) in enumerate([(3, None), (9, 2), (40, 3)]):
         ends = connected(wire)
         given = [
-            asked(wire, r, 5, columns=COLUMNS, seed=epoch, dtype=torch.float16) for r in range(2)
+            asked(wire, r, 4, columns=COLUMNS, seed=epoch, dtype=torch.float16) for r in range(2)
         ]
         merged = [target(a) for a in given]
         accepted = [room(wire) for _ in ends]
-        lacking = torch.zeros(5, dtype=torch.int32)
-        lacking[3] = 2
+        lacking = torch.tensor([0, 0, 0, 2], dtype=torch.int32)
         for end, ask in zip(ends, given, strict=True):
             exchange(end, ask.routes, send=ask.query, ctas=ctas)
         for end, ask, rows in zip(ends, given, accepted, strict=True):
@@ -153,7 +153,21 @@ def test_cut_rows_are_merged_as_they_leave() -> None:
             answer = cut(answer, len(found), parts=parts, seed=epoch)
             exchange(end, ask.routes, answer=answer, ctas=ctas)
         for end, ask, merge in zip(ends, given, merged, strict=True):
-            exchange(end, ask.routes, receive=merge._replace(lacking=lacking))
+            shares = [
+                cut(
+                    Partials(ask.outs[0, at], ask.lses[0, at], torch.zeros(2, 2, dtype=torch.int32)),
+                    2, parts=parts, seed=epoch,
+                )
+                for at in (slice(0, 2), slice(2, 4))
+            ]  # fmt: skip
+            spaces = [share.parts for share in shares if share.parts is not None]
+            merge = merge._replace(
+                outs=torch.cat([share.out for share in shares])[None],
+                lses=torch.cat([share.lse for share in shares])[None],
+                lacking=lacking,
+                parts=Workspace(*(torch.stack(of) for of in zip(*spaces, strict=True))),
+            )
+            exchange(end, ask.routes, receive=merge)
             out, lse = due(ask, COLUMNS)
             right = lacking == 0
             torch.testing.assert_close(merge.out[right].float(), out[right], rtol=2e-3, atol=2e-3)

@@ -29,7 +29,7 @@ from ...kernels.plan import Workspace as PlanWorkspace
 from ...partition.layout import Layout
 from .pool import GpuPool
 
-SENDERS = 16  # SMs that move messages beside an attention: 8 push 315 GB/s, and half of them wait
+SENDERS = 32  # SMs that move messages beside an attention, which leaves it time enough for its part
 _SPLIT = 16  # rows from which on half of them wait for the answers' flight
 
 
@@ -116,9 +116,11 @@ class GpuStep:
             )
 
         self._own = results(rows)
-        self._own_space = space(rows, own_parts)
-        middle = rows // 2 if ends is not None and rows >= _SPLIT else rows
-        self._shares = [slice(0, middle)] + ([slice(middle, rows)] if middle < rows else [])
+        shares = 2 if ends is not None and rows >= _SPLIT and rows % 2 == 0 else 1
+        share = rows // shares
+        self._shares = [slice(first, first + share) for first in range(0, rows, share)]
+        spaces = [space(share, own_parts) for _ in range(shares)]
+        self._own_parts = Workspace(*(torch.stack(of) for of in zip(*spaces, strict=True)))
         self._aside = torch.cuda.Stream(device)
         self._graphs: dict[tuple[int, Mode], torch.cuda.CUDAGraph] = {}
         if ends is not None:
@@ -156,18 +158,19 @@ class GpuStep:
         aside.wait_stream(main)
         exchange(ends, self._routes, send=self.query, accept=self._accepted, ctas=SENDERS)
         with torch.cuda.stream(aside):
-            self.pull(layer, mode)
-            self._attend_own(layer, self._shares[0])
+            self._attend_here(layer, mode)
         self._attend_routed(layer)
         out, lse, _ = self._own
-        merge = Merge(out[None], lse[None], self.out, self.lse, self.fault, self.lacking)
+        merge = Merge(
+            out[None], lse[None], self.out, self.lse, self.fault, self.lacking, self._own_parts
+        )
         if len(self._shares) == 1:
             main.wait_stream(aside)
             exchange(ends, self._routes, answer=self._answer, receive=merge)
             return
         aside.wait_stream(main)
         with torch.cuda.stream(aside):
-            self._attend_own(layer, self._shares[1])
+            self._attend_own(layer, mode, 1)
         exchange(ends, self._routes, answer=self._answer, ctas=SENDERS)
         main.wait_stream(aside)
         exchange(ends, self._routes, receive=merge)
@@ -186,33 +189,48 @@ class GpuStep:
         self._graphs[key].replay()
 
     def _alone(self, layer: int, mode: Mode) -> None:
-        self.pull(layer, mode)
-        self._attend_own(layer, self._shares[0])
+        self._attend_here(layer, mode, combined=True)
         out, lse, _ = self._own
         whole = self.lacking == 0
         self.out.copy_(torch.where(whole[:, None, None], out, torch.nan))
         self.lse.copy_(torch.where(whole[:, None], lse, torch.nan))
         self.fault.copy_(self.lacking)
 
-    def pull(self, layer: int, mode: Mode) -> None:
-        """Fetch what the plan says; the list of each item's entries that are here then."""
+    def pull(self, layer: int) -> None:
+        """Fetch what the plan says, and list each item's entries that are here then."""
         pool = self._pool
-        if mode != "always-route" and self._ends is not None:
-            fetch(
-                pool.map, layer, pool.peers, self.plan.fetch_units, self.plan.counts,
-                memory=pool.memory, came=self._came,
-            )  # fmt: skip
+        fetch(
+            pool.map, layer, pool.peers, self.plan.fetch_units, self.plan.counts,
+            memory=pool.memory, came=self._came,
+        )  # fmt: skip
+        self._compose(layer)
+
+    def _compose(self, layer: int) -> None:
         compose(
-            pool.map, layer, self.plan, self._came, rank=self._rank,
+            self._pool.map, layer, self.plan, self._came, rank=self._rank,
             units=self._own_units, lengths=self._own_lengths, fault=self.lacking,
         )  # fmt: skip
 
-    def _attend_own(self, layer: int, rows: slice) -> None:
+    def _attend_here(self, layer: int, mode: Mode, *, combined: bool = False) -> None:
+        """The first share of what is here; where nothing can be fetched, compare after that."""
+        if mode == "always-route":
+            self._attend_own(layer, mode, 0, combined=combined)
+            self._compose(layer)
+        else:
+            self.pull(layer)
+            self._attend_own(layer, mode, 0, combined=combined)
+
+    def _attend_own(self, layer: int, mode: Mode, share: int, *, combined: bool = False) -> None:
+        rows = self._shares[share]
         out, lse, covered = (result[rows] for result in self._own)
+        units, lengths = self._own_units, self._own_lengths
+        if mode == "always-route":
+            units, lengths = self.plan.local_units, self.plan.local_lengths
         attend(
-            self.query[rows], self._pool.entries(layer), self._own_units[rows],
-            value_dim=self._value_dim, scale=self._scales[layer], workspace=self._own_space,
-            lengths=self._own_lengths[rows], out=out, lse=lse, covered=covered,
+            self.query[rows], self._pool.entries(layer), units[rows],
+            value_dim=self._value_dim, scale=self._scales[layer],
+            workspace=Workspace(*(part[share] for part in self._own_parts)),
+            lengths=lengths[rows], out=out, lse=lse, covered=covered, combined=combined,
         )  # fmt: skip
 
     def _attend_routed(self, layer: int) -> None:
