@@ -2,7 +2,8 @@
 
 Letters: L layers, S slots, B tokens of a block, K keys. A `BlockStore` maps keys to slots, and a
 (layer, stored id) to an entry index `slot * B + offset` into that layer's tensor. Entries are
-written once, in order, so an entry that exists never changes.
+written once, in order, so an entry that exists never changes. The tables are on the host, wherever
+the blocks lie.
 
 Any thread may read a store at any time, without waiting: an entry is there before `fill` says so.
 Changes exclude each other, because an engine and the server beside it append to the same blocks.
@@ -49,12 +50,17 @@ class BlockStore:
         num_keys: int,
         block_tokens: int,
         lease_entries: int = 0,
+        storage: Sequence[Tensor] | None = None,
     ) -> None:
         """Allocate `num_slots` blocks and `lease_entries` single entries a layer.
 
         Layers whose codec is None store nothing. Entry indices from `first_lease` on are leases.
 
-        Raises: ValueError if there is no slot or stored ids would not fit in int32.
+        Args:
+            storage: where rows are kept, instead of new memory: of each layer uint8 bytes for all of its
+                blocks and leases, on one device. What is read of it is handed out on the host.
+        Raises: ValueError if there is no slot, stored ids would not fit in int32, or the storage is of
+        other sizes.
         """
         if num_slots < 1 or num_keys * block_tokens >= 2**31:
             raise ValueError(
@@ -69,17 +75,23 @@ class BlockStore:
         self._lease_entries = lease_entries
         if lease_entries and any(codec and len(codec.planes) > 1 for codec in self.codecs):
             raise ValueError("entries of a codec with several planes cannot be leased")
-        self._storage = [
-            torch.empty(
-                (self.first_lease + lease_entries) * (codec.entry_bytes if codec else 0),
-                dtype=torch.uint8,
-            )
+        sizes = [
+            (self.first_lease + lease_entries) * (codec.entry_bytes if codec else 0)
             for codec in self.codecs
         ]
+        if storage is None:
+            storage = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        given = [(part.dtype, *part.shape) for part in storage]
+        if given != [(torch.uint8, size) for size in sizes]:
+            raise ValueError(f"storage must be uint8 of {sizes} bytes, layer by layer, got {given}")
+        self._storage = list(storage)
+        self.device = self._storage[0].device
         self.fill = torch.zeros(len(self.codecs), num_slots, dtype=torch.int32)
         self.slot_of = torch.full((num_keys,), -1, dtype=torch.int32)
         self.key_of = torch.full((num_slots,), -1, dtype=torch.int32)
         self.generation = torch.zeros(num_slots, dtype=torch.int32)
+        # Raised by what changes: slots and all fills; and, by layer, its fill.
+        self.version, self.fill_versions = 0, [0] * len(self.codecs)
         self.block_residence, self.lease_residence = Residence(), Residence()
         self._places = Places(num_slots, self.block_residence)
 
@@ -110,6 +122,7 @@ class BlockStore:
             self.generation[slots.long()] = generations.to(torch.int32)
         self.key_of[slots.long()] = keys.to(torch.int32)
         self.slot_of[keys.long()] = slots.to(torch.int32)
+        self.version += 1
 
     @_alone
     def release(self, keys: Tensor) -> None:
@@ -119,6 +132,7 @@ class BlockStore:
         self.key_of[slots] = -1
         self.generation[slots] += 1
         self._places.leave(slots, time.monotonic())
+        self.version += 1
 
     @_alone
     def touch(self, entry_index: Tensor) -> None:
@@ -182,24 +196,30 @@ class BlockStore:
                 "entries are written once and in order; a gap or an overwrite was asked"
             )
         at = slots * self.block_tokens + offset
-        scatter_rows(self._blocks(layer, codec), codec, self.block_tokens, at, rows)
+        to = self._blocks(layer, codec)
+        scatter_rows(to, codec, self.block_tokens, at.to(self.device), rows.to(self.device))
         fill.copy_(end)
+        self.fill_versions[layer] += 1
 
     def rows(self, layer: int, entry_index: Tensor) -> Tensor:
-        """Encoded rows (n, entry_bytes) at the entry indices (n,), leases included."""
+        """Encoded rows (n, entry_bytes) at the entry indices (n,), leases included; on the host."""
         codec = self.codecs[layer]
         assert codec is not None
+        at = entry_index.to(self.device)
         if len(codec.planes) == 1:
             single = self._storage[layer].view(-1, codec.entry_bytes)
-            return gather_rows(single, codec, 1, entry_index)
-        return gather_rows(self._blocks(layer, codec), codec, self.block_tokens, entry_index)
+            return gather_rows(single, codec, 1, at).cpu()
+        return gather_rows(self._blocks(layer, codec), codec, self.block_tokens, at).cpu()
 
     def copy_out(self, layer: int, slots: Tensor, rows: Tensor) -> None:
         """Copy the blocks of n slots, all of each whether written or not, to encoded `rows`
         (n, B, entry_bytes).
         """
         for plane, part in self._planes_beside(layer, rows):
-            torch.index_select(plane, 0, slots, out=part)
+            if plane.device == part.device:
+                torch.index_select(plane, 0, slots, out=part)
+            else:
+                part.copy_(plane.index_select(0, slots.to(plane.device)))
 
     @_alone
     def copy_in(self, layer: int, slots: Tensor, rows: Tensor, tokens: Tensor) -> None:
@@ -214,6 +234,7 @@ class BlockStore:
             for slot, columns in zip(slots.tolist(), part, strict=True):
                 plane[slot].copy_(columns)
         self.fill[layer, slots] = tokens
+        self.fill_versions[layer] += 1
 
     def read(self, layer: int, entry_index: Tensor, dtype: torch.dtype) -> Tensor:
         """Decoded entries (*shape, D) at entry indices of any shape."""

@@ -6,7 +6,7 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -14,6 +14,7 @@ from ..partition.layout import ModelLayout
 from ..partition.placement import Placement
 from .cost.predicate import MODES, Mode
 from .cost.profile import FabricProfile, load_profile
+from .gpu.limits import Device, check_config
 
 IndexPlacement = Literal["with-blocks", "replicated"]
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -45,6 +46,8 @@ class RuntimeConfig:
         checked: reject duplicate, foreign and invisible ids in every selection.
         log_decisions: log a JSON line per group of equal decisions (`decision_log.py`).
         profile_ranges: name the phases of a step in torch's profiler, and in NVTX with CUDA.
+        device: where entries are kept and attended to; with "cuda" on each rank's current device.
+        max_queries, max_units: on GPUs, the most queries of a rank's step and units of a query.
     """
 
     model: ModelLayout
@@ -67,12 +70,16 @@ class RuntimeConfig:
     checked: bool = True
     log_decisions: bool = False
     profile_ranges: bool = False
+    device: Device = "cpu"
+    max_queries: int = 64
+    max_units: int = 2048
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, ModelLayout):
             raise ValueError(f"model must be a ModelLayout, got {type(self.model).__name__}")
         sizes: tuple[str, ...]
         sizes = ("max_blocks", "block_tokens", "request_blocks", "workspace_bytes", "half_life")
+        sizes = (*sizes, "max_queries", "max_units")
         if self.corpus_slots is not None:
             sizes = (*sizes, "corpus_slots")
         for name in (*sizes, "private_blocks", "lease_entries", "seed"):
@@ -119,6 +126,10 @@ class RuntimeConfig:
                 f"{self.max_ids} (block, branch) keys of {self.block_tokens} tokens "
                 "do not fit int32 ids"
             )
+        if self.device not in get_args(Device):
+            raise ValueError(f"device must be one of {get_args(Device)}, got {self.device!r}")
+        if self.device == "cuda":
+            check_config(self)
 
     @property
     def num_branches(self) -> int:

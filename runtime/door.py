@@ -133,7 +133,7 @@ def check_selection(world: World, layout: Layout, selection: Selection, queries:
     check_scope(world, selection.scope, queries)
     if not world.config.checked or ids.numel() == 0:
         return
-    flat = ids.reshape(queries, -1, ids.shape[-1])
+    flat = ids.cpu().reshape(queries, -1, ids.shape[-1])
     ordered = flat.sort(dim=-1).values
     if bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()):
         raise ValueError("selection ids repeat within a query")

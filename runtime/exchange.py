@@ -77,6 +77,7 @@ def exchange(
     for rank, message in enumerate(given):
         if message is not None:
             blaming(world, rank, check_columns, message)
+    world.answered = header
     return own, given
 
 
@@ -87,6 +88,7 @@ def settle(world: World, header: Header, columns: Sequence[Column] = ()) -> list
         world.service.exchange(header, columns, lambda: None)
         return [None] * world.world_size
     world.epoch += 1
+    world.answered = None
     proven = len(world.sent)
     world.sent.append((header.layer, world.staged_at(header.layer)))
     with world.stats.phase("send"):
@@ -100,7 +102,21 @@ def settle(world: World, header: Header, columns: Sequence[Column] = ()) -> list
             if visitor is not None:
                 blaming(world, rank, check_columns, visitor)
                 blaming(world, rank, take_pushes, visitor)
+    if world.gpu is not None:
+        _check_layers(world, header, visitors)
+        world.gpu.flush(world)
     return visitors
+
+
+def _check_layers(world: World, header: Header, visitors: Sequence[Message | None]) -> None:
+    """On GPUs a step is of one layer: whatever a rank is asked there, it attends at its own."""
+    for rank, visitor in enumerate(visitors):
+        if visitor is not None and visitor.header.layer != header.layer:
+            raise world.transport.accuse(
+                rank,
+                f"is at layer {visitor.header.layer}, rank {world.rank} at {header.layer}: with "
+                "entries on GPUs all ranks take the same layers in the same order",
+            )
 
 
 def broadcast(name: str, rows: Tensor, world: World, to: Tensor | None = None) -> Column:

@@ -28,9 +28,10 @@ class DecisionLine(NamedTuple):
 
 def explain_last(world: World) -> list[DecisionLine]:
     """The decisions of the last `attend` of this rank; empty before the first."""
-    if world.last is None:
+    last = world.last_step()
+    if last is None:
         return []
-    layer, _, demand, decision, _ = world.last
+    layer, _, demand, decision, _ = last
     branches = world.config.num_branches
     return [
         DecisionLine(
@@ -51,9 +52,10 @@ def explain_last(world: World) -> list[DecisionLine]:
 
 def predicted_last(world: World) -> float:
     """Seconds predicted for the last `attend` of this rank, own work and merge included."""
-    if world.last is None:
+    last = world.last_step()
+    if last is None:
         return 0.0
-    layer, unit_tokens, demand, decision, shifted = world.last
+    layer, unit_tokens, demand, decision, shifted = last
     parts = predict_step(
         decision.way,
         demand,

@@ -51,6 +51,7 @@ KNOWN_COLUMNS: Mapping[str, frozenset[str]] = {
     | {f"{kind}.{part}" for kind in ("entries", "index") for part in ("keys", "hashes")},
     "snapshot-commit": _PUSHED | {"state"},
     "restore": _PUSHED | _AGREED | {"state", "open"},
+    "meet": _PUSHED,
     "verify": _PUSHED | {"state", "at", "hashes", "changed"},
     "rejoin": _PUSHED | {"facts", "fill", "documents", "blocks", "owners", "slots", "generations"},
 }

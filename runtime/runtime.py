@@ -33,6 +33,8 @@ from .door import (
 from .errors import CoverageError, PeerError, SnapshotError
 from .explain import DecisionLine, explain_last, predicted_last
 from .failover import lost_blocks
+from .gpu.attend import attend_on_gpu
+from .gpu.limits import check_step
 from .holder import MAX_TOP_K
 from .lanes import joined_lane, lane_number
 from .lease import lease
@@ -99,8 +101,11 @@ class Runtime:
                 rank gets their documents, and the copies that it is to hold. Weights it loads itself.
         Raises:
             PeerError if another rank opened with another config or incarnation. ValueError on every
-            rank if the lanes do not cover all heads once, or instances are of unequal sizes.
+            rank if the lanes do not cover all heads once, or instances are of unequal sizes; or if
+            entries are to be on GPUs, and a rank has none of its own, or a package is missing.
         """
+        if incarnation and config.device == "cuda":
+            raise ValueError("nobody rejoins a world with entries on GPUs: its incarnation is 0")
         with joined_lane(config, transport, heads, incarnation) as joined:
             world = World(*joined)
             if incarnation:
@@ -115,9 +120,10 @@ class Runtime:
         torch.distributed may be begun anew after this; a transport that was given is its maker's to close.
 
         Raises: RuntimeError if the server of a service broke; or if it is still at a request, and then
-            this is to be done again.
+            this is to be done again; or if entries are on GPUs.
         """
         self._check_open()
+        self._check_not_on_gpu("leave its world and go on")
         if self._snapshot is not None:
             self._snapshot.cancel(self.config.deadline_s)
             self._snapshot = None
@@ -148,6 +154,7 @@ class Runtime:
             again without it; or if survivors do not have the same documents.
         """
         self._check_open()
+        self._check_not_on_gpu("rejoin")
         last = self._world.transport.incarnation
         if not isinstance(incarnation, int) or incarnation <= last:
             raise ValueError(f"incarnation must be a number above {last}, got {incarnation!r}")
@@ -185,7 +192,7 @@ class Runtime:
 
     def close(self) -> None:
         """Leave the world; idempotent. Peers that still wait for this rank get an error that names it,
-        unless the transport was given and stays open.
+        unless the transport was given and stays open. With entries on GPUs it is a step of the world.
         """
         if not self._closed:
             self._closed = True
@@ -195,6 +202,8 @@ class Runtime:
                 if self._world.service is not None:
                     self._world.service.close()
             finally:
+                if self._world.gpu is not None:
+                    self._world.gpu.close(self._world)
                 if self._owns_transport:
                     self._world.transport.close()
 
@@ -507,7 +516,8 @@ class Runtime:
     def write(
         self, layer: int, ids: Tensor, entries: Tensor, index_keys: Tensor | None = None
     ) -> None:
-        """Store entries computed here; copies at other ranks get them with this layer's next step.
+        """Store entries computed here; copies at other ranks get them with this layer's next step,
+        which on GPUs an `attend` straight after the layer's `select` is not.
 
         Args:
             ids: (n,) int32 entry ids from `append`. entries, index_keys: as for `load_document`.
@@ -670,11 +680,14 @@ class Runtime:
         if mode is not None and mode not in MODES:
             raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
         check_selection(self._world, layout, selection, len(query))
+        mode = mode or self.config.mode
+        attend = attend_step
+        if self._world.gpu is not None:
+            check_step(self.config, selection, mode)
+            attend = attend_on_gpu
         self._touch(selection.scope)
         return self._answered(
-            lambda: attend_step(
-                self._world, layer, query, selection, sink=sink, mode=mode or self.config.mode
-            )
+            lambda: attend(self._world, layer, query, selection, sink=sink, mode=mode)
         )
 
     def idle_select(self, layer: int) -> None:
@@ -705,9 +718,10 @@ class Runtime:
         Args:
             max_requests, max_bytes: requests of others taken in and not answered yet; beyond that
                 (a single larger request aside) whoever asks is held back.
-        Raises: ValueError; RuntimeError if this rank serves already; PeerError.
+        Raises: ValueError; RuntimeError if this rank serves already, or entries are on GPUs; PeerError.
         """
         self._check_connected()
+        self._check_not_on_gpu("serve")
         for name, bound in (("max_requests", max_requests), ("max_bytes", max_bytes)):
             if not isinstance(bound, int) or bound < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {bound!r}")
@@ -936,6 +950,12 @@ class Runtime:
         self._check_open()
         if self._former is not None:
             raise RuntimeError("the runtime is disconnected: rejoin first")
+
+    def _check_not_on_gpu(self, what: str) -> None:
+        if self._world.gpu is not None:
+            raise RuntimeError(
+                f"a runtime with its entries on GPUs cannot {what}: snapshot, and restore into a new one"
+            )
 
     def _check_not_serving(self) -> None:
         self._check_connected()

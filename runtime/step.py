@@ -175,7 +175,7 @@ def attend_step(
     # MERGE within each branch by log-sum-exp, then combine the branches by their constants.
     with stats.phase("merge"):
         out = combine(layout, *merge_parts(world, layer, parts, len(rows)), sink)
-    stats.count(decision, len(query))
+    stats.count(decision.way, len(query))
     world.last = LastStep(layer, unit_tokens, wanted.demand, decision, wanted.offsets is not None)
     if config.log_decisions:
         log_decisions(world)

@@ -57,6 +57,10 @@ class TorchTransport(Transport):
             thread.start()
         atexit.register(self.close)  # a thread inside gloo at interpreter exit aborts the process
 
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return self._group
+
     def close(self) -> None:
         if self._closing:
             return

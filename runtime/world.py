@@ -33,6 +33,7 @@ from .transport_torch import TorchTransport
 from .usage import Usage
 
 if TYPE_CHECKING:
+    from .gpu.rank import GpuRank
     from .service import Service
 
 
@@ -121,11 +122,11 @@ class Stats:
     failures: Counter[str] = field(default_factory=Counter)
     profile_ranges: bool = False
 
-    def count(self, decision: Decision, queries: int) -> None:
-        """Add one attention step and its decisions by holder."""
+    def count(self, way: Tensor, queries: int) -> None:
+        """Add one attention step and its ways (N, W)."""
         self.steps += 1
         self.queries += queries
-        self.ways += torch.nn.functional.one_hot(decision.way.long(), len(Way)).sum(0)
+        self.ways += torch.nn.functional.one_hot(way.long(), len(Way)).sum(0)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -169,14 +170,19 @@ class World:
             world_size=self.world_size,
         )
         self.settled = self.directory  # the tables of the last step of all: every rank had these
-        entry_codecs = [entry_codec(layout) for layout in layers]
+        self.gpu: GpuRank | None = None
+        if config.device == "cuda":
+            from .gpu.rank import open_gpu  # only here: it needs Triton
+
+            self.gpu = open_gpu(config, transport)
         private = config.private_blocks
         self.entries = BlockStore(
-            entry_codecs,
-            num_slots=max(self.corpus_slots + private * branches, 1),
+            [entry_codec(layout) for layout in layers],
+            num_slots=entry_slots(config, self.world_size),
             num_keys=config.max_ids,
             block_tokens=block_tokens,
             lease_entries=config.lease_entries,
+            storage=None if self.gpu is None else self.gpu.pool.storage(),
         )
         self.index_slots = index_slots(config, self.world_size)
         index_codecs = [index_codec(layout) for layout in layers]
@@ -197,13 +203,10 @@ class World:
         self.staged: dict[Kind, list[list[Push]]] = {kind: [[] for _ in layers] for kind in KINDS}
         # What was sent with the last step, and its layer: whether it was taken, the next one shows.
         self.sent: list[tuple[int, dict[Kind, list[Push]]]] = []
-        self.facts = [
-            LayerFacts.of(
-                layout, entry_bytes=codec.entry_bytes, element_bytes=config.dtype.itemsize
-            )
-            for layout, codec in zip(layers, entry_codecs, strict=True)
-        ]
+        self.facts = [layer_facts(config, layout) for layout in layers]
         self.epoch = 0
+        # The last exchange, if everyone was answered in it, and so had taken all writes before.
+        self.answered: Header | None = None
         self._is_whole = True  # every block in use has all of its copies
         # The life before the last one, until tables change: not all may know yet that it ended.
         self.former: Life | None = None
@@ -259,7 +262,8 @@ class World:
     def take_weights(self, layer: int, weights: LayerWeights) -> None:
         """Keep a layer's weights. Their mark joins the table version: ranks that differ are named."""
         self.check_not_serving()
-        self.weights[layer] = weights
+        here = self.entries.device
+        self.weights[layer] = LayerWeights(weights.w_uk.to(here), weights.w_uv.to(here))
         for weight in weights:
             raw = weight.cpu().view(torch.uint8).numpy().tobytes()
             self._weights_mark = zlib.crc32(
@@ -278,7 +282,10 @@ class World:
         branches, before = self.config.num_branches, self.directory
         changed = (before.generations != directory.generations).view(-1, branches)[:, 0]
         unused, wanted = before.references == 0, directory.references > 0
-        self._give_up((~unused & (changed | ~wanted)).nonzero()[:, 0])
+        gone = (~unused & (changed | ~wanted)).nonzero()[:, 0]
+        if self.gpu is not None and len(gone):
+            self.gpu.meet(self)
+        self._give_up(gone)
         here = directory.owners == rank
         self._let_go(here)
         mine, copy = here.nonzero(as_tuple=True)
@@ -405,12 +412,13 @@ class World:
         for copy in self._holders(kind, ids // self.config.block_tokens).unbind(1):
             away = (copy >= 0) & (copy != self.rank)
             if bool(away.any()):
-                self.staged[kind][layer].append(Push(copy[away], ids[away], rows[away]))
+                self.staged[kind][layer].append(Push(copy[away], ids[away], rows[away].cpu()))
 
     def _encode(self, codec: Codec, entries: Tensor, chosen: Tensor) -> Tensor:
-        """Rows of the `chosen` (N,) of entries (N, D), encoded tile by tile within the workspace."""
+        """Rows of the `chosen` (N,) of entries (N, D), where these are, tile by tile within the
+        workspace."""
         at = chosen.nonzero()[:, 0]
-        rows = torch.empty(len(at), codec.entry_bytes, dtype=torch.uint8)
+        rows = entries.new_empty(len(at), codec.entry_bytes, dtype=torch.uint8)
         step = max(self.config.workspace_bytes // (16 * codec.dim), 1)
         for start in range(0, len(at), step):
             tile = slice(start, start + step)
@@ -432,11 +440,16 @@ class World:
         corpus = (keys >= 0) & (keys < len(owners))
         return torch.where(corpus[..., None], owners[torch.where(corpus, keys, 0).long()], -1)
 
+    def last_step(self) -> LastStep | None:
+        """The last `attend` of this rank."""
+        return self.last if self.gpu is None else self.gpu.last_step(self)
+
     def counted(self) -> dict[str, Any]:
         """The counters as plain values."""
         stats, served = self.stats, self.served
         sent, before = self.transport.counted(), self._sent_before
         blocks, leases = self.entries.block_residence, self.entries.lease_residence
+        on_gpu: Counter[str] = Counter() if self.gpu is None else self.gpu.bytes
         return {
             "rank": self.rank,
             "steps": stats.steps,
@@ -445,7 +458,7 @@ class World:
                 rank: {way.name.lower(): int(ways[way]) for way in Way if way != Way.NONE}
                 for rank, ways in enumerate(stats.ways)
             },
-            "bytes_sent": dict(sent.bytes - before.bytes),
+            "bytes_sent": dict(sent.bytes - before.bytes + on_gpu),
             "messages_sent": dict(sent.messages - before.messages),
             "bytes_to": dict(sent.bytes_to - before.bytes_to),
             "served": {
@@ -517,6 +530,11 @@ class World:
         return columns
 
 
+def entry_slots(config: RuntimeConfig, world_size: int) -> int:
+    """(block, branch) copies that one rank's pool has room for, the corpus's and private ones."""
+    return max(config.slots_for(world_size) + config.private_blocks * config.num_branches, 1)
+
+
 def index_slots(config: RuntimeConfig, world_size: int) -> int:
     """Blocks whose index keys one rank may have to hold: with copies of their first branch, or all."""
     placement, branches = config.placement, config.num_branches
@@ -538,3 +556,12 @@ def index_codec(layout: Layout) -> Codec | None:
     if layout.index is None:
         return None
     return make_codec(layout.index_codec, dim=layout.index.head_dim, rope_dim=layout.index.rope_dim)
+
+
+def layer_facts(config: RuntimeConfig, layout: Layout) -> LayerFacts:
+    """What the cost model knows of a layer."""
+    return LayerFacts.of(
+        layout,
+        entry_bytes=entry_codec(layout).entry_bytes,
+        element_bytes=config.dtype.itemsize,
+    )

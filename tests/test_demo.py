@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 
+from qroam.runtime.gpu.limits import GPU_MODES
 from qroam.runtime.tools import demo
 from qroam.runtime.tools.demo import DemoConfig, DemoReport, run_demo
+from qroam.runtime.tools.demo_gpu import large_facts, large_lines
 from qroam.runtime.tools.sabotage import Sabotage
 
 
@@ -50,7 +55,7 @@ def test_a_dropped_holder_is_found_by_comparing() -> None:
 def test_only_a_wrong_coverage_is_a_finding(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other failures of instances are errors: the demo did not run."""
     failures = [demo._Failure(1, "other", "PeerError: gone"), demo._Failure(0, first, "the cause")]
-    monkeypatch.setattr(demo, "_instances", lambda jobs: nullcontext([]))
+    monkeypatch.setattr(demo, "_instances", lambda jobs, run: nullcontext([]))
     monkeypatch.setattr(demo, "_results", lambda instances, report: ([], failures))
     if first == "other":
         with pytest.raises(RuntimeError, match=r"^instance 1: PeerError: gone$"):
@@ -62,7 +67,44 @@ def test_only_a_wrong_coverage_is_a_finding(first: str, monkeypatch: pytest.Monk
     assert len(found.facts["problems"]) == 2
 
 
-@pytest.mark.parametrize("changes", [{"files": 0}, {"instances": 1, "sabotage": "drop-holder"}])
-def test_a_demo_that_cannot_be(changes: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="at least"):
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"files": 0}, "at least"),
+        ({"instances": 1, "sabotage": "drop-holder"}, "at least"),
+        ({"device": "cuda", "instances": 2, "sabotage": "wrong-row"}, "not with device cuda"),
+        ({"device": "cuda", "instances": 99}, "a GPU for each of 99 instances, torch finds"),
+    ],
+)
+def test_a_demo_that_cannot_be(changes: dict[str, object], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
         DemoConfig(**changes)  # type: ignore[arg-type]
+
+
+def test_what_steps_on_gpus_add_to_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    results: list[dict[str, Any]] = [
+        {"rank": rank, "error": 0.2 + rank, "checked": 24, "step_us": dict.fromkeys(GPU_MODES, 9.0)}
+        for rank in range(2)
+    ]
+    facts = large_facts("bf16", results)
+    assert (facts["error"], facts["checked"], facts["step_us"]["auto"]) == (1.2, 48, 9.0)
+    said = list(large_lines([facts]))
+    assert "48 outputs within 1.20 of the allowed error" in said[1]
+    assert list(large_lines([])) == []
+
+    monkeypatch.setattr(demo, "_instances", lambda jobs, run: nullcontext(jobs))
+    monkeypatch.setattr(demo, "_results", lambda jobs, report: (results[: len(jobs)], []))
+    found = demo._large(config(), lambda phase, done, total: None)
+    assert [each["codec"] for each in found] == ["bf16", "fp8_v32"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("instances", [1, 2])
+def test_a_tiny_demo_on_gpus_is_exact(instances: int) -> None:
+    if torch.cuda.device_count() < instances:
+        pytest.skip(f"needs {instances} CUDA devices")
+    given = replace(config(), device="cuda", instances=instances)
+    found = run_demo(given, lambda phase, done, total: None)
+    assert found.ok, found.facts["problems"]
+    assert found.facts["device"] == "cuda"
+    assert [each["codec"] for each in found.facts["large"]] == ["bf16", "fp8_v32"]

@@ -45,6 +45,47 @@ def state(store: BlockStore, layer: int) -> tuple[list[int], bytes]:
 
 
 @pytest.mark.parametrize("name", CODEC_NAMES)
+def test_rows_are_kept_where_the_store_is_told_to(name: str) -> None:
+    codec = codec_of(name)
+    memory = torch.zeros(64 + 4 * B * codec.entry_bytes, dtype=torch.uint8)
+    store, usual = (
+        BlockStore([codec], num_slots=4, num_keys=8, block_tokens=B, storage=given)
+        for given in ([memory[64:]], None)
+    )
+    written, rows = torch.arange(3 * B, 3 * B + 5, dtype=torch.int32), rows_for(codec, 5)
+    for one in (store, usual):
+        one.assign(torch.tensor([3]), torch.tensor([2]))
+        one.write(0, written, rows)
+    assert (store.num_bytes, store.held_bytes) == (usual.num_bytes, usual.held_bytes)
+    kept = memory[64:].view(4, -1)
+    assert torch.equal(
+        kept[2, : 5 * codec.planes[0]], usual._storage[0].view(4, -1)[2, : 5 * codec.planes[0]]
+    )
+    assert not bool(kept[[0, 1, 3]].any())
+    assert torch.equal(store.rows(0, store.resolve(0, written)[0]), rows)
+
+
+def test_storage_of_another_size_is_refused() -> None:
+    codec = codec_of("fp32")
+    exact = 4 * B * codec.entry_bytes
+    for other in ([], [torch.zeros(exact - 1).byte()], [torch.zeros(exact)]):
+        with pytest.raises(ValueError, match="storage must be uint8 of"):
+            BlockStore([codec], num_slots=4, num_keys=8, block_tokens=B, storage=other)
+
+
+def test_versions_tell_what_changed() -> None:
+    store = store_of(codec_of("fp32"), codec_of("fp32"))
+    assert (store.version, store.fill_versions) == (0, [0, 0])
+    store.assign(torch.tensor([5]), torch.tensor([0]))
+    store.write(1, ids(5 * B), rows_for(codec_of("fp32"), 1))
+    assert (store.version, store.fill_versions) == (1, [0, 1])
+    store.touch(torch.tensor([0]))
+    store.copy_in(0, torch.tensor([0]), rows_for(codec_of("fp32"), B)[None], ids(B))
+    store.release(torch.tensor([5]))
+    assert (store.version, store.fill_versions) == (2, [1, 1])
+
+
+@pytest.mark.parametrize("name", CODEC_NAMES)
 def test_rows_come_back_bitwise_from_any_slot(name: str) -> None:
     codec = codec_of(name)
     store = store_of(None, codec)

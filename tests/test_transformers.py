@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from gpu_world import StandIns
 from ranks import run_loopback
 from torch import Tensor
 from transformers import (
@@ -21,7 +22,7 @@ from transformers import (
 from qroam.partition.placement import Placement
 from qroam.runtime import Runtime, RuntimeConfig
 from qroam.runtime.adapters.hf import Chunk, HFEngine, model_layout, wave
-from qroam.runtime.tools.demo_model import Reference, run_reference
+from qroam.runtime.tools.demo_model import Reference, build_model, run_reference
 from qroam.runtime.tools.near_ties import TieReview
 from qroam.runtime.transport import Transport
 
@@ -261,6 +262,52 @@ def test_a_document_reads_the_same_wherever_it_is_attached(kind: str) -> None:
             assert float((elsewhere - there).abs().max()) > 3e-3
 
     run_loopback(1, worker)
+
+
+def test_entries_on_gpus_give_the_same_logits() -> None:
+    """All ranks at the same layer, chunk by chunk; the step is a stand-in."""
+    size, steps = 16, 3
+    texts = {name: tokens[:40] for name, tokens in documents().items()}
+    parts = [
+        Chunk(name, start, tokens[start : start + size], tuple(list(texts)[:at]))
+        for at, (name, tokens) in enumerate(texts.items())
+        for start in range(0, len(tokens), size)
+    ]
+    reference_model, *models = (build_model(2, 0, 512, "cuda") for _ in range(3))
+    tokens_of = [part.tokens for part in parts]
+    reference = run_reference(
+        reference_model, tokens_of, agent_prompts()[:2], steps, lambda *_: None
+    )
+    config = RuntimeConfig(
+        model=model_layout(reference_model.config),
+        max_blocks=12,
+        block_tokens=16,
+        device="cuda",
+        max_queries=32,
+        max_units=256,
+    )
+
+    def worker(transport: Transport) -> Tensor:
+        with Runtime.open(config, transport) as runtime:
+            engine = HFEngine(models[transport.rank], runtime)
+            position = 0
+            for name, tokens in texts.items():
+                runtime.add_document(name, tokens=len(tokens), position=position)
+                position += len(tokens)
+            engine.prefill(parts)
+            request, cache = runtime.request(list(texts)), engine.cache()
+            current, logits = agent_prompts()[transport.rank : transport.rank + 1], []
+            for _ in range(steps):
+                out = engine.forward(current, [request], cache)
+                assert out is not None
+                logits.append(out)
+                current = out.argmax(-1, keepdim=True)
+            return torch.stack(logits, 1)[0]
+
+    with StandIns(config, 2):
+        found = run_loopback(2, worker)
+    for agent, logits in enumerate(found):
+        assert float((logits - reference.logits[agent]).abs().max()) < 1e-4
 
 
 def test_wave_keeps_order_and_ranks_free() -> None:

@@ -314,11 +314,14 @@ class HFEngine:
         """Write documents through the model, chunk c on rank c modulo the world, layers in a wave.
 
         A chunk is at a layer one step after the chunk before it, whose entries it then sees; so as
-        many chunks are under way as the model has layers. Called with equal chunks on every rank.
+        many chunks are under way as the model has layers. With entries on GPUs, where all ranks are at
+        the same layer, it is one at a time. Called with equal chunks on every rank.
         """
-        starts = wave(len(chunks), self.runtime.world_size, self.num_layers)
+        self._in_wave = self.runtime.config.device == "cpu"  # a step on GPUs is of one layer
+        starts: Sequence[int] = range(0, len(chunks) * self.num_layers, self.num_layers)
+        if self._in_wave:
+            starts = wave(len(chunks), self.runtime.world_size, self.num_layers)
         step = 0
-        self._in_wave = True
         for c in range(self.runtime.rank, len(chunks), self.runtime.world_size):
             chunk = chunks[c]
             step = self._idle_until(starts[c], step)
@@ -332,8 +335,8 @@ class HFEngine:
         self._in_wave = False
 
     def _idle_until(self, end: int, step: int) -> int:
-        for _ in range(step, end):
-            self.idle(0)
+        for at in range(step, end):
+            self.idle(0 if self._in_wave else at % self.num_layers)
         return max(step, end)
 
     def skip_select(self) -> None:

@@ -6,6 +6,8 @@ it, changed in place between steps, so that what was captured in a graph goes on
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -57,12 +59,12 @@ class GpuPool:
         nowhere = torch.tensor([-1, -1, 0, 0], dtype=torch.int32, device=memory.device)
         self.directory = Records(nowhere.repeat(keys, 1), pool_map.block_tokens, 1)
         self._tables: tuple[int, Directory | None, tuple[int, ...] | None] = (-1, None, None)
-        self._fills = [-1] * pool_map.layers
+        self._fill_versions = [0] * pool_map.layers
 
     def storage(self) -> list[Tensor]:
         """Of each layer the bytes of its blocks, for a `BlockStore` to keep its rows in."""
         starts = [self.map.entries_of(layer) for layer in range(self.map.layers + 1)]
-        return [self.memory[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+        return [self.memory[a:b] for a, b in pairwise(starts)]
 
     def entries(self, layer: int) -> Tensor:
         """(rows, D) of the codec's dtype (fp8: bytes), from the layer's first row to the last staged."""
@@ -83,24 +85,23 @@ class GpuPool:
             askable: (W,) uint8, whom a plan may ask, see `kernels.plan.Directory.of`; None: all.
         """
         asked = None if askable is None else tuple(askable.tolist())
-        known = (store.version, directory, asked)
-        new_slots = store.version != self._tables[0]
-        changed = new_slots or directory is not self._tables[1] or asked != self._tables[2]
-        if changed:
+        version, known, whom = self._tables
+        same = version == store.version and known is directory and whom == asked
+        if not same:
             self.directory.records.copy_(self._records(store, directory, askable))
-            self._tables = known
-        if new_slots:
+        written = [
+            layer for layer, n in enumerate(store.fill_versions) if n != self._fill_versions[layer]
+        ]
+        if version != store.version:
             self.slot_of.copy_(store.slot_of)
             self.generation.copy_(store.generation)
-        written = [
-            layer
-            for layer, version in enumerate(store.fill_versions)
-            if new_slots or version != self._fills[layer]
-        ]
-        for layer in written:
-            self.fill[layer].copy_(store.fill[layer])
-        self._fills = list(store.fill_versions)
-        return changed or bool(written)
+            self.fill.copy_(store.fill)
+        else:
+            for layer in written:
+                self.fill[layer].copy_(store.fill[layer])
+        self._tables = (store.version, directory, asked)
+        self._fill_versions = list(store.fill_versions)
+        return not same or bool(written)
 
     def _records(self, store: BlockStore, directory: Directory, askable: Tensor | None) -> Tensor:
         """(keys, 4) int32: of the corpus as the directory says, of private blocks as they are here."""

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, TypeAlias
 import typer
 
 from ..cost.predicate import Mode
+from ..gpu.limits import Device
 from . import doctor as _doctor
 from .progress import progress
 from .sabotage import Sabotage
@@ -74,7 +75,9 @@ def demo(
     tokens: Annotated[
         int, typer.Option(min=_FILES, help=f"Bytes of corpus, a multiple of {_FILES} (the files).")
     ] = _FILES * 1024,
-    instances: Count = 4,
+    instances: Annotated[
+        int | None, typer.Option(min=1, help="By default 4; on GPUs one for each, up to 2.")
+    ] = None,
     agents: Annotated[int, typer.Option(min=1, help="Sub-agents of each instance.")] = 2,
     decode: Annotated[int, typer.Option(min=1, help="Tokens each sub-agent decodes.")] = 32,
     layers: Count = 2,
@@ -83,6 +86,9 @@ def demo(
     sabotage: Annotated[
         Sabotage | None, typer.Option(help="Break one answer; the demo must then exit with 1.")
     ] = None,
+    device: Annotated[
+        Device, typer.Option(help="Where the cache is, and the attention over it.")
+    ] = "cpu",
     log_decisions: Annotated[
         bool,
         typer.Option("--log-decisions", help="Write decisions to stderr, a JSON line per group."),
@@ -94,13 +100,13 @@ def demo(
         raise ValueError("qroam demo needs the extra 'models': pip install 'qroam[models]'")
     if tokens % _FILES:
         raise ValueError(f"--tokens must be a multiple of {_FILES}, got {tokens}")
-    from .demo import DemoConfig, run_demo
+    from .demo import DemoConfig, default_instances, run_demo
 
     config = DemoConfig(
         corpus=corpus,
         files=_FILES,
         bytes_per_file=tokens // _FILES,
-        instances=instances,
+        instances=instances or default_instances(device),
         agents=agents,
         decode_tokens=decode,
         layers=layers,
@@ -108,6 +114,7 @@ def demo(
         mode=mode,
         sabotage=sabotage,
         log_decisions=log_decisions,
+        device=device,
     )
     with progress() as report:
         result = run_demo(config, report)

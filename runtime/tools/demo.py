@@ -1,6 +1,7 @@
 """The demo: a codebase sharded over instances, decoded by their sub-agents, equal to one model.
 
-The parent starts the instances, computes the unsharded reference meanwhile, and compares.
+The parent starts the instances, computes the unsharded reference meanwhile, and compares. On GPUs each
+instance has one for its cache and its attention, and steps of V3.2's size follow (`demo_gpu.py`).
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ import json
 import multiprocessing as mp
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -24,6 +25,9 @@ from ...partition.placement import Placement
 from ..adapters.hf import model_layout
 from ..config import RuntimeConfig
 from ..cost.predicate import Mode
+from ..cost.profile import load_profile
+from ..gpu.limits import Device
+from .demo_gpu import CODECS, LargeJob, large_facts, large_lines, run_large
 from .demo_instance import REPLAYED, Job, corpus_chunks, run_instance
 from .demo_model import (
     CHUNK_TOKENS,
@@ -44,12 +48,14 @@ _BLOCK_TOKENS = 64
 _PATIENCE_S = 600.0
 _MEMORY = ("pool_bytes", "block_bytes", "lease_bytes", "peak_bytes")
 
+J = TypeVar("J")
 Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoConfig:
-    """Sizes of the demo. Raises: ValueError for a size below 1 or a sabotage of a lone instance."""
+    """Sizes of the demo. Raises: ValueError for a size below 1, a sabotage of a lone instance, or more
+    instances on GPUs than there are of those."""
 
     corpus: Path | None = None
     files: int = 16
@@ -62,13 +68,21 @@ class DemoConfig:
     mode: Mode = "auto"
     sabotage: Sabotage | None = None
     log_decisions: bool = False
+    device: Device = "cpu"
 
     def __post_init__(self) -> None:
         for name in ("files", "bytes_per_file", "instances", "agents", "decode_tokens", "layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.sabotage and self.device == "cuda":
+            raise ValueError("a sabotage spoils the messages of CPUs: not with device cuda")
         if self.sabotage and self.instances < 2:
             raise ValueError("a sabotage needs an instance to sabotage: at least 2")
+        if self.device == "cuda" and self.instances > torch.cuda.device_count():
+            raise ValueError(
+                f"device cuda takes a GPU for each of {self.instances} instances, torch finds "
+                f"{torch.cuda.device_count()}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +110,11 @@ class _Failure(NamedTuple):
         return f"instance {self.rank}: {self.why}"
 
 
+def default_instances(device: Device) -> int:
+    """How many there are if nobody says."""
+    return 4 if device == "cpu" else max(min(torch.cuda.device_count(), 2), 1)
+
+
 def run_demo(config: DemoConfig, report: Report) -> DemoReport:
     """Run it all; 65 to 95 seconds on two cores, most of them the reference's.
 
@@ -108,7 +127,7 @@ def run_demo(config: DemoConfig, report: Report) -> DemoReport:
     agents = config.instances * config.agents
     asked = prompts(documents, agents)
     max_tokens = tokens + PROMPT_TOKENS + config.decode_tokens
-    model = build_model(config.layers, config.seed, max_tokens)
+    model = build_model(config.layers, config.seed, max_tokens, config.device)
     private = -(-(PROMPT_TOKENS + config.decode_tokens) // _BLOCK_TOKENS)
     run = CHUNK_TOKENS // _BLOCK_TOKENS
     rounds = -(-blocks // (run * config.instances))
@@ -126,6 +145,15 @@ def run_demo(config: DemoConfig, report: Report) -> DemoReport:
         seed=config.seed,
         log_decisions=config.log_decisions,
     )
+    if config.device == "cuda":
+        runtime = replace(
+            runtime,
+            device="cuda",
+            lease_entries=0,
+            max_queries=max(CHUNK_TOKENS, config.agents * PROMPT_TOKENS),
+            max_units=model.config.index_topk,
+            fabric=load_profile("nvlink4"),
+        )
     with tempfile.TemporaryDirectory(prefix="qroam-demo-") as folder:
         reference_path = str(Path(folder) / "reference.safetensors")
         jobs = [
@@ -145,7 +173,7 @@ def run_demo(config: DemoConfig, report: Report) -> DemoReport:
             )
             for rank in range(config.instances)
         ]
-        with _instances(jobs) as instances:
+        with _instances(jobs, run_instance) as instances:
             chunks = [chunk.tokens for chunk in corpus_chunks(documents)]
             reference = run_reference(model, chunks, asked, config.decode_tokens, report)
             save_file(
@@ -156,20 +184,49 @@ def run_demo(config: DemoConfig, report: Report) -> DemoReport:
     if failures and all(failure.kind != "coverage" for failure in failures):
         raise RuntimeError(str(failures[0]))
     said = [str(failure) for failure in sorted(failures)]
-    return _judged(config, tokens, len(documents), reference, results, said, reference_s, started)
+    large = _large(config, report) if config.device == "cuda" and not failures else []
+    return _judged(
+        config, tokens, len(documents), reference, results, said, large, reference_s, started
+    )
+
+
+def _large(config: DemoConfig, report: Report) -> list[dict[str, Any]]:
+    """Steps of V3.2's size on the GPUs, codec by codec.
+
+    Raises: RuntimeError if an instance failed.
+    """
+    facts = []
+    for codec in CODECS:
+        with tempfile.TemporaryDirectory(prefix="qroam-demo-") as folder:
+            jobs = [
+                LargeJob(
+                    rank=rank,
+                    world_size=config.instances,
+                    store=str(Path(folder) / "store"),
+                    codec=codec,
+                    seed=config.seed,
+                )
+                for rank in range(config.instances)
+            ]
+            with _instances(jobs, run_large) as instances:
+                results, failures = _results(instances, report)
+        if failures:
+            raise RuntimeError(f"steps of V3.2's size, {codec}: {failures[0]}")
+        facts.append(large_facts(codec, results))
+    return facts
 
 
 @contextmanager
-def _instances(jobs: list[Job]) -> Iterator[list[tuple[BaseProcess, Connection]]]:
+def _instances(
+    jobs: Sequence[J], run: Callable[[J, Connection], None]
+) -> Iterator[list[tuple[BaseProcess, Connection]]]:
     """The instance processes, ended when the block is left."""
     context = mp.get_context("spawn")
     started: list[tuple[BaseProcess, Connection]] = []
     try:
         for job in jobs:
             ours, theirs = context.Pipe()
-            process: BaseProcess = context.Process(
-                target=run_instance, args=(job, theirs), daemon=True
-            )
+            process: BaseProcess = context.Process(target=run, args=(job, theirs), daemon=True)
             process.start()
             theirs.close()
             started.append((process, ours))
@@ -230,6 +287,7 @@ def _judged(
     reference: Reference,
     results: list[dict[str, Any]],
     failures: list[str],
+    large: list[dict[str, Any]],
     reference_s: float,
     started: float,
 ) -> DemoReport:
@@ -239,6 +297,7 @@ def _judged(
         "agents": config.instances * config.agents,
         "layers": config.layers,
         "mode": config.mode,
+        "device": config.device,
         "sabotage": config.sabotage,
         "failures": failures,
         "seconds": {"reference": reference_s},
@@ -279,6 +338,13 @@ def _judged(
             )
         if substituted > MAX_SUBSTITUTED * rows:
             problems.append(f"{substituted} of {rows} selections differ in near-ties, over 1 %")
+    if large:
+        facts["large"] = large
+        problems += [
+            f"a step of V3.2's size in {each['codec']} has {each['error']:.2f} of the allowed error"
+            for each in large
+            if not each["error"] <= 1
+        ]
     facts["seconds"]["all"] = time.perf_counter() - started
     facts["problems"] = problems
     return DemoReport(ok=not problems, facts=facts)
@@ -336,6 +402,11 @@ def _lines(ok: bool, facts: dict[str, Any]) -> Iterator[str]:
         f"model       DeepSeek-V3.2 architecture, {facts['layers']} layers, seeded weights: "
         "its text is noise, its arithmetic is real"
     )
+    if facts["device"] == "cuda":
+        yield (
+            f"devices     cache and attention on {facts['instances']} GPUs, one an instance; model, "
+            "indexer and selection on the CPU"
+        )
     if "tokens_equal" in facts:
         yield (
             f"tokens      {facts['tokens_equal']} of {facts['tokens_compared']} equal to "
@@ -349,7 +420,8 @@ def _lines(ok: bool, facts: dict[str, Any]) -> Iterator[str]:
         for rank, holders in enumerate(facts["decisions"]):
             cells = [_ways(holders[holder]) for holder in sorted(holders)]
             yield f"  from {rank}    " + " | ".join(cells)
-        yield "bytes       sent by the decode's attention steps, counted in the transport:"
+        counted = "in the transport" if facts["device"] == "cpu" else "by the plans"
+        yield f"bytes       sent by the decode's attention steps, counted {counted}:"
         for mode, count in facts["bytes"].items():
             name = f"{facts['mode']} (as decoded)" if mode == "decoded" else mode
             yield f"  {name:<20} {count:>12,}"
@@ -366,6 +438,7 @@ def _lines(ok: bool, facts: dict[str, Any]) -> Iterator[str]:
             )
         steps = ", ".join(f"{name} {took:.1f}" for name, took in facts["step_seconds"].items())
         yield f"in steps    seconds of the slowest instance: {steps}"
+    yield from large_lines(facts.get("large", []))
     yield "seconds     " + ", ".join(
         f"{name} {took:.1f}" for name, took in facts["seconds"].items()
     )

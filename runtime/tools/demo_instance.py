@@ -64,6 +64,8 @@ def run_instance(job: Job, pipe: Connection) -> None:
     """Process entry. Reports ("progress", phase, done, total), then ("done", result) or
     ("failed", kind, why), where kind is "coverage" if an answer's coverage was wrong, else "other"."""
     torch.set_num_threads(1)
+    if job.runtime.device == "cuda":
+        torch.cuda.set_device(job.rank)
     if job.runtime.log_decisions:
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
@@ -83,7 +85,7 @@ class _Instance:
 
     def run(self) -> dict[str, Any]:
         job = self.job
-        model = build_model(job.layers, job.seed, job.max_tokens)
+        model = build_model(job.layers, job.seed, job.max_tokens, job.runtime.device)
         self.pipe.send(("ready",))
         self.pipe.recv()  # the reference is written
         review = TieReview(NearTies(**load_file(job.reference)), self.sequence_of)

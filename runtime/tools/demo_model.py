@@ -18,14 +18,17 @@ from torch import Tensor
 from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from ..gpu.limits import Device
 from .near_ties import NearTies, TopkRecorder, recording
 
 PROMPT_TOKENS = 24
 CHUNK_TOKENS = 256
 
 
-def build_model(layers: int, seed: int, max_tokens: int) -> PreTrainedModel:
-    """The model every instance and the reference build for themselves."""
+def build_model(layers: int, seed: int, max_tokens: int, device: Device = "cpu") -> PreTrainedModel:
+    """The model every instance and the reference build for themselves; with entries on GPUs one whose
+    entries are as wide as the kernels take them. It runs on the CPU."""
+    latent, rope = (64, 16) if device == "cpu" else (128, 64)
     config = DeepseekV32Config(
         vocab_size=256,
         hidden_size=128,
@@ -35,12 +38,12 @@ def build_model(layers: int, seed: int, max_tokens: int) -> PreTrainedModel:
         num_attention_heads=4,
         num_key_value_heads=4,
         q_lora_rank=64,
-        kv_lora_rank=64,
+        kv_lora_rank=latent,
         qk_nope_head_dim=32,
-        qk_rope_head_dim=16,
+        qk_rope_head_dim=rope,
         v_head_dim=32,
         index_n_heads=8,  # with 4, every 16th token weighs all heads negatively: thousands of exact ties
-        index_head_dim=32,
+        index_head_dim=2 * rope,
         index_topk=256,
         n_routed_experts=8,
         num_experts_per_tok=2,

@@ -46,10 +46,10 @@ def diagnose() -> list[Check]:
         _cuda(gpus),
         Check(name="transport loopback", ok=True, detail="one rank"),
         _gloo(),
-        _apart("transport nvshmem", "nvshmem4py-cu13", gpus),
+        _on_gpus("transport nvshmem", "nvshmem4py-cu13", gpus, "between GPUs of a host"),
         Check(name="kernels torch", ok=True, detail="the definition of every verb"),
-        _apart("kernels triton", "triton", gpus),
-        _apart("kernels flashinfer", "flashinfer-python", gpus),
+        _on_gpus("kernels triton", "triton", gpus, "RuntimeConfig(device='cuda')"),
+        _on_gpus("kernels flashinfer", "flashinfer-python", gpus, "to compare with"),
     ]
 
 
@@ -101,11 +101,11 @@ def _gloo() -> Check:
     return Check(name="transport torch (gloo)", ok=usable, detail=detail)
 
 
-def _apart(name: str, distribution: str, gpus: Sequence[str]) -> Check:
-    """What stands apart from `Runtime` in this version, and what else it needs of the machine."""
-    reasons = ["not used by Runtime yet"]
+def _on_gpus(name: str, distribution: str, gpus: Sequence[str], use: str) -> Check:
+    """What needs a package and a GPU, and what it is there for."""
+    reasons = []
     if _version(distribution) is None:
         reasons.append(f"{distribution} is not installed")
     if not gpus:
         reasons.append("no GPU")
-    return Check(name=name, ok=False, detail="; ".join(reasons))
+    return Check(name=name, ok=not reasons, detail="; ".join(reasons) or use)

@@ -1,0 +1,298 @@
+"""A short life of a world that has its entries on GPUs, or on CPUs: both must give the same outputs.
+
+`StandIn` is the step on a device in plain torch, over the pools of one process: with it all that the
+host does around a step runs where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from qroam.kernels import reference
+from qroam.kernels.decide import FETCH, LOCAL, ROUTE
+from qroam.kernels.plan import Plan
+from qroam.kernels.pool_map import PoolMap
+from qroam.partition.layout import IndexLayout, Layout, mla, uniform_model
+from qroam.runtime import Runtime, RuntimeConfig
+from qroam.runtime.cost.predicate import Mode
+from qroam.runtime.gpu import rank as gpu_rank
+from qroam.runtime.gpu.pool import GpuPool
+from qroam.runtime.gpu.rank import GpuRank
+from qroam.runtime.transport import Transport
+from qroam.runtime.world import entry_codec, entry_slots
+
+B, LAYERS, HEADS, TOP_K = 8, 2, 4, 16
+LAYOUT = mla(
+    name="small",
+    heads=HEADS,
+    latent=128,
+    rope=64,
+    nope=32,
+    value=32,
+    softmax_scale=96**-0.5,
+    codec="fp32",
+    index=IndexLayout(heads=4, head_dim=64, rope_dim=64, pairing="half", top_k=TOP_K),
+    index_codec="fp32",
+)
+WIDE = mla(
+    name="wide",
+    heads=16,
+    latent=512,
+    rope=64,
+    nope=32,
+    value=32,
+    softmax_scale=96**-0.5,
+    codec="fp8_v32",
+    index=LAYOUT.index,
+    index_codec="fp32",
+)
+MODES: tuple[Mode, ...] = ("auto", "always-route", "always-fetch")
+
+
+def config(device: str = "cuda", layout: Layout = LAYOUT, **changes: Any) -> RuntimeConfig:
+    sizes: dict[str, Any] = {
+        "model": uniform_model(layout, LAYERS),
+        "max_blocks": 24,
+        "block_tokens": B,
+        "private_blocks": 4,
+        "request_blocks": 2,
+        "deadline_s": 20.0,
+        "device": device,
+        "max_queries": 8,
+        "max_units": 24,
+    }
+    return RuntimeConfig(**(sizes | changes))
+
+
+def numbers(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pool_of(config: RuntimeConfig, rank: int, world_size: int) -> GpuPool:
+    """A pool in memory of the host."""
+    codec = entry_codec(config.model.layers[0])
+    pool_map = PoolMap(
+        layers=len(config.model.layers),
+        keys=config.max_ids,
+        slots=entry_slots(config, world_size),
+        block_tokens=config.block_tokens,
+        entry_bytes=codec.entry_bytes,
+        staged=64,
+    )
+    memory = torch.full((pool_map.num_bytes,), 0x7F, dtype=torch.uint8)
+    return GpuPool(memory, pool_map, codec, rank=rank)
+
+
+class StandIn:
+    """`GpuStep` by definition: every listed entry is read at whoever has it."""
+
+    def __init__(self, config: RuntimeConfig, rank: int, pools: list[GpuPool]) -> None:
+        layout, rows, world = config.model.layers[0], config.max_queries, len(pools)
+        self._config, self._rank, self._pools = config, rank, pools
+        self._meeting: threading.Barrier | None = None
+        self.steps: list[tuple[int, Mode]] = []
+        self.query = torch.zeros(rows, layout.heads, layout.key_dim)
+        self.units = torch.full((rows, config.max_units), -1, dtype=torch.int32)
+        self.hidden = torch.zeros(rows, 2, dtype=torch.int32)
+        self.out = torch.empty(rows, layout.heads, layout.value_dim)
+        self.lse = torch.empty(rows, layout.heads)
+        self.fault = torch.zeros(rows, dtype=torch.int32)
+        self.plan = Plan.make(
+            num_items=rows,
+            num_listed=config.max_units,
+            world_size=world,
+            num_forms=1,
+            device="cpu",
+        )
+
+    def replay(self, layer: int, mode: Mode) -> None:
+        assert self._meeting is not None
+        self._meeting.wait()  # all tables are up to date
+        self.steps.append((layer, mode))
+        layout = self._config.model.layers[layer]
+        self.plan.way.zero_()
+        asked = self.plan.pairs_units.zero_()
+        self.fault.zero_()
+        for item, (query, listed) in enumerate(zip(self.query, self.units, strict=True)):
+            rows = []
+            for unit in listed[listed >= 0].tolist():
+                begin, end = self.hidden[item].tolist()
+                if not begin <= unit < end:
+                    row, holder = self._read(layer, unit)
+                    asked[item, holder] += 1
+                    if row is None:
+                        self.fault[item] = holder + 1
+                    else:
+                        rows.append(row)
+            entries = torch.stack(rows) if rows else torch.zeros(0, layout.entry_dim)
+            out, lse = reference.attend(
+                query[None],
+                entries[None],
+                torch.ones(1, len(rows), dtype=torch.bool),
+                value_dim=layout.value_dim,
+                scale=layout.softmax_scale,
+            )
+            self.out[item], self.lse[item] = out[0], lse[0]
+        remote = FETCH if mode == "always-fetch" else ROUTE
+        own = torch.arange(len(self._pools)) == self._rank
+        self.plan.way[:] = torch.where(asked == 0, 0, torch.where(own, LOCAL, remote))
+        away = torch.where(own, 0, asked)
+        routed = away * (remote == ROUTE)
+        self.plan.pairs[0] = (routed > 0).sum(0)
+        self.plan.listed[0] = routed.sum(0)
+        self.plan.counts[:] = (away - routed).sum(0)
+        self.plan.unique_units[:] = away.sum(0)
+        self.plan.fair_units[:] = away.double()
+        self._meeting.wait()  # nobody reads any more
+
+    def _read(self, layer: int, unit: int) -> tuple[Tensor | None, int]:
+        """The entry, None if it is not there as this rank's directory says; and who was asked."""
+        block_tokens = self._config.block_tokens
+        key, offset = divmod(unit, block_tokens)
+        owner, slot, generation, tokens = self._pools[self._rank].directory.records[key].tolist()
+        holder = self._rank if slot >= 0 else owner
+        pool = self._pools[holder]
+        at = int(pool.slot_of[key])
+        there = at >= 0 and offset < min(int(pool.fill[layer, at]), tokens)
+        if not there or int(pool.generation[at]) != generation:
+            return None, holder
+        return pool.entries(layer)[at * block_tokens + offset], holder
+
+
+class StandIns:
+    """GPUs of a world in this process, as `open_gpu` would give them; a context."""
+
+    def __init__(self, config: RuntimeConfig, world_size: int) -> None:
+        self.pools = [pool_of(config, rank, world_size) for rank in range(world_size)]
+        self.steps = [StandIn(config, rank, self.pools) for rank in range(world_size)]
+        meeting = threading.Barrier(world_size, timeout=20.0)
+        for step in self.steps:
+            step._meeting = meeting
+        self._stack = ExitStack()
+
+    def __enter__(self) -> StandIns:
+        def opened(config: RuntimeConfig, transport: Transport) -> GpuRank:
+            at = transport.rank
+            return GpuRank(self.pools[at], self.steps[at], None)  # type: ignore[arg-type]
+
+        self._stack.enter_context(patch.object(gpu_rank, "open_gpu", opened))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+
+class Life:
+    """One rank's part; `outs` are its outputs, in order. Queries differ by rank, documents do not."""
+
+    def __init__(self, runtime: Runtime, *, weights: bool = True) -> None:
+        self.runtime, self.outs = runtime, list[Tensor]()
+        self.layout, self.dtype = runtime.config.model.layers[0], runtime.config.dtype
+        self._seed = 0
+        self.weights = weights
+        heads, latent = self.layout.heads, self.layout.value_dim
+        for layer in range(LAYERS) if weights else ():
+            w_uk = numbers(1, heads, 32, latent, seed=700 + layer) / 8
+            w_uv = numbers(1, heads, latent, 32, seed=800 + layer) / 8
+            runtime.load_weights(layer, w_uk, w_uv)
+
+    def numbers(self, *shape: int) -> Tensor:
+        """Others at every rank and call."""
+        self._seed += 1
+        return numbers(*shape, seed=1000 * self.runtime.rank + self._seed).to(self.dtype)
+
+    def add(self, name: str, tokens: int, seed: int) -> None:
+        self.runtime.add_document(name, tokens=tokens)
+        for layer in range(LAYERS):
+            entries = numbers(tokens, self.layout.entry_dim, seed=seed + layer)
+            keys = numbers(tokens, 64, seed=seed + layer + 50)
+            self.runtime.load_document(name, layer, entries.to(self.dtype), keys)
+
+    def query(self, count: int) -> Tensor:
+        dim = self.layout.query_dim if self.weights else self.layout.key_dim
+        return self.numbers(count, self.layout.heads, dim)
+
+    def selected(self, layer: int, count: int, mode: Mode, **seen: Any) -> None:
+        """Select and attend, or both idly."""
+        if count == 0:
+            self.runtime.idle_select(layer)
+            self.runtime.idle_attend(layer)
+            return
+        chosen = self.runtime.select(
+            layer, self.numbers(count, 4, 64), self.numbers(count, 4).abs(), **seen
+        )
+        sink = self.numbers(self.layout.heads) if layer else None
+        self.outs.append(
+            self.runtime.attend(layer, self.query(count), chosen, sink=sink, mode=mode)
+        )
+
+    def drawn(self, layer: int, count: int, mode: Mode, documents: Sequence[str]) -> None:
+        """Attend to entries drawn by chance, without a select before it."""
+        runtime = self.runtime
+        if count == 0:
+            runtime.idle_attend(layer)
+            return
+        known = {document.name: document for document in runtime.documents()}
+        ids = torch.cat([known[name].ids() for name in documents])
+        self._seed += 1
+        generator = torch.Generator().manual_seed(1000 * runtime.rank + self._seed)
+        listed = [ids[torch.randperm(len(ids), generator=generator)[:20]] for _ in range(count)]
+        chosen = torch.stack(listed)
+        chosen[:, ::7] = -1
+        scope = runtime.scope(documents=documents, queries=count)
+        selection = runtime.selection(chosen, scope)
+        self.outs.append(runtime.attend(layer, self.query(count), selection, mode=mode))
+
+
+def live(runtime: Runtime, *, weights: bool = True) -> list[Tensor]:
+    """Documents loaded, prefilled, attended to, removed and added again; private tokens; idle ranks."""
+    life, rank = Life(runtime, weights=weights), runtime.rank
+    life.add("a", 5 * B + 3, seed=1)
+    life.add("b", 3 * B, seed=11)
+    for turn, mode in enumerate(MODES):
+        for layer in range(LAYERS):
+            life.selected(layer, (rank + turn) % 3, mode, documents=["a", "b"])
+    for turn, mode in enumerate(MODES):
+        life.drawn(turn % LAYERS, (rank + turn + 1) % 3, mode, ["b", "a"])
+
+    # The first rank prefills a document whose blocks are everywhere; all see it grow.
+    runtime.add_document("p", tokens=3 * B)
+    writer = runtime.request(["a"], into="p") if rank == 0 else None
+    for turn in range(3):
+        ids = None if writer is None else runtime.append(writer, B)
+        for layer in range(LAYERS):
+            if writer is not None and ids is not None:
+                entries = life.numbers(B, life.layout.entry_dim)
+                runtime.write(layer, ids, entries, life.numbers(B, 64))
+            documents = ["a"] if turn == 0 else ["a", "b"]
+            if writer is not None and ids is not None:
+                scope = runtime.scope(requests=[(writer, ids)])
+                life.selected(layer, B, MODES[turn], scope=scope)
+            else:
+                life.selected(layer, 2, MODES[turn], documents=documents)
+    if writer is not None:
+        runtime.release(writer)
+
+    # Removed and added again: the same blocks in another generation, with other entries.
+    runtime.remove_document("a")
+    life.add("c", 6 * B, seed=21)
+    for mode in MODES:
+        life.drawn(1, 3, mode, ["c", "p"])
+
+    # Tokens of requests, which stay at home.
+    request = runtime.request(["c"])
+    ids = runtime.append(request, 3)
+    for layer in range(LAYERS):
+        runtime.write(layer, ids, life.numbers(3, life.layout.entry_dim), life.numbers(3, 64))
+        life.selected(layer, 3, "auto", scope=runtime.scope(requests=[(request, ids)]))
+    runtime.release(request)
+    for layer in range(LAYERS):
+        life.selected(layer, 2, "auto", documents=["c"])
+    return life.outs
