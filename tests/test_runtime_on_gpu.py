@@ -318,17 +318,15 @@ def test_blocks_are_given_up_when_all_have_met() -> None:
     def work(end: Transport) -> list[int]:
         with Runtime.open(config(), end) as runtime:
             life, counts = Life(runtime), []
-            for change in (
-                lambda: life.add("a", 4 * B, seed=1),
-                lambda: runtime.remove_document("a"),
-                lambda: life.add("b", 4 * B, seed=2),
-            ):
-                change()
+            for name in ("a", "b"):
+                life.add(name, 4 * B, seed=1)
+                counts.append(end.counted().messages["meet"])
+                runtime.remove_document(name)
                 counts.append(end.counted().messages["meet"])
         return counts
 
     with StandIns(config(), 2):
-        assert run_loopback(2, work) == [[0, 1, 1]] * 2
+        assert run_loopback(2, work) == [[0, 1, 1, 2]] * 2
 
 
 def test_ranks_must_be_at_the_same_layer() -> None:
