@@ -34,7 +34,7 @@ from .errors import CoverageError, PeerError, SnapshotError
 from .explain import DecisionLine, explain_last, predicted_last
 from .failover import lost_blocks
 from .gpu.attend import attend_on_gpu
-from .gpu.limits import check_step
+from .gpu.limits import check_on_cpu, check_step
 from .holder import MAX_TOP_K
 from .lanes import joined_lane, lane_number
 from .lease import lease
@@ -123,7 +123,7 @@ class Runtime:
             this is to be done again; or if entries are on GPUs.
         """
         self._check_open()
-        self._check_not_on_gpu("leave its world and go on")
+        check_on_cpu(self.config, "leave its world and go on")
         if self._snapshot is not None:
             self._snapshot.cancel(self.config.deadline_s)
             self._snapshot = None
@@ -154,7 +154,7 @@ class Runtime:
             again without it; or if survivors do not have the same documents.
         """
         self._check_open()
-        self._check_not_on_gpu("rejoin")
+        check_on_cpu(self.config, "rejoin")
         last = self._world.transport.incarnation
         if not isinstance(incarnation, int) or incarnation <= last:
             raise ValueError(f"incarnation must be a number above {last}, got {incarnation!r}")
@@ -721,7 +721,7 @@ class Runtime:
         Raises: ValueError; RuntimeError if this rank serves already, or entries are on GPUs; PeerError.
         """
         self._check_connected()
-        self._check_not_on_gpu("serve")
+        check_on_cpu(self.config, "serve")
         for name, bound in (("max_requests", max_requests), ("max_bytes", max_bytes)):
             if not isinstance(bound, int) or bound < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {bound!r}")
@@ -950,12 +950,6 @@ class Runtime:
         self._check_open()
         if self._former is not None:
             raise RuntimeError("the runtime is disconnected: rejoin first")
-
-    def _check_not_on_gpu(self, what: str) -> None:
-        if self._world.gpu is not None:
-            raise RuntimeError(
-                f"a runtime with its entries on GPUs cannot {what}: snapshot, and restore into a new one"
-            )
 
     def _check_not_serving(self) -> None:
         self._check_connected()

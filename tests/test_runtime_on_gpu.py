@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from gpu_world import HEADS, LAYERS, LAYOUT, B, Life, StandIns, config, live, numbers, pool_of
-from ranks import run_loopback
+from ranks import RankPool, run_loopback
 from torch import Tensor
 
 from qroam.kernels import attend as kernel
@@ -91,6 +91,21 @@ def test_without_a_gpu_nobody_opens() -> None:
         opened_alone(config())
     with pytest.raises(ValueError, match=r"a process per rank, .* is a LoopbackTransport"):
         run_loopback(2, lambda end: Runtime.open(config(), end))
+
+
+def why_not(transport: Transport) -> str:
+    try:
+        Runtime.open(config(), transport)
+    except ValueError as error:
+        return str(error)
+    return "opened"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_all_ranks_hear_who_has_no_gpu(four_ranks: RankPool) -> None:
+    said = four_ranks.run(why_not)
+    assert len(set(said)) == 1
+    assert said[0].startswith("rank 0: device 'cuda' was asked for, and torch finds no CUDA device")
 
 
 def test_a_world_on_gpus_is_not_rejoined() -> None:
@@ -297,6 +312,21 @@ def test_a_select_carries_the_writes_for_the_attend_after_it() -> None:
 
     with StandIns(config(), 2):
         assert run_loopback(2, work) == [[0, 1, 0, 2]] * 2
+
+
+def test_blocks_are_given_up_when_all_have_met() -> None:
+    def work(end: Transport) -> list[int]:
+        with Runtime.open(config(), end) as runtime:
+            life, counts = Life(runtime), []
+            for name in ("a", "b"):
+                life.add(name, 4 * B, seed=1)
+                counts.append(end.counted().messages["meet"])
+                runtime.remove_document(name)
+                counts.append(end.counted().messages["meet"])
+        return counts
+
+    with StandIns(config(), 2):
+        assert run_loopback(2, work) == [[0, 1, 1, 2]] * 2
 
 
 def test_ranks_must_be_at_the_same_layer() -> None:

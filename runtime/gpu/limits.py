@@ -74,6 +74,14 @@ def check_machine(world_size: int) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def check_on_cpu(config: RuntimeConfig, what: str) -> None:
+    """Raise RuntimeError if entries are on GPUs, where a runtime cannot do this."""
+    if config.device != "cpu":
+        raise RuntimeError(
+            f"a runtime with its entries on GPUs cannot {what}: snapshot, and restore into a new one"
+        )
+
+
 def check_step(config: RuntimeConfig, selection: Selection, mode: Mode) -> None:
     """Raise ValueError for an `attend` that the step on GPUs does not do."""
     queries, listed = len(selection.ids), selection.ids.shape[-1]

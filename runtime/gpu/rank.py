@@ -46,9 +46,8 @@ class GpuRank:
     def __init__(self, pool: GpuPool, step: GpuStep, peers: NvshmemTransport | None) -> None:
         self.pool, self.step, self.peers = pool, step, peers
         self.bytes: Counter[str] = Counter()  # as the plans say; answers count with who gets them
-        self.last: tuple[int, int, GpuMode] | None = (
-            None  # layer, queries and mode of the last step
-        )
+        # Layer, queries and mode of the last step.
+        self.last: tuple[int, int, GpuMode] | None = None
 
     @property
     def device(self) -> torch.device:
