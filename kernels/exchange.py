@@ -135,9 +135,7 @@ class Merge(NamedTuple):
     the last holder whose answer covers something else than was asked. lacking: (N,) int32, faults
     that the own partials have already.
 
-    parts: where `attend` left rows that it cut; P is 1 then. Items from `first_rows` on may have been
-    attended by a launch of their own: its parts are those from `first_parts` on, and its first_tile
-    follows the first_rows + 2 numbers of the other's.
+    parts: where `attend` left the own rows that it cut; P is 1 then.
     """
 
     outs: Tensor
@@ -147,8 +145,6 @@ class Merge(NamedTuple):
     fault: Tensor
     lacking: Tensor | None = None
     parts: Workspace | None = None
-    first_rows: int = 0
-    first_parts: int = 0
 
 
 @triton.jit
@@ -325,36 +321,43 @@ def _accept(
     W: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, QUERY: tl.constexpr,
     LIST: tl.constexpr, LISTS: tl.constexpr, E: tl.constexpr, INBOX_CHUNK: tl.constexpr,
     QUERY_SIGNALS: tl.constexpr, ABORT: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
+    """GROUP rows of a chunk, for which their one signal is waited."""
     BEFORE: tl.constexpr = LISTS * QUERY - _HEAD
-    seat, source = unit % N, unit // N
+    GROUPS: tl.constexpr = (N + GROUP - 1) // GROUP
+    COLUMNS: tl.constexpr = TILE // GROUP
+    first, source = unit % GROUPS * GROUP, unit // GROUPS
     source += (source >= rank).to(tl.int32)
     before, count = _share(counts, source)
-    if seat == 0:
+    if first == 0:
         if code == 0:
             head = own_ptr + _message(epoch, source, 0, W, CHUNKS) * INBOX_CHUNK
             if tl.load(head + BEFORE) != tl.load(tables_ptr):
                 untrue = tl.full((), (_UNTRUE << 16) + 1, tl.int64) + source
                 tell_abort(untrue, peers_ptr, status_ptr, ABORT, W)
         tl.store(num_rows_ptr, tl.sum(counts, axis=0), mask=unit == 0)
-    if seat < count:
-        chunk, row = seat // CHUNK, seat % CHUNK
-        message = _message(epoch, source, chunk, W, CHUNKS)
+    if first < count:
+        message = _message(epoch, source, first // CHUNK, W, CHUNKS)
         arrived, code = wait_for(
             _signal(own_ptr, QUERY_SIGNALS, message), stamp_of(epoch, lane), source, peers_ptr,
             status_ptr, budget_ns, rank, ABORT, W,
         )  # fmt: skip
-        m = before + seat
+        seat = first + tl.arange(0, GROUP)
+        row, used = seat % CHUNK, seat < count
         from_list = own_ptr + message * INBOX_CHUNK + BEFORE - (row + 1) * LIST
-        length = tl.full((), 0, tl.int32)
-        if arrived > 0:
-            length = tl.minimum(tl.maximum(tl.load(from_list), 0), E)
-        for tile in range((length + TILE - 1) // TILE):
-            at = tile * TILE + tl.arange(0, TILE)
-            listed = tl.load(from_list + _LIST_HEAD + at, mask=at < length)
-            tl.store(units_ptr + m.to(tl.int64) * E + at, listed, mask=at < length)
-        tl.store(lengths_ptr + m, length)
-        tl.store(query_of_ptr + m, (message * (LISTS + CHUNK) + LISTS + row).to(tl.int32))
+        length = tl.load(from_list, mask=used & (arrived > 0), other=0)
+        length = tl.minimum(tl.maximum(length, 0), E)
+        m = before + seat
+        to_list = units_ptr + m.to(tl.int64) * E
+        for tile in range((tl.max(length, axis=0) + COLUMNS - 1) // COLUMNS):
+            at = tile * COLUMNS + tl.arange(0, COLUMNS)
+            some = at[None, :] < length[:, None]
+            listed = tl.load(from_list[:, None] + _LIST_HEAD + at[None, :], mask=some)
+            tl.store(to_list[:, None] + at[None, :], listed, mask=some)
+        tl.store(lengths_ptr + m, length, mask=used)
+        place = (message * (LISTS + CHUNK) + LISTS + row).to(tl.int32)
+        tl.store(query_of_ptr + m, place, mask=used)
 
 
 @triton.jit
@@ -542,25 +545,21 @@ def _receive(
     W: tl.constexpr, WP: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, ANSWER: tl.constexpr, RECORD: tl.constexpr,
     WINDOW: tl.constexpr, ANSWER_SIGNALS: tl.constexpr, ABORT: tl.constexpr, N: tl.constexpr,
-    NP: tl.constexpr, P: tl.constexpr, FIRST_PARTS: tl.constexpr, FIRST_ROWS: tl.constexpr,
-    AT_ONCE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
+    NP: tl.constexpr, P: tl.constexpr, IN_PARTS: tl.constexpr, AT_ONCE: tl.constexpr,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """HEADS heads of an item. Its own partials are merged before anybody is waited for.
 
-    With FIRST_ROWS they lie as one or two launches of `attend` cut them, see `Merge`.
+    With IN_PARTS they lie as `attend` cut them.
     """
     item, heads = unit // GROUPS, unit % GROUPS * HEADS + tl.arange(0, HEADS)
     used, columns = heads < H, tl.arange(0, CP)
     top = tl.full((HEADS,), -float("inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
     acc = tl.zeros((HEADS, CP), tl.float32)
-    if FIRST_ROWS > 0:
-        is_later = item >= FIRST_ROWS
-        at = item + tl.where(is_later, 2, 0)
-        begin, end = tl.load(first_tile_ptr + at), tl.load(first_tile_ptr + at + 1)
-        last = tl.where(is_later, N + 3, FIRST_ROWS + 1)
-        first, parts = _cut(begin, end, tl.load(first_tile_ptr + last))
-        first += tl.where(is_later, FIRST_PARTS, 0)
+    if IN_PARTS:
+        begin, end = tl.load(first_tile_ptr + item), tl.load(first_tile_ptr + item + 1)
+        first, parts = _cut(begin, end, tl.load(first_tile_ptr + N + 1))
         m = item.to(tl.int64)
         own_lses, own_outs = _parts_from(0, m, first, parts, heads, used, columns, outs_ptr, lses_ptr,
                                          w_out_ptr, w_lse_ptr, H, C, AT_ONCE)  # fmt: skip
@@ -651,9 +650,8 @@ def _exchange_kernel(
     WINDOW: tl.constexpr, QUERY_SIGNALS: tl.constexpr, ANSWER_SIGNALS: tl.constexpr,
     ABORT: tl.constexpr, OUTBOX: tl.constexpr, OUTGOING: tl.constexpr, RING: tl.constexpr,
     SENDS: tl.constexpr, ACCEPTS: tl.constexpr, ANSWERS: tl.constexpr, RECEIVES: tl.constexpr,
-    SEND_PARTS: tl.constexpr, ANSWER_PARTS: tl.constexpr, ANSWER_HEADS: tl.constexpr,
-    AT_ONCE: tl.constexpr, FIRST_PARTS: tl.constexpr, FIRST_ROWS: tl.constexpr,
-    OWN_AT_ONCE: tl.constexpr,
+    GROUP: tl.constexpr, SEND_PARTS: tl.constexpr, ANSWER_PARTS: tl.constexpr, ANSWER_HEADS: tl.constexpr,
+    AT_ONCE: tl.constexpr, IN_PARTS: tl.constexpr, OWN_AT_ONCE: tl.constexpr,
     TILE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
     """Every CTA takes its units of each role, role after role; it has sent before it waits."""
@@ -684,7 +682,7 @@ def _exchange_kernel(
                 _accept(
                     first + idle, counts, code, epoch, lane, rank, units, lengths, query_of,
                     num_rows, tables, arena, peers, status, budget_ns, W, CHUNKS, CHUNK, QUERY,
-                    LIST, LISTS, E, INBOX_CHUNK, QUERY_SIGNALS, ABORT, ROWS, TILE,
+                    LIST, LISTS, E, INBOX_CHUNK, QUERY_SIGNALS, ABORT, ROWS, TILE, GROUP,
                 )  # fmt: skip
         if ACCEPTS > 0:
             _note(ring, epoch, 2, RING)
@@ -708,7 +706,7 @@ def _exchange_kernel(
                     own_part_outs, own_part_lses, own_first_tile, items, pairs, expected,
                     arena, peers, status, budget_ns, W, WP, CHUNKS, CHUNK, H, C,
                     CP, ANSWER, RECORD, WINDOW, ANSWER_SIGNALS, ABORT, N, NP, P,
-                    FIRST_PARTS, FIRST_ROWS, OWN_AT_ONCE, HEADS, GROUPS,
+                    IN_PARTS, OWN_AT_ONCE, HEADS, GROUPS,
                 )  # fmt: skip
         _note(ring, epoch, 4, RING)
 
@@ -760,9 +758,12 @@ def exchange(
         row_tiles = triton.cdiv(wire.heads, answer_heads)
     send_parts = _even(wire.chunk_rows * (list_tiles + query_tiles), most)
     answer_parts = _even(wire.chunk_rows * row_tiles, most)
+    group = 1
+    while ctas and wire.chunk % (2 * group) == 0 and others * wire.rows >= 2 * group * ctas:
+        group *= 2  # rows that a CTA accepts together: else some would have several turns
     units = (
         chunks * send_parts if send is not None else 0,
-        others * wire.rows if accept is not None else 0,
+        others * triton.cdiv(wire.rows, group) if accept is not None else 0,
         chunks * answer_parts if answer is not None else 0,
         items * groups if receive is not None else 0,
     )
@@ -806,9 +807,9 @@ def exchange(
         OUTBOX=wire.outbox, OUTGOING=wire.outgoing,
         RING=0 if ends.ring is None else len(ends.ring),
         SENDS=units[0], ACCEPTS=units[1], ANSWERS=units[2], RECEIVES=units[3],
-        SEND_PARTS=send_parts, ANSWER_PARTS=answer_parts, ANSWER_HEADS=answer_heads,
+        GROUP=group, SEND_PARTS=send_parts, ANSWER_PARTS=answer_parts, ANSWER_HEADS=answer_heads,
         AT_ONCE=_at_once(answer_heads, column_room, threads, numbers),
-        FIRST_PARTS=merge.first_parts, FIRST_ROWS=0 if own_parts is None else merge.first_rows,
+        IN_PARTS=own_parts is not None,
         OWN_AT_ONCE=_at_once(heads, column_room, threads, numbers),
         TILE=tile, HEADS=heads, GROUPS=groups, PUT=ends.put is not None, num_warps=threads // 32,
         **options,
@@ -904,18 +905,14 @@ def _check(
         ]
         _words("outs", receive.outs.flatten(0, 1), wire.answer_words)
         if receive.parts is not None:
-            parts, rows_first = len(receive.parts.out), receive.first_rows
-            shares = 1 if rows_first == items else 2
-            if partials != 1 or not 1 <= rows_first <= items or receive.first_parts > parts:
-                raise ValueError(
-                    f"rows in parts are of one partial, the first 1 to {items} of them in up to {parts} "
-                    f"parts, got {partials}, {rows_first} and {receive.first_parts}"
-                )
+            parts = len(receive.parts.out)
+            if partials != 1:
+                raise ValueError(f"rows in parts are of one partial, got {partials}")
             shape = (parts, 2, heads, columns)
             listed += [
                 ("parts.out", receive.parts.out, shape, receive.outs.dtype),
                 ("parts.lse", receive.parts.lse, shape[:-1], f32),
-                ("parts.first_tile", receive.parts.first_tile, (items + 2 * shares,), i32),
+                ("parts.first_tile", receive.parts.first_tile, (items + 2,), i32),
             ]
     for name, tensor, shape, dtype in listed:
         check_tensor(tensor, name, shape, dtype, device)

@@ -153,21 +153,10 @@ def test_cut_rows_are_merged_as_they_leave() -> None:
             answer = cut(answer, len(found), parts=parts, seed=epoch)
             exchange(end, ask.routes, answer=answer, ctas=ctas)
         for end, ask, merge in zip(ends, given, merged, strict=True):
-            shares = [
-                cut(
-                    Partials(ask.outs[0, at], ask.lses[0, at], torch.zeros(count, 2, dtype=torch.int32)),
-                    count, parts=parts, seed=epoch,
-                )
-                for count, at in ((1, slice(0, 1)), (3, slice(1, 4)))
-            ]  # fmt: skip
-            spaces = [share.parts for share in shares if share.parts is not None]
+            own = Partials(ask.outs[0], ask.lses[0], torch.zeros(4, 2, dtype=torch.int32))
+            own = cut(own, 4, parts=parts, seed=epoch)
             merge = merge._replace(
-                outs=torch.cat([share.out for share in shares])[None],
-                lses=torch.cat([share.lse for share in shares])[None],
-                lacking=lacking,
-                parts=Workspace(*(torch.cat(of) for of in zip(*spaces, strict=True))),
-                first_rows=1,
-                first_parts=parts,
+                outs=own.out[None], lses=own.lse[None], lacking=lacking, parts=own.parts
             )
             exchange(end, ask.routes, receive=merge)
             out, lse = due(ask, COLUMNS)

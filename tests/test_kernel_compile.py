@@ -163,13 +163,8 @@ def exchange(*, rows: int, few: bool = False) -> None:
     if few:
         exchange(ends, routes, send=query, accept=accepted, ctas=16)
         exchange(ends, routes, answer=answer._replace(parts=parts), ctas=16)
-        two = rows > 1
-        own = parts._replace(first_tile=on_gpu(rows + (4 if two else 2)))
-        merge = merge._replace(
-            lacking=on_gpu(rows), parts=own, first_rows=rows - two, first_parts=40
-        )
+        merge = merge._replace(lacking=on_gpu(rows), parts=parts)
         exchange(ends, routes, answer=answer._replace(parts=parts), receive=merge)
-        exchange(ends, routes, receive=merge)
     else:
         exchange(ends, routes, send=query, accept=accepted, answer=answer, receive=merge)
 

@@ -291,7 +291,8 @@ class HFEngine:
         scope = self.runtime.scope(requests=list(zip(requests, ids, strict=True)))
         self.batch = Batch(tuple(requests), ids, positions, scope)
         # The runtime decides what is visible; the model only insists on a mask with four dims.
-        no_mask = {"indexed_attention": torch.zeros(len(tokens), 1, length, 1)}
+        kinds: Any = self.model.config.layer_types
+        no_mask = dict.fromkeys(kinds, torch.zeros(len(tokens), 1, length, 1))
         hidden = self.model.model(
             input_ids=tokens,
             attention_mask=no_mask,

@@ -5,12 +5,12 @@ columns, W ranks. Everything between the selection and the merged output is laun
 at the device, so a step is captured in one CUDA graph and replayed with new queries and selections;
 `runtime/step.py` tells the same story on CPUs.
 
-    main stream    plan   send, accept        routed rows        answer   receive
-    own stream          \\ pull, own rows: the first         the others /
+    main stream    plan   send, accept    others' rows   answer, receive
+    own stream          \\ pull, own rows             /
 
-What this rank has and what it pulled is attended beside the exchange: most of its rows while queries
-fly, the others while answers do. Whoever sends takes a few SMs, the attention beside it
-the others; the rows of other ranks get all of them, as nothing else can go on then.
+What this rank has and what it pulled is attended beside the exchange: queries are sent by a few SMs,
+the others attend meanwhile. Rows that `attend` cuts stay in parts: they are merged as answers leave,
+and as answers are received.
 """
 
 from __future__ import annotations
@@ -24,15 +24,12 @@ from ...kernels.attend import Workspace, attend, parts_of
 from ...kernels.decide import Mode, PriceTable
 from ...kernels.exchange import Accepted, Ends, Merge, Partials, Routes, exchange
 from ...kernels.fetch import compose, fetch
-from ...kernels.plan import Plan, plan
+from ...kernels.plan import Plan, num_sms, plan
 from ...kernels.plan import Workspace as PlanWorkspace
 from ...partition.layout import Layout
 from .pool import GpuPool
 
-# SMs that move messages while the others attend, for queries and for answers; and the share of its own
-# rows that a rank attends while queries fly, in eighths. Measured, see docs/performance.md.
-SENDERS, ANSWERERS, EIGHTHS = 16, 64, 6
-_SPLIT = 16  # rows from which on the others wait for the answers' flight
+SENDERS = 16  # SMs that move queries while the others attend
 
 
 class GpuStep:
@@ -79,7 +76,7 @@ class GpuStep:
         layout, device = layouts[0], pool.memory.device
         heads, columns = layout.branch_heads, layout.value_dim
         self._pool, self._prices, self._ends = pool, prices, ends
-        self._rank, self._world = rank, world_size
+        self._rank = rank
         self._value_dim = columns
         self._scales = [given.softmax_scale for given in layouts]
 
@@ -108,30 +105,15 @@ class GpuStep:
         self._came = ints(rows * listed, 2)
         self._own_units, self._own_lengths = ints(rows, listed), ints(rows)
         self.lacking = ints(rows)
-        parts = parts_of(heads, device)
-
-        def parts_beside(taken: int) -> int:
-            sms = torch.cuda.get_device_properties(device).multi_processor_count
-            return max(parts * (sms - taken) // sms, 1) if ends is not None else parts
 
         def space(count: int, parts: int) -> Workspace:
             return Workspace.make(
                 rows=count, heads=heads, value_dim=columns, parts=parts, device=device, dtype=dtype
             )
 
-        self._own = results(rows)
-        first = rows * EIGHTHS // 8 if ends is not None and rows >= _SPLIT else rows
-        of_share = (parts_beside(SENDERS), parts_beside(ANSWERERS))[: 1 if first == rows else 2]
-        self._own_parts = space(rows + 2 * len(of_share) - 2, sum(of_share))
-        out, lse, covered, first_tile = self._own_parts
-        self._first_rows, self._first_parts = first, of_share[0]
-        self._shares = [
-            (own, Workspace(out[some], lse[some], covered[some], first_tile[tiles]))
-            for own, some, tiles in (
-                (slice(0, first), slice(0, of_share[0]), slice(0, first + 2)),
-                (slice(first, rows), slice(of_share[0], None), slice(first + 2, None)),
-            )
-        ][: len(of_share)]
+        parts, sms = parts_of(heads, device), num_sms(device)
+        beside = parts if ends is None else max(parts * (sms - SENDERS) // sms, 1)
+        self._own = Partials(*results(rows), parts=space(rows, beside))
         self._aside = torch.cuda.Stream(device)
         self._graphs: dict[tuple[int, Mode], torch.cuda.CUDAGraph] = {}
         if ends is not None:
@@ -163,7 +145,7 @@ class GpuStep:
         """Do what `plan` says, which may have been decided for another query of the same selection."""
         ends = self._ends
         if ends is None:
-            self._alone(layer, mode)
+            self._alone(layer)
             return
         main, aside = torch.cuda.current_stream(), self._aside
         aside.wait_stream(main)
@@ -171,28 +153,12 @@ class GpuStep:
         with torch.cuda.stream(aside):
             self._attend_here(layer, mode)
         self._attend_routed(layer)
-        out, lse, _ = self._own
-        merge = Merge(
-            out[None],
-            lse[None],
-            self.out,
-            self.lse,
-            self.fault,
-            self.lacking,
-            self._own_parts,
-            self._first_rows,
-            self._first_parts,
-        )
-        if len(self._shares) == 1:
-            main.wait_stream(aside)
-            exchange(ends, self._routes, answer=self._answer, receive=merge)
-            return
-        aside.wait_stream(main)
-        with torch.cuda.stream(aside):
-            self._attend_own(layer, mode, 1)
-        exchange(ends, self._routes, answer=self._answer, ctas=ANSWERERS)
         main.wait_stream(aside)
-        exchange(ends, self._routes, receive=merge)
+        own = self._own
+        merge = Merge(
+            own.out[None], own.lse[None], self.out, self.lse, self.fault, self.lacking, own.parts
+        )
+        exchange(ends, self._routes, answer=self._answer, receive=merge)
 
     def replay(self, layer: int, mode: Mode) -> None:
         """`run` from a graph, captured at first use after a run outside, as all ranks then do."""
@@ -201,18 +167,18 @@ class GpuStep:
             self.run(layer, mode)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.run(layer, mode)
             self._graphs[key] = graph
             return
         self._graphs[key].replay()
 
-    def _alone(self, layer: int, mode: Mode) -> None:
-        self._attend_here(layer, mode, combined=True)
-        out, lse, _ = self._own
+    def _alone(self, layer: int) -> None:
+        self._compose(layer)
+        self._attend_own(layer, self._own_units, self._own_lengths, combined=True)
         whole = self.lacking == 0
-        self.out.copy_(torch.where(whole[:, None, None], out, torch.nan))
-        self.lse.copy_(torch.where(whole[:, None], lse, torch.nan))
+        self.out.copy_(torch.where(whole[:, None, None], self._own.out, torch.nan))
+        self.lse.copy_(torch.where(whole[:, None], self._own.lse, torch.nan))
         self.fault.copy_(self.lacking)
 
     def pull(self, layer: int) -> None:
@@ -230,26 +196,24 @@ class GpuStep:
             units=self._own_units, lengths=self._own_lengths, fault=self.lacking,
         )  # fmt: skip
 
-    def _attend_here(self, layer: int, mode: Mode, *, combined: bool = False) -> None:
-        """The first share of what is here; where nothing can be fetched, compare after that."""
+    def _attend_here(self, layer: int, mode: Mode) -> None:
+        """Own rows over what is here; where nothing is fetched, the plan's list is all of it."""
         if mode == "always-route":
-            self._attend_own(layer, mode, 0, combined=combined)
-            self._compose(layer)
+            self._attend_own(layer, self.plan.local_units, self.plan.local_lengths)
+            self._compose(layer)  # for what is lacking
         else:
             self.pull(layer)
-            self._attend_own(layer, mode, 0, combined=combined)
+            self._attend_own(layer, self._own_units, self._own_lengths)
 
-    def _attend_own(self, layer: int, mode: Mode, share: int, *, combined: bool = False) -> None:
-        rows, workspace = self._shares[share]
-        out, lse, covered = (result[rows] for result in self._own)
-        units, lengths = self._own_units, self._own_lengths
-        if mode == "always-route":
-            units, lengths = self.plan.local_units, self.plan.local_lengths
+    def _attend_own(
+        self, layer: int, units: Tensor, lengths: Tensor, *, combined: bool = False
+    ) -> None:
+        own = self._own
+        assert own.parts is not None
         attend(
-            self.query[rows], self._pool.entries(layer), units[rows],
-            value_dim=self._value_dim, scale=self._scales[layer],
-            workspace=workspace,
-            lengths=lengths[rows], out=out, lse=lse, covered=covered, combined=combined,
+            self.query, self._pool.entries(layer), units, value_dim=self._value_dim,
+            scale=self._scales[layer], workspace=own.parts, lengths=lengths,
+            out=own.out, lse=own.lse, covered=own.covered, combined=combined,
         )  # fmt: skip
 
     def _attend_routed(self, layer: int) -> None:
