@@ -392,8 +392,9 @@ def _parts_from(
         lse_at = tl.where(whole, lse_ptr + m * H, w_lse_ptr + seat * H)
         out_at = tl.where(whole, out_ptr + m * H * C, w_out_ptr + seat * H * C)
         rows = tl.multiple_of(out_at, 16) + heads[:, None] * C + columns[None, :]
-        lses += (tl.load(lse_at + heads, mask=some, other=-float("inf")),)
-        outs += (tl.load(rows, mask=some[:, None] & (columns < C)[None, :], other=0.0),)
+        lses += (tl.load(lse_at + heads, mask=some, other=-float("inf")),)  # type: ignore[assignment]
+        some_columns = some[:, None] & (columns < C)[None, :]
+        outs += (tl.load(rows, mask=some_columns, other=0.0),)  # type: ignore[assignment]
     return lses, outs
 
 
@@ -908,10 +909,10 @@ def _check(
             parts = len(receive.parts.out)
             if partials != 1:
                 raise ValueError(f"rows in parts are of one partial, got {partials}")
-            shape = (parts, 2, heads, columns)
+            own_shape = (parts, 2, heads, columns)
             listed += [
-                ("parts.out", receive.parts.out, shape, receive.outs.dtype),
-                ("parts.lse", receive.parts.lse, shape[:-1], f32),
+                ("parts.out", receive.parts.out, own_shape, receive.outs.dtype),
+                ("parts.lse", receive.parts.lse, own_shape[:-1], f32),
                 ("parts.first_tile", receive.parts.first_tile, (items + 2,), i32),
             ]
     for name, tensor, shape, dtype in listed:

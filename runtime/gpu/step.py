@@ -118,11 +118,9 @@ class GpuStep:
         self._graphs: dict[tuple[int, Mode], torch.cuda.CUDAGraph] = {}
         if ends is not None:
             others = (world_size - 1) * ends.wire.rows
+            made = self.plan
             self._routes = Routes(
-                *(column[0] for column in (self.plan.items, self.plan.units_of)),
-                self.plan.route_units[0],
-                self.plan.pairs[0],
-                self.plan.expected,
+                made.items[0], made.units_of[0], made.route_units[0], made.pairs[0], made.expected
             )
             self._accepted = Accepted.make(ends.wire, device)
             self._answer = Partials(*results(others), parts=space(others, parts))
