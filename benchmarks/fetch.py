@@ -1,9 +1,9 @@
 """Entries pulled from the other GPU's pool (`kernels/fetch.py`) against a gather over NCCL.
 
 B queries a rank, each of which lists so many entries of the other GPU, fp8 rows of 656 bytes or bf16
-rows of 1152; the plan given. Ours pulls each from where it lies, without its holder, and composes
-the lists by which attention reads them, coverage checked. NCCL's holder is sent the list, packs the
-rows with our gather kernel, and sends them.
+rows of 1152; the plan given. Ours pulls each from where it lies, without its holder; "lists" are those
+by which attention reads what came, with coverage checked, which NCCL's variant does without. Its
+holder is sent the list, packs the rows with our gather kernel, and sends them.
 
     python benchmarks/fetch.py [--quick] [--cases REGEX]
 """
@@ -53,7 +53,12 @@ class Call:
         self.staged = rows[first : first + self.count]
 
     def qroam(self) -> Tensor:
-        self.step.pull(0)
+        self.step.fetch(0)
+        return self.staged
+
+    def with_lists(self) -> Tensor:
+        self.step.fetch(0)
+        self.step.compose(0)
         return self.staged
 
     def nccl(self, group: dist.ProcessGroup) -> Tensor:
@@ -84,6 +89,7 @@ def checked(calls: Sequence[Call], codec: str) -> Callable[[Sequence[Tensor]], N
         if codec == "fp8_v32":
             wanted = encode_latent(wanted, rope_dim=64)
         assert torch.equal(results[-1].view(torch.uint8), wanted.view(torch.uint8))
+        call.step.compose(0)
         assert not bool(call.step.lacking.any()), "coverage was found to differ"
 
     return check
@@ -123,17 +129,19 @@ def work(here: Rank) -> None:
             dist.barrier()
             check = checked(calls, codec)
             ways: dict[str, Callable[[Call], object]] = {
-                "one-sided pull, lists composed": Call.qroam,
+                "one-sided pull": Call.qroam,
+                "one-sided pull, lists": Call.with_lists,
                 "NCCL: ids sent, rows gathered and sent": partial(Call.nccl, group=group_nccl),
             }
-            own, nccl = here.timed(
+            own, listed, nccl = here.timed(
                 [
                     Variant(name=name, check=check, calls=[partial(way, call) for call in calls])
                     for name, way in ways.items()
                 ]
             )
-            (ours, baseline) = ways
+            ours, with_lists, baseline = ways
             here.report("fetch", case, (ours, own), {baseline: nccl})
+            here.report("fetch", case, (with_lists, listed), {baseline: nccl})
             moved = calls[-1].count * ROWS[codec]
             here.say(f"{'':<28} {moved / 1e6:.2f} MB, {moved / own.median / 1e3:.0f} GB/s")
     transport.close()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -85,7 +86,7 @@ class Call:
             )
             return works
 
-        options = {"value_dim": VALUE, "scale": SCALE, "workspace": self.workspace}
+        options: dict[str, Any] = {"value_dim": VALUE, "scale": SCALE, "workspace": self.workspace}
         asked = swap((self.query, self.arrived), (lists, self.arrived_units))
         attend(
             self.query, pool.entries(0), made.local_units, lengths=made.local_lengths,

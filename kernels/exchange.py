@@ -858,6 +858,7 @@ def _check(
     if not 1 <= items <= wire.rows:
         raise ValueError(f"expected must be of 1 to {wire.rows} items, got {items}")
     pairs = wire.world_size * items
+    shape: tuple[int | None, ...]
     listed: list[tuple[str, Tensor | None, tuple[int | None, ...], torch.dtype | None]] = [
         ("items", routes.items, (pairs,), i32),
         ("units_of", routes.units_of, (pairs,), i32),

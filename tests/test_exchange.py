@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -18,6 +18,18 @@ from qroam.kernels.signals import SILENT, UNTRUE, blame
 from qroam.kernels.wire import Wire
 
 COLUMNS = 16
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+T = TypeVar("T")
+
+
+def moved(given: T, device: torch.device = DEVICE) -> T:
+    """A tensor, or all tensors of a tuple, on the device."""
+    if isinstance(given, Tensor):
+        return given.to(device)  # type: ignore[return-value]
+    if isinstance(given, tuple):
+        parts = [moved(part, device) for part in given]
+        return type(given)(*parts) if hasattr(given, "_fields") else type(given)(parts)
+    return given
 
 
 def small_wire(world: int, *, rows: int = 5, chunk: int = 2, units: int = 7) -> Wire:
@@ -46,26 +58,29 @@ def full(wire: Wire, answer: Partials) -> Partials:
     padded = [torch.full((rows, *t.shape[1:]), 77).to(t.dtype) for t in answer[:3]]
     for to, given in zip(padded, answer[:3], strict=True):
         to[: len(given)] = given
-    return Partials(*padded)
+    out, lse, covered = padded
+    return Partials(out, lse, covered)
 
 
 @pytest.mark.parametrize(("world", "items"), [(2, 5), (2, 1), (3, 5), (4, 2)])
 def test_every_row_arrives_and_every_answer_returns(world: int, items: int) -> None:
     wire = small_wire(world)
-    ends = connected(wire)
+    ends = connected(wire, [DEVICE] * world)
     for epoch in range(3):
         given = [
             asked(wire, r, items, columns=COLUMNS, seed=epoch, dtype=torch.float16)
             for r in range(world)
         ]
-        accepted = [room(wire) for _ in ends]
-        merged = [target(a) for a in given]
-        for end, ask in zip(ends, given, strict=True):
+        there = [moved(ask) for ask in given]
+        accepted = [room(wire, DEVICE) for _ in ends]
+        merged = [target(a) for a in there]
+        for end, ask in zip(ends, there, strict=True):
             exchange(end, ask.routes, send=ask.query)
-        for end, ask, rows in zip(ends, given, accepted, strict=True):
+        for end, ask, rows in zip(ends, there, accepted, strict=True):
             exchange(end, ask.routes, accept=rows)
-        for holder, (end, ask, rows) in enumerate(zip(ends, given, accepted, strict=True)):
-            found, lengths = queries(end, rows)
+        for holder, (end, ask, came) in enumerate(zip(ends, there, accepted, strict=True)):
+            found, lengths = moved(queries(end, came), torch.device("cpu"))
+            rows = moved(came, torch.device("cpu"))
             start = 0
             for source in range(world):
                 if source == holder:
@@ -84,12 +99,12 @@ def test_every_row_arrives_and_every_answer_returns(world: int, items: int) -> N
                 start = stop
             assert start == int(rows.num_rows)
             answer = full(wire, partials_of(found, lengths, COLUMNS))
-            exchange(end, ask.routes, answer=answer)
-        for end, ask, merge in zip(ends, given, merged, strict=True):
+            exchange(end, ask.routes, answer=moved(answer))
+        for end, ask, wanted, merge in zip(ends, there, given, merged, strict=True):
             exchange(end, ask.routes, receive=merge)
-            out, lse = due(ask, COLUMNS)
-            torch.testing.assert_close(merge.out.float(), out, rtol=2e-3, atol=2e-3)
-            torch.testing.assert_close(merge.lse, lse, rtol=1e-6, atol=1e-6)
+            out, lse = due(wanted, COLUMNS)
+            torch.testing.assert_close(merge.out.float().cpu(), out, rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(merge.lse.cpu(), lse, rtol=1e-6, atol=1e-6)
             assert not merge.fault.any()
         assert [int(end.epoch) for end in ends] == [epoch + 1] * world
         assert not any(int(end.status) for end in ends)
@@ -137,32 +152,35 @@ def test_cut_rows_are_merged_as_they_leave() -> None:
     """And own rows as they are received; and few wide CTAs do the same."""
     wire = small_wire(2)
     for epoch, (parts, ctas) in enumerate([(3, None), (9, 2), (40, 3)]):
-        ends = connected(wire)
+        ends = connected(wire, [DEVICE] * 2)
         given = [
             asked(wire, r, 4, columns=COLUMNS, seed=epoch, dtype=torch.float16) for r in range(2)
         ]
-        merged = [target(a) for a in given]
-        accepted = [room(wire) for _ in ends]
+        there = [moved(ask) for ask in given]
+        merged = [target(a) for a in there]
+        accepted = [room(wire, DEVICE) for _ in ends]
         lacking = torch.tensor([0, 0, 0, 2], dtype=torch.int32)
-        for end, ask in zip(ends, given, strict=True):
+        for end, ask in zip(ends, there, strict=True):
             exchange(end, ask.routes, send=ask.query, ctas=ctas)
-        for end, ask, rows in zip(ends, given, accepted, strict=True):
+        for end, ask, rows in zip(ends, there, accepted, strict=True):
             exchange(end, ask.routes, accept=rows, ctas=ctas)
-            found, lengths = queries(end, rows)
+            found, lengths = moved(queries(end, rows), torch.device("cpu"))
             answer = full(wire, partials_of(found, lengths, COLUMNS))
             answer = cut(answer, len(found), parts=parts, seed=epoch)
-            exchange(end, ask.routes, answer=answer, ctas=ctas)
-        for end, ask, merge in zip(ends, given, merged, strict=True):
+            exchange(end, ask.routes, answer=moved(answer), ctas=ctas)
+        for end, ask, routed, merge in zip(ends, given, there, merged, strict=True):
             own = Partials(ask.outs[0], ask.lses[0], torch.zeros(4, 2, dtype=torch.int32))
-            own = cut(own, 4, parts=parts, seed=epoch)
+            own = moved(cut(own, 4, parts=parts, seed=epoch))
             merge = merge._replace(
-                outs=own.out[None], lses=own.lse[None], lacking=lacking, parts=own.parts
+                outs=own.out[None], lses=own.lse[None], lacking=moved(lacking), parts=own.parts
             )
-            exchange(end, ask.routes, receive=merge)
+            exchange(end, routed.routes, receive=merge)
             out, lse = due(ask, COLUMNS)
             right = lacking == 0
-            torch.testing.assert_close(merge.out[right].float(), out[right], rtol=2e-3, atol=2e-3)
-            torch.testing.assert_close(merge.lse[right], lse[right], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                merge.out.cpu()[right].float(), out[right], rtol=2e-3, atol=2e-3
+            )
+            torch.testing.assert_close(merge.lse.cpu()[right], lse[right], rtol=1e-5, atol=1e-5)
             assert merge.fault.tolist() == lacking.tolist()
             assert bool(merge.out[3].isnan().all())
         assert not any(int(end.status) for end in ends)

@@ -172,23 +172,23 @@ class GpuStep:
         self._graphs[key].replay()
 
     def _alone(self, layer: int) -> None:
-        self._compose(layer)
+        self.compose(layer)
         self._attend_own(layer, self._own_units, self._own_lengths, combined=True)
         whole = self.lacking == 0
         self.out.copy_(torch.where(whole[:, None, None], self._own.out, torch.nan))
         self.lse.copy_(torch.where(whole[:, None], self._own.lse, torch.nan))
         self.fault.copy_(self.lacking)
 
-    def pull(self, layer: int) -> None:
-        """Fetch what the plan says, and list each item's entries that are here then."""
+    def fetch(self, layer: int) -> None:
+        """Pull what the plan says into the staged rows."""
         pool = self._pool
         fetch(
             pool.map, layer, pool.peers, self.plan.fetch_units, self.plan.counts,
             memory=pool.memory, came=self._came,
         )  # fmt: skip
-        self._compose(layer)
 
-    def _compose(self, layer: int) -> None:
+    def compose(self, layer: int) -> None:
+        """List each item's entries that are here or were fetched, and tell who is `lacking`."""
         compose(
             self._pool.map, layer, self.plan, self._came, rank=self._rank,
             units=self._own_units, lengths=self._own_lengths, fault=self.lacking,
@@ -198,9 +198,10 @@ class GpuStep:
         """Own rows over what is here; where nothing is fetched, the plan's list is all of it."""
         if mode == "always-route":
             self._attend_own(layer, self.plan.local_units, self.plan.local_lengths)
-            self._compose(layer)  # for what is lacking
+            self.compose(layer)  # for what is lacking
         else:
-            self.pull(layer)
+            self.fetch(layer)
+            self.compose(layer)
             self._attend_own(layer, self._own_units, self._own_lengths)
 
     def _attend_own(
