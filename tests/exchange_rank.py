@@ -84,9 +84,10 @@ def random_plans(rank: int, *, put: bool, steps: int) -> dict[str, Any]:
         )
         wrong += not torch.equal(listed, theirs.routes.route_units[: int(lengths.sum())])
         answer = partials_of(found, lengths, VALUE)
-        full = Partials(
-            *(torch.zeros(5, *t.shape[1:], dtype=t.dtype, device=device) for t in answer[:3])
+        out, lse, covered = (
+            torch.zeros(5, *t.shape[1:], dtype=t.dtype, device=device) for t in answer[:3]
         )
+        full = Partials(out, lse, covered)
         for to, part in zip(full[:3], answer[:3], strict=True):
             to[:count].copy_(part)
         exchange(ends, ours.routes, answer=full, receive=merge)
