@@ -188,30 +188,29 @@ def test_cut_rows_are_merged_as_they_leave() -> None:
 
 
 def run(ends: list[Ends], *, spoil_covered: bool = False) -> list[Merge]:
-    """An exchange of two ranks in which each item of rank 0 is asked of rank 1."""
+    """An exchange of two ranks in which each item of rank 0 is asked of rank 1; it is over."""
     wire = ends[0].wire
     given = [
-        asked(wire, r, 5, columns=COLUMNS, seed=0, dtype=torch.float16) for r in range(len(ends))
+        moved(asked(wire, r, 5, columns=COLUMNS, seed=0, dtype=torch.float16))
+        for r in range(len(ends))
     ]
-    accepted = [room(wire) for _ in ends]
+    accepted = [room(wire, DEVICE) for _ in ends]
     merged = [target(a) for a in given]
     for end, ask in zip(ends, given, strict=True):
         exchange(end, ask.routes, send=ask.query)
     for end, ask, rows in zip(ends, given, accepted, strict=True):
         exchange(end, ask.routes, accept=rows)
-        if int(rows.num_rows) > 5:
-            continue
-        answer = partials_of(*queries(end, rows), COLUMNS)
+        answer = partials_of(*moved(queries(end, rows), torch.device("cpu")), COLUMNS)
         if spoil_covered:
             answer.covered[0, 1] += 1
-        exchange(end, ask.routes, answer=full(wire, answer))
+        exchange(end, ask.routes, answer=moved(full(wire, answer)))
     for end, ask, merge in zip(ends, given, merged, strict=True):
         exchange(end, ask.routes, receive=merge)
-    return merged
+    return [moved(merge, torch.device("cpu")) for merge in merged]
 
 
 def test_a_wrong_coverage_becomes_nan_and_is_named() -> None:
-    ends = connected(small_wire(2))
+    ends = connected(small_wire(2), [DEVICE] * 2)
     for rank, merge in enumerate(run(ends, spoil_covered=True)):
         faulty = merge.fault != 0
         assert int(faulty.sum()) == 1
@@ -221,7 +220,7 @@ def test_a_wrong_coverage_becomes_nan_and_is_named() -> None:
 
 
 def test_other_tables_are_refused() -> None:
-    ends = connected(small_wire(2))
+    ends = connected(small_wire(2), [DEVICE] * 2)
     ends[1].tables.fill_(2)
     run(ends)
     assert [blame(int(end.status)) for end in ends] == [(1, UNTRUE), (0, UNTRUE)]
