@@ -1,7 +1,7 @@
 """Deciding on the device against the better of always-route and always-fetch: queries x entries.
 
 Steps of one layer on two GPUs as in `step.py`, plan included: so many queries a rank, each of which
-lists so many entries of the other GPU and none of its own; bf16, 128 heads. `auto` decides by the
+lists so many entries of the other GPU and none of its own, in lists of one width; bf16, 128 heads. `auto` decides by the
 cost model with the constants of the profile "nvlink4".
 
     python benchmarks/auto.py [--quick] [--cases REGEX]
@@ -40,7 +40,8 @@ def checked(
             step, (out, fault) = calls[at], results[at]
             assert not bool(fault.any()), "coverage was found to differ"
             for item in (0, len(out) - 1):
-                entries = corpus.entries[step.units[item].long()][None].double()
+                listed = step.units[item][step.units[item] >= 0]
+                entries = corpus.entries[listed.long()][None].double()
                 valid = torch.ones(entries.shape[:2], dtype=torch.bool, device=out.device)
                 exact, _ = reference.attend(
                     step.query[item : item + 1].double(), entries, valid, value_dim=VALUE,
@@ -74,11 +75,11 @@ def work(here: Rank) -> None:
                 continue
             torch.manual_seed(here.rank)
             calls = [
-                step_of(here, corpus, transport, channel, queries, units)
+                step_of(here, corpus, transport, channel, queries, UNITS[-1])
                 for _ in range(min(here.calls(queries * units * QUERY * 2), 8))
             ]
             for step in calls:
-                step.units.copy_(chosen(queries, units, 1 - here.rank, here.device))
+                step.units[:, :units] = chosen(queries, units, 1 - here.rank, here.device)
                 step.query.normal_()
             torch.cuda.synchronize()
             auto, route, fetch = here.timed(

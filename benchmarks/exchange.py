@@ -23,7 +23,7 @@ from torch import Tensor
 from qroam.kernels import reference
 from qroam.kernels.exchange import Accepted, Ends, Merge, Partials, Routes, exchange
 from qroam.kernels.merge import merge
-from qroam.kernels.wire import Wire, chunk_of
+from qroam.kernels.wire import Wire
 from qroam.runtime.transport_nvshmem import NvshmemTransport
 
 HEADS, QUERY, VALUE, UNITS = 128, 576, 512, 1024
@@ -140,7 +140,7 @@ def work(here: Rank) -> None:
     wires = [
         Wire(
             world_size=2, rows=batch, heads=HEADS, query_words=HEADS * QUERY // 2,
-            answer_words=_ROW // 2, units=UNITS, chunk=chunk_of(batch),
+            answer_words=_ROW // 2, units=UNITS,
         )
         for batch in BATCHES
     ]  # fmt: skip
