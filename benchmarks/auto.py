@@ -1,8 +1,8 @@
 """Deciding on the device against the better of always-route and always-fetch: queries x entries.
 
 Steps of one layer on two GPUs as in `step.py`, plan included: so many queries a rank, each of which
-lists so many entries of the other GPU and none of its own, in lists of one width; bf16, 128 heads. `auto` decides by the
-cost model with the constants of the profile "nvlink4".
+lists so many entries of the other GPU and none of its own, in lists of one width; bf16, 128 heads.
+`auto` decides by the cost model with the constants of the profile "nvlink4".
 
     python benchmarks/auto.py [--quick] [--cases REGEX]
 """
