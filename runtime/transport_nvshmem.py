@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..kernels.exchange import STAMPS, Ends
+from ..kernels.exchange import Ends
+from ..kernels.roles import STAMPS
 from ..kernels.signals import SILENT, blame
 from ..kernels.wire import Wire
 from .errors import PeerError

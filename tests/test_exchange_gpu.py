@@ -29,6 +29,9 @@ DEADLINE_S = 2.0
 
 # Every CTA of a launch starts late by a pause in nanoseconds.
 LATE = """
+from triton.language.extra import cuda
+
+
 @triton.jit
 def _late(cta, rank):
     begun = cuda.globaltimer()
@@ -56,8 +59,11 @@ ALWAYS_ON_RANK_1 = late("rank * 300000")
 ONE_PARITY = ("return ((epoch & 1) * W + peer)", "return (peer + epoch * 0)")
 NO_CREDIT = ("if (seat >= 0) | (unit == 0):", "if seat >= 0:")
 DELAYS: Changes = {"exchange.py": NOW_AND_THEN}
-CREDIT: Changes = {"exchange.py": [*ALWAYS_ON_RANK_1, ONE_PARITY]}
-WITHOUT_CREDIT: Changes = {"exchange.py": [*ALWAYS_ON_RANK_1, ONE_PARITY, NO_CREDIT]}
+CREDIT: Changes = {"exchange.py": ALWAYS_ON_RANK_1, "roles.py": [ONE_PARITY]}
+WITHOUT_CREDIT: Changes = {
+    "exchange.py": ALWAYS_ON_RANK_1,
+    "roles.py": [ONE_PARITY, NO_CREDIT],
+}
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from qroam.kernels import reference
-from qroam.kernels.exchange import STAMPS, Accepted, Ends, Merge, Partials, Routes
+from qroam.kernels.exchange import Accepted, Ends, Merge, Partials, Routes
+from qroam.kernels.roles import STAMPS
 from qroam.kernels.wire import Wire
 
 
