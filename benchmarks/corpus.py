@@ -12,10 +12,11 @@ from qroam.kernels.plan import Directory
 from qroam.kernels.pool_map import PoolMap
 from qroam.kernels.wire import Wire, chunk_of
 from qroam.partition.codec import make_codec
-from qroam.partition.layout import Layout, named_layout
+from qroam.partition.layout import Form, Layout, named_layout
 from qroam.runtime import load_profile
 from qroam.runtime.cost.model import CostModel, LayerFacts
 from qroam.runtime.cost.prices import prices_of
+from qroam.runtime.gpu.forms import Weights
 from qroam.runtime.gpu.pool import GpuPool
 from qroam.runtime.gpu.step import GpuStep
 from qroam.runtime.transport_nvshmem import NvshmemTransport
@@ -25,11 +26,12 @@ BF16 = torch.bfloat16
 LAYOUT: Layout = named_layout("mla-v3.2")
 
 
-def wire_of(rows: int, units: int) -> Wire:
-    """Form A of 128 heads in bf16."""
+def wire_of(rows: int, units: int, *, form: Form = "A") -> Wire:
+    """Of 128 heads in bf16."""
+    query, answer = LAYOUT.routed_dims(form)
     return Wire(
-        world_size=2, rows=rows, heads=HEADS, query_words=HEADS * QUERY // 2,
-        answer_words=HEADS * VALUE // 2, units=units, chunk=chunk_of(rows),
+        world_size=2, rows=rows, heads=HEADS, query_words=HEADS * query // 2,
+        answer_words=HEADS * answer // 2, units=units, chunk=chunk_of(rows),
     )  # fmt: skip
 
 
@@ -42,11 +44,11 @@ def map_of(*, entry_bytes: int, staged: int) -> PoolMap:
     )  # fmt: skip
 
 
-def prices() -> PriceTable:
-    """Of form A over NVLink, two ranks."""
+def prices(form: Form = "A") -> PriceTable:
+    """Over NVLink, two ranks."""
     facts = LayerFacts.of(LAYOUT, entry_bytes=1152, element_bytes=2)
     model = CostModel(facts=facts, profile=load_profile("nvlink4"))
-    return prices_of(model, world=2, device="cuda")
+    return prices_of(model, world=2, forms=(form,), device="cuda")
 
 
 class Corpus:
@@ -83,11 +85,20 @@ class Corpus:
 
 
 def step_of(
-    here: Rank, corpus: Corpus, transport: NvshmemTransport, channel: int, rows: int, listed: int
+    here: Rank,
+    corpus: Corpus,
+    transport: NvshmemTransport,
+    channel: int,
+    rows: int,
+    listed: int,
+    *,
+    weights: Weights | None = None,
 ) -> GpuStep:
+    """Of form A, or with weights of form B."""
     return GpuStep(
-        corpus.pool, [LAYOUT], prices=prices(), ends=transport.ends(channel), rank=here.rank,
-        world_size=2, rows=rows, listed=listed, dtype=BF16,
+        corpus.pool, [LAYOUT], prices=prices("A" if weights is None else "B"),
+        ends=transport.ends(channel), rank=here.rank, world_size=2, rows=rows, listed=listed,
+        dtype=BF16, weights=weights,
     )  # fmt: skip
 
 

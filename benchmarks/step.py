@@ -6,6 +6,9 @@ its queries sent while own entries are attended; the bound is one GPU that holds
 nothing to plan. `exposed` is the step without what that GPU takes. "Plan given" leaves the plan out
 of both.
 
+Form B is compared with form A: un-absorbed queries in, projected outputs out, plan given. What form A
+has no part in, W_UK before its step and W_UV behind it, is of its time too.
+
     python benchmarks/step.py [--quick] [--cases REGEX]
 """
 
@@ -27,12 +30,15 @@ from qroam.kernels import reference
 from qroam.kernels.attend import Workspace, attend, parts_of
 from qroam.kernels.decide import Mode
 from qroam.kernels.merge import merge
+from qroam.partition.layout import Form
+from qroam.runtime.gpu.forms import absorb, project
 from qroam.runtime.gpu.step import GpuStep
 from qroam.runtime.transport_nvshmem import NvshmemTransport
 
 SELECTED = 2048
 SCALE = LAYOUT.softmax_scale
 BATCHES = (1, 8, 64)
+FORMS: tuple[Form, Form] = ("A", "B")
 
 
 class Call:
@@ -113,6 +119,50 @@ class Call:
         return self.out, self.lse
 
 
+class Projected:
+    """One query and selection in both forms, with weights of its own, as a layer has them."""
+
+    def __init__(self, call: Call, here: Rank, transport: NvshmemTransport, channel: int) -> None:
+        batch, device = len(call.query), here.device
+        nope, value = LAYOUT.query_dim - LAYOUT.rope_dim, LAYOUT.out_dim
+        generator = torch.Generator(device).manual_seed(channel)  # the same on both ranks
+        self.w_uk, self.w_uv = (
+            torch.randn(HEADS, rows, columns, dtype=BF16, device=device, generator=generator)
+            * rows**-0.5
+            for rows, columns in ((nope, VALUE), (VALUE, value))
+        )
+        self.a, self.units, self.corpus = call.step, call.units, call.corpus
+        self.b = step_of(
+            here, call.corpus, transport, channel, batch, SELECTED,
+            weights=[(self.w_uk, self.w_uv)],
+        )  # fmt: skip
+        self.b.units.copy_(self.units)
+        self.b.query.normal_()
+        self.b.decide(0, "always-route")
+        self.out = torch.empty_like(self.b.out)
+
+    def form_a(self) -> tuple[Tensor, Tensor, Tensor]:
+        absorb(self.b.query, self.w_uk, out=self.a.query)
+        self.a.attend(0, "always-route")
+        project(self.a.out, self.w_uv, out=self.out)
+        return self.out, self.a.lse, self.a.fault
+
+    def form_b(self) -> tuple[Tensor, Tensor, Tensor]:
+        self.b.attend(0, "always-route")
+        return self.b.out, self.b.lse, self.b.fault
+
+    def due(self, item: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Of a query, out and lse in fp64; or as eager torch has them in bf16, softmax in fp32."""
+        query = self.b.query[item : item + 1, None].to(dtype)
+        entries = self.corpus.entries[self.units[item].long()].to(dtype)
+        row = reference.absorb(query, self.w_uk[None].to(dtype))[0, 0]
+        wide = dtype if dtype == torch.float64 else torch.float32
+        scores = row.to(wide) @ entries.to(wide).mT * SCALE
+        out = scores.softmax(-1).to(dtype) @ entries[:, :VALUE]
+        out = reference.project(out[None, None], self.w_uv[None].to(dtype))[0, 0]
+        return out, scores.logsumexp(-1)
+
+
 def checked(calls: Sequence[Call]) -> Callable[[Sequence[tuple[Tensor, ...]]], None]:
     """First and last query of the first and last call, against fp64 over all that was selected."""
 
@@ -134,6 +184,78 @@ def checked(calls: Sequence[Call]) -> Callable[[Sequence[tuple[Tensor, ...]]], N
     return check
 
 
+def checked_forms(
+    calls: Sequence[Projected],
+) -> Callable[[Sequence[tuple[Tensor, Tensor, Tensor]]], None]:
+    """As `checked`, for either form."""
+
+    def check(results: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        for at in (0, len(calls) - 1):
+            call, (out, lse, fault) = calls[at], results[at]
+            assert not bool(fault.any()), "coverage was found to differ"
+            for item in (0, len(out) - 1):
+                exact, exact_lse = call.due(item, torch.float64)
+                eager, _ = call.due(item, BF16)
+                as_good_as_eager(out[item], eager, exact)
+                torch.testing.assert_close(lse[item].double(), exact_lse, rtol=1e-2, atol=1e-2)
+
+    return check
+
+
+def compare_with_nccl(
+    here: Rank,
+    case: str,
+    calls: Sequence[Call],
+    transport: NvshmemTransport,
+    group: dist.ProcessGroup,
+) -> None:
+    check = checked(calls)
+    ways: dict[str, Callable[[Call], object]] = {
+        "plan and routed step": lambda call: call.qroam("always-route"),
+        "routed step, plan given": Call.given,
+        "plan, NCCL send and receive, same attention": partial(
+            Call.nccl, group=group, planned=True
+        ),
+        "NCCL send and receive, same attention, plan given": partial(
+            Call.nccl, group=group, planned=False
+        ),
+        "one GPU that holds all entries": Call.bound,
+    }
+    whole, given, nccl, nccl_given, bound = here.timed(
+        [
+            Variant(name=name, check=check, calls=[partial(way, call) for call in calls])
+            for name, way in ways.items()
+        ]
+    )
+    transport.check()
+    names = list(ways)
+    for own, ours, theirs, baseline in (
+        (whole, names[0], nccl, names[2]),
+        (given, names[1], nccl_given, names[3]),
+    ):
+        here.report("step", case, (ours, own), {baseline: theirs, names[4]: bound})
+        exposed, its = own.median - bound.median, theirs.median - bound.median
+        here.say(f"{'':<28} exposed: {exposed:.1f} us, with NCCL {its:.1f} us")
+        here.record("step", f"{case}, {ours}, exposed", exposed, f"{baseline}, exposed", its)
+
+
+def compare_forms(
+    here: Rank, case: str, calls: Sequence[Call], transport: NvshmemTransport, channel: int
+) -> None:
+    both = [Projected(call, here, transport, channel) for call in calls]
+    torch.cuda.synchronize()
+    check, names = checked_forms(both), ("routed step of form B", "W_UK, form A's step, W_UV")
+    ways: tuple[Callable[[Projected], object], ...] = (Projected.form_b, Projected.form_a)
+    form_b, form_a = here.timed(
+        [
+            Variant(name=name, check=check, calls=[partial(way, call) for call in both])
+            for name, way in zip(names, ways, strict=True)
+        ]
+    )
+    transport.check()
+    here.report("step", case, (names[0], form_b), {names[1]: form_a})
+
+
 def work(here: Rank) -> None:
     group = dist.group.WORLD
     assert group is not None
@@ -141,16 +263,16 @@ def work(here: Rank) -> None:
     assert group_nccl is not None
     shape = map_of(entry_bytes=2 * QUERY, staged=BATCHES[-1] * SELECTED)
     transport = NvshmemTransport(
-        [wire_of(batch, SELECTED) for batch in BATCHES], group=group, device=here.device,
-        deadline_s=20.0, heap=shape.num_bytes,
+        [wire_of(batch, SELECTED, form=form) for form in FORMS for batch in BATCHES], group=group,
+        device=here.device, deadline_s=20.0, heap=shape.num_bytes,
     )  # fmt: skip
     corpus = Corpus(here, transport.heap, transport.heaps, shape)
     here.say(
         f"2 x {here.properties.name}, torch {torch.__version__}, NCCL {torch.cuda.nccl.version()}"
     )
     for channel, batch in enumerate(BATCHES):
-        case = f"B={batch}, selections spread evenly"
-        if not here.wants(case):
+        spread, forms = f"B={batch}, selections spread evenly", f"B={batch}, payload forms"
+        if not here.wants(spread) and not here.wants(forms):
             continue
         torch.manual_seed(here.rank)
         calls = [
@@ -158,34 +280,10 @@ def work(here: Rank) -> None:
             for _ in range(here.calls(batch * SELECTED * QUERY * 2))
         ]
         torch.cuda.synchronize()
-        check = checked(calls)
-        ways: dict[str, Callable[[Call], object]] = {
-            "plan and routed step": lambda call: call.qroam("always-route"),
-            "routed step, plan given": Call.given,
-            "plan, NCCL send and receive, same attention": partial(
-                Call.nccl, group=group_nccl, planned=True
-            ),
-            "NCCL send and receive, same attention, plan given": partial(
-                Call.nccl, group=group_nccl, planned=False
-            ),
-            "one GPU that holds all entries": Call.bound,
-        }
-        whole, given, nccl, nccl_given, bound = here.timed(
-            [
-                Variant(name=name, check=check, calls=[partial(way, call) for call in calls])
-                for name, way in ways.items()
-            ]
-        )
-        transport.check()
-        names = list(ways)
-        for own, ours, theirs, baseline in (
-            (whole, names[0], nccl, names[2]),
-            (given, names[1], nccl_given, names[3]),
-        ):
-            here.report("step", case, (ours, own), {baseline: theirs, names[4]: bound})
-            exposed, its = own.median - bound.median, theirs.median - bound.median
-            here.say(f"{'':<28} exposed: {exposed:.1f} us, with NCCL {its:.1f} us")
-            here.record("step", f"{case}, {ours}, exposed", exposed, f"{baseline}, exposed", its)
+        if here.wants(spread):
+            compare_with_nccl(here, spread, calls, transport, group_nccl)
+        if here.wants(forms):
+            compare_forms(here, forms, calls, transport, len(BATCHES) + channel)
     transport.close()
 
 

@@ -137,14 +137,18 @@ def rope(*, layers: int) -> None:
     )
 
 
-def exchange(*, rows: int, few: bool = False) -> None:
-    """All roles at once; or, on a few SMs beside an attention, those that go beside one."""
+def exchange(
+    *, rows: int, few: bool = False, columns: int = 576, answered: int = 512, in_parts: bool = True
+) -> None:
+    """All roles at once; or, on a few SMs beside an attention, those that go beside one, and the
+    others after it, which merge parts or take what is merged."""
     from qroam.kernels.attend import Workspace
     from qroam.kernels.exchange import Accepted, Ends, Merge, Partials, Routes, exchange
     from qroam.kernels.wire import Wire
 
     wire = Wire(
-        world_size=2, rows=rows, heads=128, query_words=36864, answer_words=32768, units=2048
+        world_size=2, rows=rows, heads=128, query_words=64 * columns, answer_words=64 * answered,
+        units=2048,
     )  # fmt: skip
     i64 = torch.int64
     ends = Ends(
@@ -155,9 +159,11 @@ def exchange(*, rows: int, few: bool = False) -> None:
     routes = Routes(
         on_gpu(2 * rows), on_gpu(2 * rows), on_gpu(rows * 2048), on_gpu(2), on_gpu(rows, 2, 2)
     )
-    out, lse = on_gpu(rows, 128, 512, dtype=_BF16), on_gpu(rows, 128, dtype=_F32)
-    parts = Workspace.make(rows=rows, heads=128, value_dim=512, parts=66, device=_GPU)
-    query, accepted = on_gpu(rows, 128, 576, dtype=_BF16), Accepted.make(wire, _GPU)
+    out, lse = on_gpu(rows, 128, answered, dtype=_BF16), on_gpu(rows, 128, dtype=_F32)
+    parts = None
+    if in_parts:
+        parts = Workspace.make(rows=rows, heads=128, value_dim=answered, parts=66, device=_GPU)
+    query, accepted = on_gpu(rows, 128, columns, dtype=_BF16), Accepted.make(wire, _GPU)
     answer = Partials(out, lse, on_gpu(rows, 2))
     merge = Merge(out[None], lse[None], out, lse, on_gpu(rows))
     if few:
@@ -225,6 +231,7 @@ LAUNCHES = {
     "merge": launch(merge, "_merge_kernel", listed=False),
     "merge lists": launch(merge, "_merge_kernel", listed=True),
     "gather fp8 entries": launch(gather, "_gather_kernel", rows=2048, row_bytes=656),
+    "gather queries of form B": launch(gather, "_gather_kernel", rows=512, row_bytes=128 * 384),
     "gather blocks": launch(gather, "_gather_kernel", rows=1024, row_bytes=64 * 1152),
     **{
         f"codec {verb}": launch(codec, f"_{verb}_kernel", verb=verb)
@@ -245,6 +252,18 @@ LAUNCHES = {
     "exchange 64 beside an attention": launch(
         exchange, "_exchange_kernel", rows=64, few=True, spilled=64
     ),
+    **{
+        f"exchange {rows} of form B beside an attention": launch(
+            exchange,
+            "_exchange_kernel",
+            rows=rows,
+            few=True,
+            columns=192,
+            answered=128,
+            in_parts=False,
+        )
+        for rows in (1, 64)
+    },
 }
 
 

@@ -1,6 +1,6 @@
 """One layer-step on the device, in the order the data travels: decide, move, attend, merge.
 
-Letters: N items of this rank (a query each), K listed entries, H heads, D query columns, C value
+Letters: N items of this rank (a query each), K listed entries, H heads, D query columns, V output
 columns, W ranks. Everything between the selection and the merged output is launched without a look
 at the device, so a step is captured in one CUDA graph and replayed with new queries and selections;
 `runtime/step.py` tells the same story on CPUs.
@@ -9,8 +9,9 @@ at the device, so a step is captured in one CUDA graph and replayed with new que
     own stream          \\ pull, own rows             /
 
 What this rank has and what it pulled is attended beside the exchange: queries are sent by a few SMs,
-the others attend meanwhile. Rows that `attend` cuts stay in parts: they are merged as answers leave,
-and as answers are received.
+the others attend meanwhile. What travels is of one payload form, which `forms.py` knows: A absorbed
+rows, or, where every rank has the projections, B un-absorbed ones. Of form A, rows that `attend` cuts
+stay in parts: they are merged as answers leave, and as answers are received.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...kernels.attend import Workspace, attend, parts_of
-from ...kernels.decide import Mode, PriceTable
-from ...kernels.exchange import Accepted, Ends, Merge, Partials, Routes, exchange
+from ...kernels.attend import parts_of
+from ...kernels.decide import ROUTE, Mode, PriceTable
+from ...kernels.exchange import Accepted, Ends, Merge, Routes, exchange
 from ...kernels.fetch import compose, fetch
 from ...kernels.plan import Plan, num_sms, plan
 from ...kernels.plan import Workspace as PlanWorkspace
-from ...partition.layout import Layout
+from ...partition.layout import Form, Layout
+from .forms import Absorbed, Unabsorbed, Weights, check_weights
 from .pool import GpuPool
 
 SENDERS = 16  # SMs that move queries while the others attend
@@ -38,10 +40,13 @@ class GpuStep:
     Every rank of the world runs the same sequence of steps, idle ones without units. The buffers:
 
     query (N, H, D), units (N, K) int32 stored entry ids, distinct in a row, -1 anywhere, and hidden
-    (N, 2) int32, entry ids ahead of each query, are what it reads. out (N, H, C), lse (N, H) fp32 and
+    (N, 2) int32, entry ids ahead of each query, are what it reads. out (N, H, V), lse (N, H) fp32 and
     fault (N,) int32, 0 or 1 + a holder whose entries were not all there, are what it leaves; out and
     lse of a query with a fault are NaN. `plan` is the last step's, `lacking` (N,) int32 the faults of
     what was fetched or is here.
+
+    Of form A D are the layout's key columns and V its value columns: W_UK comes before the step and
+    W_UV behind it. Of form B both are inside: D are the layout's query columns, V its output columns.
     """
 
     def __init__(
@@ -56,12 +61,15 @@ class GpuStep:
         rows: int,
         listed: int,
         dtype: torch.dtype,
+        weights: Weights | None = None,
     ) -> None:
         """Allocate for N = `rows` and K = `listed`; nothing is launched.
 
         Args:
-            layouts: of each layer, of equal shapes. prices: what decides, of `world_size` ranks.
+            layouts: of each layer, of equal shapes.
+            prices: what decides, of `world_size` ranks and of the step's payload form.
             ends: this rank's end of a channel; None in a world of one.
+            weights: W_UK and W_UV of each layer, equal on all ranks; with them the form is B.
         Raises: ValueError for sizes that do not fit one another.
         """
         if (ends is None) != (world_size == 1):
@@ -74,22 +82,22 @@ class GpuStep:
                 f"{ends.wire.units}"
             )
         layout, device = layouts[0], pool.memory.device
-        heads, columns = layout.branch_heads, layout.value_dim
+        form: Form = "A" if weights is None else "B"
+        columns, out_columns = layout.routed_dims(form)
+        _check_form(form, layout, prices, ends, dtype)
+        if weights is not None:
+            check_weights(weights, layouts, dtype, device)
+        heads = layout.branch_heads
         self._pool, self._prices, self._ends = pool, prices, ends
         self._rank = rank
-        self._value_dim = columns
-        self._scales = [given.softmax_scale for given in layouts]
 
         def ints(*shape: int, value: int = 0) -> Tensor:
             return torch.full(shape, value, dtype=torch.int32, device=device)
 
-        def results(count: int) -> tuple[Tensor, Tensor, Tensor]:
-            out = torch.empty(count, heads, columns, dtype=dtype, device=device)
-            return out, torch.empty(count, heads, device=device), ints(count, 2)
-
-        self.query = torch.zeros(rows, heads, layout.key_dim, dtype=dtype, device=device)
+        self.query = torch.zeros(rows, heads, columns, dtype=dtype, device=device)
         self.units, self.hidden = ints(rows, listed, value=-1), ints(rows, 2)
-        self.out, self.lse, _ = results(rows)
+        self.out = torch.empty(rows, heads, out_columns, dtype=dtype, device=device)
+        self.lse = torch.empty(rows, heads, device=device)
         self.fault = ints(rows)
         self.plan = Plan.make(
             num_items=rows, num_listed=listed, world_size=world_size,
@@ -106,33 +114,40 @@ class GpuStep:
         self._own_units, self._own_lengths = ints(rows, listed), ints(rows)
         self.lacking = ints(rows)
 
-        def space(count: int, parts: int) -> Workspace:
-            return Workspace.make(
-                rows=count, heads=heads, value_dim=columns, parts=parts, device=device, dtype=dtype
+        def attended(count: int, parts: int) -> Absorbed | Unabsorbed:
+            if weights is None:
+                return Absorbed(
+                    layouts, count, parts=parts, combined=ends is None, dtype=dtype, device=device
+                )
+            return Unabsorbed(
+                layouts, count, weights=weights, parts=parts, dtype=dtype, device=device
             )
 
         parts, sms = parts_of(heads, device), num_sms(device)
         beside = parts if ends is None else max(parts * (sms - SENDERS) // sms, 1)
-        self._own = Partials(*results(rows), parts=space(rows, beside))
+        self._own = attended(rows, beside)
         self._aside = torch.cuda.Stream(device)
         self._graphs: dict[tuple[int, Mode], torch.cuda.CUDAGraph] = {}
         if ends is not None:
-            others = (world_size - 1) * ends.wire.rows
             made = self.plan
             self._routes = Routes(
                 made.items[0], made.units_of[0], made.route_units[0], made.pairs[0], made.expected
             )
             self._accepted = Accepted.make(ends.wire, device)
-            self._answer = Partials(*results(others), parts=space(others, parts))
-            self._inbox = ends.inbox.view(dtype).view(-1, heads, layout.key_dim)
+            self._others = attended((world_size - 1) * ends.wire.rows, parts)
+            self._inbox = ends.inbox.view(dtype).view(-1, heads, columns)
 
     def run(self, layer: int, mode: Mode) -> None:
-        """Launch one step on the current stream. With mode "given" the ways are those in `plan.way`."""
+        """Launch one step on the current stream. With mode "given" the ways are those in `plan.way`.
+
+        Raises: ValueError for a mode that may fetch where messages are put: peers are out of reach.
+        """
         self.decide(layer, mode)
         self.attend(layer, mode)
 
     def decide(self, layer: int, mode: Mode) -> None:
         """Who is asked for what, to `plan`."""
+        self._check_mode(mode)
         pool = self._pool
         plan(
             self.units, pool.directory, self._prices, self._plan_space, rank=self._rank, mode=mode,
@@ -141,6 +156,7 @@ class GpuStep:
 
     def attend(self, layer: int, mode: Mode) -> None:
         """Do what `plan` says, which may have been decided for another query of the same selection."""
+        self._check_mode(mode)
         ends = self._ends
         if ends is None:
             self._alone(layer)
@@ -152,11 +168,11 @@ class GpuStep:
             self._attend_here(layer, mode)
         self._attend_routed(layer)
         main.wait_stream(aside)
-        own = self._own
+        own = self._own.partials
         merge = Merge(
             own.out[None], own.lse[None], self.out, self.lse, self.fault, self.lacking, own.parts
         )
-        exchange(ends, self._routes, answer=self._answer, receive=merge)
+        exchange(ends, self._routes, answer=self._others.partials, receive=merge)
 
     def replay(self, layer: int, mode: Mode) -> None:
         """`run` from a graph, captured at first use after a run outside, as all ranks then do."""
@@ -171,12 +187,18 @@ class GpuStep:
             return
         self._graphs[key].replay()
 
+    def _check_mode(self, mode: Mode) -> None:
+        if self._ends is not None and self._ends.put is not None and mode != "always-route":
+            raise ValueError(
+                f"where messages are put nothing can be fetched: mode is always-route, got {mode!r}"
+            )
+
     def _alone(self, layer: int) -> None:
         self.compose(layer)
-        self._attend_own(layer, self._own_units, self._own_lengths, combined=True)
-        whole = self.lacking == 0
-        self.out.copy_(torch.where(whole[:, None, None], self._own.out, torch.nan))
-        self.lse.copy_(torch.where(whole[:, None], self._own.lse, torch.nan))
+        self._attend_own(layer, self._own_units, self._own_lengths)
+        own, whole = self._own.partials, self.lacking == 0
+        self.out.copy_(torch.where(whole[:, None, None], own.out, torch.nan))
+        self.lse.copy_(torch.where(whole[:, None], own.lse, torch.nan))
         self.fault.copy_(self.lacking)
 
     def fetch(self, layer: int) -> None:
@@ -204,24 +226,35 @@ class GpuStep:
             self.compose(layer)
             self._attend_own(layer, self._own_units, self._own_lengths)
 
-    def _attend_own(
-        self, layer: int, units: Tensor, lengths: Tensor, *, combined: bool = False
-    ) -> None:
-        own = self._own
-        assert own.parts is not None
-        attend(
-            self.query, self._pool.entries(layer), units, value_dim=self._value_dim,
-            scale=self._scales[layer], workspace=own.parts, lengths=lengths,
-            out=own.out, lse=own.lse, covered=own.covered, combined=combined,
-        )  # fmt: skip
+    def _attend_own(self, layer: int, units: Tensor, lengths: Tensor) -> None:
+        self._own.attend(layer, self.query, self._pool.entries(layer), units, lengths=lengths)
 
     def _attend_routed(self, layer: int) -> None:
-        accepted, answer = self._accepted, self._answer
-        assert answer.parts is not None
-        attend(
-            self._inbox, self._pool.entries(layer), accepted.units,
-            value_dim=self._value_dim, scale=self._scales[layer], workspace=answer.parts,
+        accepted = self._accepted
+        self._others.attend(
+            layer, self._inbox, self._pool.entries(layer), accepted.units,
             lengths=accepted.lengths, num_rows=accepted.num_rows, query_of=accepted.query_of,
-            tables=self._pool.tables(layer), out=answer.out, lse=answer.lse,
-            covered=answer.covered, combined=False,
+            tables=self._pool.tables(layer),
         )  # fmt: skip
+
+
+def _check_form(
+    form: Form, layout: Layout, prices: PriceTable, ends: Ends | None, dtype: torch.dtype
+) -> None:
+    """Raise ValueError for prices or a wire of another payload form."""
+    way = ROUTE + (form == "B")
+    if (prices.num_forms, prices.first_way) != (1, way):
+        raise ValueError(
+            f"prices must be of form {form} alone, way {way}; got {prices.num_forms} forms from way "
+            f"{prices.first_way} on"
+        )
+    if ends is None:
+        return
+    wanted = tuple(
+        layout.branch_heads * columns * dtype.itemsize // 4 for columns in layout.routed_dims(form)
+    )
+    if (ends.wire.query_words, ends.wire.answer_words) != wanted:
+        raise ValueError(
+            f"queries and answers of form {form} have {wanted[0]} and {wanted[1]} words, the wire's "
+            f"have {ends.wire.query_words} and {ends.wire.answer_words}"
+        )
