@@ -41,6 +41,7 @@ def fetch(
     *,
     memory: Tensor,
     came: Tensor,
+    uses: Tensor | None = None,
 ) -> None:
     """Copy the entry of each listed unit to the staged row of its number, if its holder has it.
 
@@ -51,6 +52,7 @@ def fetch(
         memory: (num_bytes,) uint8, this rank's own region.
         came: (cap, 2) int32, written up to the counts: 1 and the `mix` of the id and of the
             generation that its holder has, or 0 and 0 where it has no such entry.
+        uses: (keys,) int32, counted up by the entries of each block that came.
     Raises:
         ValueError: naming what does not fit. No value on the device is read.
     """
@@ -60,6 +62,7 @@ def fetch(
     check_tensor(units, "units", (None,), torch.int32, device)
     check_tensor(memory, "memory", (pool.num_bytes,), torch.uint8, device)
     check_tensor(came, "came", (len(units), 2), torch.int32, device)
+    check_tensor(uses, "uses", (pool.keys,), torch.int32, device)
     if len(units) > pool.staged:
         raise ValueError(f"units may be as many as staged rows, {pool.staged}, got {len(units)}")
     if memory.data_ptr() % 16:
@@ -71,7 +74,7 @@ def fetch(
     rows = min(_TILE // columns, _MOST_ROWS)
     programs = num_sms(device) * _PROGRAMS_OF_SM if device.type == "cuda" else 2
     _fetch_kernel[(min(triton.cdiv(len(units), rows), programs),)](
-        peers, units, counts, memory.view(torch.int32), came, layer,
+        peers, units, counts, memory.view(torch.int32), came, uses, layer,
         W=len(counts), WP=triton.next_power_of_2(len(counts)), KEYS=pool.keys, SLOTS=pool.slots,
         B=pool.block_tokens, SLOT_OF=pool.slot_of, GENERATION=pool.generation, FILL=pool.fill,
         ENTRIES=pool.entries_of(0), STAGED=pool.entries_of(pool.layers) // 4, WORDS=words,
@@ -81,7 +84,7 @@ def fetch(
 
 @triton.jit(do_not_specialize=["layer"])  # so all layers are compiled before a graph's capture
 def _fetch_kernel(
-    peers_ptr, units_ptr, counts_ptr, memory_ptr, came_ptr, layer,
+    peers_ptr, units_ptr, counts_ptr, memory_ptr, came_ptr, uses_ptr, layer,
     W: tl.constexpr, WP: tl.constexpr, KEYS: tl.constexpr, SLOTS: tl.constexpr, B: tl.constexpr,
     SLOT_OF: tl.constexpr, GENERATION: tl.constexpr, FILL: tl.constexpr, ENTRIES: tl.constexpr,
     STAGED: tl.constexpr, WORDS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
@@ -117,6 +120,8 @@ def _fetch_kernel(
         tl.store(came_ptr + seat * 2, there.to(tl.int32), mask=used)
         mixed = tl.where(there, mix_of(unit, generation), 0).to(tl.int32)
         tl.store(came_ptr + seat * 2 + 1, mixed, mask=used)
+        if uses_ptr is not None:
+            tl.atomic_add(uses_ptr + key, 1, mask=there, sem="relaxed")
 
 
 @triton.jit
@@ -135,6 +140,7 @@ def compose(
     units: Tensor,
     lengths: Tensor,
     fault: Tensor,
+    uses: Tensor | None = None,
 ) -> None:
     """List for each item what is here and what was fetched for it, and compare with the plan.
 
@@ -147,6 +153,8 @@ def compose(
         lengths: (N,) int32, gets the columns in use.
         fault: (N,) int32, gets 0, or 1 + the last rank of whose entries others are listed than the
             plan expects; of this rank's own only the number is compared.
+        uses: (slots,) int32 of the pool's last slots, counted up by the entries of each that items
+            list, an entry once an item.
     Raises:
         ValueError: naming what does not fit. No value on the device is read.
     """
@@ -154,6 +162,7 @@ def compose(
     _check_pool(pool, layer, plan.counts, device)
     world = len(plan.counts)
     check_tensor(units, "units", (None, None), i32, device)
+    check_tensor(uses, "uses", (None,), i32, device)
     items, listed = units.shape
     if not 0 <= rank < world:
         raise ValueError(f"rank must be in [0, {world}), got {rank}")
@@ -168,23 +177,28 @@ def compose(
         ("fault", fault, (items,), i32),
     ):
         check_tensor(tensor, name, shape, dtype, device)
+    counted = 0 if uses is None else len(uses)
+    if counted > pool.slots:
+        raise ValueError(f"uses may be of {pool.slots} slots, got {counted}")
     if items == 0:
         return
     columns = triton.next_power_of_2(max(listed, 1))
     _compose_kernel[(items,)](
         plan.way, plan.expected, plan.counts, plan.place, plan.local_units, plan.local_lengths,
-        came, units, lengths, fault, pool.first_staged(layer), rank,
-        W=world, K=listed, KP=columns, num_warps=min(max(columns // 256, 1), 8), num_stages=1,
+        came, units, lengths, fault, uses, pool.first_staged(layer), rank,
+        W=world, K=listed, KP=columns, B=pool.block_tokens,
+        COUNTED=pool.slots - counted,
+        num_warps=min(max(columns // 256, 1), 8), num_stages=1,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_staged", "rank"])
 def _compose_kernel(
     way_ptr, expected_ptr, counts_ptr, place_ptr, local_units_ptr, local_lengths_ptr,
-    came_ptr, units_ptr, lengths_ptr, fault_ptr, first_staged, rank,
-    W: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    came_ptr, units_ptr, lengths_ptr, fault_ptr, uses_ptr, first_staged, rank,
+    W: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, B: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
-    """Program: an item."""
+    """Program: an item. Slots from COUNTED on have a number in `uses`."""
     item = tl.program_id(0)
     columns = tl.arange(0, KP)
     row = item * K + columns
@@ -199,6 +213,10 @@ def _compose_kernel(
     index = tl.where(there, first_staged + seat, -1)
     tl.store(units_ptr + item * K + here + rank_in - 1, index, mask=fetched)
     tl.store(lengths_ptr + item, here + tl.sum(fetched.to(tl.int32), 0))
+    if uses_ptr is not None:
+        tl.atomic_add(
+            uses_ptr + (local // B - COUNTED), 1, mask=local >= COUNTED * B, sem="relaxed"
+        )
 
     fault = 0
     start = 0

@@ -35,7 +35,7 @@ class RuntimeConfig:
         private_blocks: blocks one rank keeps for the tokens of its running requests.
         request_blocks: blocks one request may grow to.
         placement, index_placement: where blocks and index keys live.
-        lease_entries: fetched entries kept for reuse per layer; 0 keeps none.
+        lease_entries: fetched entries kept for reuse per layer; 0 keeps none. On GPUs whole blocks.
         half_life: exchanges after which a use of a document counts half, in reuse-aware eviction.
         mode: who decides; `random` draws from `seed`.
         reuse: R, expected uses of a fetched unit, in the cost model.

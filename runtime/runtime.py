@@ -829,6 +829,8 @@ class Runtime:
         """Forget every fetched copy."""
         world = self._world
         world.leases = [world.entries.leases(layer) for layer in range(len(world.leases))]
+        if world.gpu is not None:
+            world.gpu.pool.leases.drop()
 
     def stats(self) -> dict[str, Any]:
         """Counters since `open`: bytes as counted in the transport's send, decisions, phases, memory.

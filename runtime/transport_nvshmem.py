@@ -242,6 +242,17 @@ class NvshmemTransport:
         readable while this process lives, also when that rank is dead."""
         return int(self._library.ptr(self._base, peer))
 
+    def heap_of(self, peer: int) -> Tensor:
+        """(heap,) uint8, a rank's memory beside the channels, as it is mapped here. It stays readable
+        while this process lives, also when that rank is dead, and after `close(abort=True)`.
+
+        Raises: ValueError if it cannot be reached.
+        """
+        address = int(self.heaps[peer])
+        if not address:
+            raise ValueError(f"the memory of rank {peer} is not mapped here")
+        return _view(address, len(self.heap), self.device)
+
     def check(self) -> None:
         """Read the status that the kernels write; no synchronisation. Before a token leaves, the
         stream must have passed the exchange.

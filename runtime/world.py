@@ -197,7 +197,9 @@ class World:
             "entries": BlockHashes(config.max_blocks * branches),
             "index": BlockHashes(config.max_blocks if self.has_index else 0),
         }
-        self.leases = [self.entries.leases(layer) for layer in range(len(layers))]
+        # On GPUs whole blocks are leased (`gpu/leases.py`).
+        tables = 0 if self.gpu is not None else len(layers)
+        self.leases = [self.entries.leases(layer) for layer in range(tables)]
         self.weights: list[LayerWeights | None] = [None] * len(layers)
         # What was written for copies elsewhere, by layer, until it is sent.
         self.staged: dict[Kind, list[list[Push]]] = {kind: [[] for _ in layers] for kind in KINDS}
@@ -450,6 +452,7 @@ class World:
         sent, before = self.transport.counted(), self._sent_before
         blocks, leases = self.entries.block_residence, self.entries.lease_residence
         on_gpu: Counter[str] = Counter() if self.gpu is None else self.gpu.bytes
+        leased = stats.leases if self.gpu is None else self.gpu.pool.leases.counted()
         return {
             "rank": self.rank,
             "steps": stats.steps,
@@ -468,7 +471,7 @@ class World:
                 "most_requests": served.most_requests,
                 "most_bytes": served.most_bytes,
             },
-            "leases": {"hit": 0, "evicted": 0, **stats.leases},
+            "leases": {"hit": 0, "evicted": 0, **leased},
             "failures": {
                 "coverage": 0,
                 "failover": 0,

@@ -6,6 +6,7 @@ whatever `qroam.kernels` is first on the path, so a test can put a changed copy 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -19,8 +20,14 @@ from torch import Tensor
 from wires import asked, due, partials_of, room, target
 
 from qroam.kernels.exchange import Accepted, Ends, Merge, Partials, Routes, exchange
+from qroam.kernels.pool_map import PoolMap
 from qroam.kernels.wire import Wire
+from qroam.partition.codec import make_codec
+from qroam.partition.directory import empty_directory
+from qroam.partition.pool import BlockStore
 from qroam.runtime.errors import PeerError
+from qroam.runtime.gpu.pool import GpuPool
+from qroam.runtime.gpu.rescue import rescue
 from qroam.runtime.transport_nvshmem import NvshmemTransport
 
 HEADS, QUERY, VALUE = 128, 576, 512
@@ -41,7 +48,7 @@ def wire_of(rows: int, *, chunk: int, put: bool, units: int = 64) -> Wire:
     )
 
 
-def opened(rank: int, wire: Wire, *, deadline_s: float) -> NvshmemTransport:
+def opened(rank: int, wire: Wire, *, deadline_s: float, heap: int = 0) -> NvshmemTransport:
     group = dist.group.WORLD
     assert group is not None
     return NvshmemTransport(
@@ -51,6 +58,7 @@ def opened(rank: int, wire: Wire, *, deadline_s: float) -> NvshmemTransport:
         deadline_s=deadline_s,
         put=wire.staged,
         ring=64,
+        heap=heap,
     )
 
 
@@ -247,6 +255,73 @@ def silence(rank: int, *, deadline_s: float) -> dict[str, Any]:
             say({"named": str(error), "at": named_at, "well": well, "nan": nan})
             transport.close(abort=True)
             transport.close()
+            os._exit(0)
+    return {"named": None}
+
+
+def filled(transport: NvshmemTransport, shape: PoolMap, blocks: int) -> dict[str, str]:
+    """Random blocks in this rank's region, and one that is not closed; what the closed ones hash to,
+    by key and generation."""
+    codec = make_codec("fp8_v32", dim=QUERY, rope_dim=64)
+    pool = GpuPool(transport.heap, shape, codec, rank=transport.rank, peers=transport.heaps)
+    size, generator = shape.block_tokens, torch.Generator().manual_seed(transport.rank)
+    keys, slots = (
+        torch.randperm(count, generator=generator)[: blocks + 1]
+        for count in (shape.keys, shape.slots)
+    )
+    rows = torch.randint(
+        256, (shape.layers, blocks + 1, size, shape.entry_bytes), generator=generator,
+        dtype=torch.uint8,
+    )  # fmt: skip
+    tokens = torch.full((blocks + 1,), size, dtype=torch.int32)
+    tokens[blocks] -= 1
+    store = BlockStore(
+        [codec] * shape.layers, num_slots=shape.slots, num_keys=shape.keys, block_tokens=size,
+        storage=pool.storage(),
+    )  # fmt: skip
+    store.assign(keys, slots, keys % 5)
+    for layer in range(shape.layers):
+        store.copy_in(layer, slots, rows[layer], tokens)
+    directory = empty_directory(
+        max_blocks=shape.keys, block_tokens=size, num_branches=1, copies=1, world_size=2
+    )
+    pool.refresh(store, directory)
+    torch.cuda.synchronize()
+    return {
+        f"{key}/{key % 5}": hashed(rows[:, at]) for at, key in enumerate(keys[:blocks].tolist())
+    }
+
+
+def hashed(rows: Tensor) -> str:
+    return hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
+
+
+def rescued(rank: int, *, deadline_s: float, blocks: int) -> dict[str, Any]:
+    """Replay until the test kills rank 1, which said what its blocks are; the other takes them."""
+    shape = PoolMap(
+        layers=3, keys=4 * blocks, slots=2 * blocks, block_tokens=64, entry_bytes=656, staged=0
+    )
+    wire = wire_of(8, chunk=4, put=False)
+    transport = opened(rank, wire, deadline_s=deadline_s, heap=shape.num_bytes)
+    said = filled(transport, shape, blocks)
+    replay = Replay(transport.ends(), rank, rows=8, idle=False)
+    graph = replay.captured()
+    dist.barrier()
+    if rank == 1:
+        say(said)
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        for _ in range(20):
+            graph.replay()
+        torch.cuda.synchronize()
+        try:
+            transport.check()
+        except PeerError as error:
+            named_at = time.time()
+            transport.close(abort=True)
+            found, lacking = rescue(transport.heap_of(error.culprits[0]), shape)
+            had = {f"{block.key}/{block.generation}": hashed(block.rows) for block in found}
+            say({"named": str(error), "at": named_at, "had": had, "lacking": len(lacking)})
             os._exit(0)
     return {"named": None}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -17,11 +17,15 @@ from torch import Tensor
 
 from qroam.kernels import reference
 from qroam.kernels.decide import FETCH, LOCAL, ROUTE
+from qroam.kernels.fetch import fetch
 from qroam.kernels.plan import Plan
 from qroam.kernels.pool_map import PoolMap
+from qroam.partition.directory import Directory, empty_directory, with_document
 from qroam.partition.layout import IndexLayout, Layout, mla, uniform_model
+from qroam.partition.pool import BlockStore
 from qroam.runtime import Runtime, RuntimeConfig
 from qroam.runtime.cost.predicate import Mode
+from qroam.runtime.gpu import leases
 from qroam.runtime.gpu import rank as gpu_rank
 from qroam.runtime.gpu.pool import GpuPool
 from qroam.runtime.gpu.rank import GpuRank
@@ -75,19 +79,83 @@ def numbers(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pool_of(config: RuntimeConfig, rank: int, world_size: int) -> GpuPool:
+def pool_of(config: RuntimeConfig, rank: int, world_size: int, *, staged: int = 64) -> GpuPool:
     """A pool in memory of the host."""
-    codec = entry_codec(config.model.layers[0])
+    codec, lease_slots = entry_codec(config.model.layers[0]), config.lease_entries // B
     pool_map = PoolMap(
         layers=len(config.model.layers),
         keys=config.max_ids,
-        slots=entry_slots(config, world_size),
+        slots=entry_slots(config, world_size) + lease_slots,
         block_tokens=config.block_tokens,
         entry_bytes=codec.entry_bytes,
-        staged=64,
+        staged=staged,
     )
     memory = torch.full((pool_map.num_bytes,), 0x7F, dtype=torch.uint8)
-    return GpuPool(memory, pool_map, codec, rank=rank)
+    return GpuPool(memory, pool_map, codec, rank=rank, lease_slots=lease_slots)
+
+
+def pools_of(config: RuntimeConfig, world_size: int, *, staged: int = 64) -> list[GpuPool]:
+    """Of all ranks, each of which can read all of them."""
+    pools = [pool_of(config, rank, world_size, staged=staged) for rank in range(world_size)]
+    peers = torch.tensor([pool.memory.data_ptr() for pool in pools])
+    for pool in pools:
+        pool.peers = peers
+    return pools
+
+
+class Part(NamedTuple):
+    """What a rank has of `corpus`: its pool, and the host's truth about it."""
+
+    pool: GpuPool
+    store: BlockStore
+    directory: Directory
+
+    def rows(self, layer: int, key: int) -> Tensor:
+        """Encoded rows (B, bytes) of a block of this rank."""
+        index, _ = self.store.resolve(layer, torch.arange(B) + key * B)
+        return self.store.rows(layer, index)
+
+    def leased(self, layer: int, slot: int) -> Tensor:
+        """Encoded rows (B, bytes) in a lease slot, counted from the first."""
+        shape = self.pool.map
+        rows = self.pool.storage()[layer].view(shape.slots, B, shape.entry_bytes)
+        return rows[self.pool.leases.first + slot]
+
+
+def corpus(config: RuntimeConfig, world_size: int, tokens: int, *, staged: int = 64) -> list[Part]:
+    """One document of random entries, block by block in turn at each rank; all tables are up to date."""
+    coder, blocks = entry_codec(config.model.layers[0]), -(-tokens // B)
+    ranks = (torch.arange(blocks) % world_size).int()[:, None, None]
+    directory = with_document(
+        empty_directory(
+            max_blocks=config.max_blocks,
+            block_tokens=B,
+            num_branches=1,
+            copies=1,
+            world_size=world_size,
+        ),
+        "a", tokens=tokens, position=0, ranks=ranks, capacity=config.slots_for(world_size),
+    )  # fmt: skip
+    parts = []
+    for rank, pool in enumerate(pools_of(config, world_size, staged=staged)):
+        store = BlockStore(
+            [coder] * LAYERS,
+            num_slots=entry_slots(config, world_size),
+            num_keys=config.max_ids,
+            block_tokens=B,
+            lease_entries=config.lease_entries,
+            storage=pool.storage(),
+        )
+        keys, copy = (directory.owners == rank).nonzero(as_tuple=True)
+        store.assign(keys, directory.slots[keys, copy])
+        ids = torch.arange(tokens, dtype=torch.int32)
+        ids = ids[store.holds(ids)]
+        for layer in range(LAYERS):
+            rows = coder.encode(numbers(tokens, coder.dim, seed=layer)[ids.long()])
+            store.write(layer, ids, rows)
+        pool.refresh(store, directory)
+        parts.append(Part(pool, store, directory))
+    return parts
 
 
 class StandIn:
@@ -118,6 +186,9 @@ class StandIn:
         self.steps.append((layer, mode))
         layout = self._config.model.layers[layer]
         self.plan.way.zero_()
+        came = set[int]()  # from others, as if all of it was fetched
+        pool = self._pools[self._rank]
+        kept = pool.leases
         asked = self.plan.pairs_units.zero_()
         self.fault.zero_()
         for item, (query, listed) in enumerate(zip(self.query, self.units, strict=True)):
@@ -129,8 +200,13 @@ class StandIn:
                     asked[item, holder] += 1
                     if row is None:
                         self.fault[item] = holder + 1
-                    else:
-                        rows.append(row)
+                        continue
+                    rows.append(row)
+                    slot = int(pool.slot_of[unit // B])
+                    if holder != self._rank:
+                        came.add(unit)
+                    elif kept.read is not None and slot >= kept.first:
+                        kept.read[slot - kept.first] += 1
             entries = torch.stack(rows) if rows else torch.zeros(0, layout.entry_dim)
             out, lse = reference.attend(
                 query[None],
@@ -141,6 +217,9 @@ class StandIn:
             )
             self.out[item], self.lse[item] = out[0], lse[0]
         remote = FETCH if mode == "always-fetch" else ROUTE
+        if kept.fetched is not None and remote == FETCH:
+            keys = torch.tensor(sorted(came), dtype=torch.int64) // B
+            kept.fetched += torch.bincount(keys, minlength=len(kept.fetched)).int()
         own = torch.arange(len(self._pools)) == self._rank
         self.plan.way[:] = torch.where(asked == 0, 0, torch.where(own, LOCAL, remote))
         away = torch.where(own, 0, asked)
@@ -166,11 +245,20 @@ class StandIn:
         return pool.entries(layer)[at * block_tokens + offset], holder
 
 
+_INTERPRETING = threading.Lock()
+
+
+def one_at_a_time(*args: Any, **named: Any) -> None:
+    """`fetch`, where the interpreter has room for one thread."""
+    with _INTERPRETING:
+        fetch(*args, **named)
+
+
 class StandIns:
     """GPUs of a world in this process, as `open_gpu` would give them; a context."""
 
     def __init__(self, config: RuntimeConfig, world_size: int) -> None:
-        self.pools = [pool_of(config, rank, world_size) for rank in range(world_size)]
+        self.pools = pools_of(config, world_size)
         self.steps = [StandIn(config, rank, self.pools) for rank in range(world_size)]
         meeting = threading.Barrier(world_size, timeout=20.0)
         for step in self.steps:
@@ -183,6 +271,7 @@ class StandIns:
             return GpuRank(self.pools[at], self.steps[at], None)  # type: ignore[arg-type]
 
         self._stack.enter_context(patch.object(gpu_rank, "open_gpu", opened))
+        self._stack.enter_context(patch.object(leases, "fetch", one_at_a_time))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -296,3 +385,43 @@ def live(runtime: Runtime, *, weights: bool = True) -> list[Tensor]:
     for layer in range(LAYERS):
         life.selected(layer, 2, "auto", documents=["c"])
     return life.outs
+
+
+# Two steps fetch as much as leases hold; then it is here, until it is dropped, or given up.
+_AWAY, _HERE = "0:LOCAL 1:FETCH", "0:LOCAL"
+WAYS_OF_LEASING = [_AWAY, _AWAY, _HERE, _HERE, _AWAY, _AWAY, _HERE, _AWAY, _AWAY, _HERE]
+
+
+def leasing(runtime: Runtime) -> tuple[list[Tensor], list[str]]:
+    """The first of two ranks reads two blocks of the other again and again, with leases for two: its
+    outputs and, on GPUs, the ways of each step.
+    """
+    life, ways = Life(runtime, weights=False), list[str]()
+    on_gpu = runtime.config.device == "cuda"
+
+    def attend(name: str, layer: int) -> None:
+        if runtime.rank == 1:
+            runtime.idle_attend(layer)
+            return
+        own = next(document for document in runtime.documents() if document.name == name).ids()
+        ids = torch.cat([own[B : 2 * B], own[3 * B :], own[:3]])[None]
+        chosen = runtime.selection(ids, runtime.scope(documents=[name], queries=1))
+        life.outs.append(runtime.attend(layer, life.query(1), chosen, mode="always-fetch"))
+        if on_gpu:
+            ways.append(" ".join(f"{line.holder}:{line.way}" for line in runtime.explain()))
+
+    life.add("a", 4 * B, seed=1)
+    for turn in range(4):
+        attend("a", turn % LAYERS)
+    if on_gpu and runtime.rank == 0:
+        stats = runtime.stats()
+        assert stats["lease_bytes"] == LAYERS * 2 * B * entry_codec(life.layout).entry_bytes
+        assert stats["leases"] == {"hit": 2 * 2 * B, "evicted": 0}
+    runtime.drop_leases()
+    for turn in range(3):
+        attend("a", turn % LAYERS)
+    runtime.remove_document("a")
+    life.add("c", 4 * B, seed=31)  # the same blocks, other entries
+    for turn in range(3):
+        attend("c", turn % LAYERS)
+    return life.outs, ways

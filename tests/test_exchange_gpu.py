@@ -159,3 +159,19 @@ def test_a_silent_peer_is_named_within_the_deadline(tmp_path: Path, how: signal.
     assert said["at"] - stopped_at < DEADLINE_S + 0.2
     assert said["well"]
     assert said["nan"]
+
+
+def test_blocks_of_a_rank_that_was_killed_are_rescued(tmp_path: Path) -> None:
+    blocks = 40
+    with ranks(tmp_path, "rescued", deadline_s=DEADLINE_S, blocks=blocks) as (survivor, victim):
+        assert victim.stdout is not None
+        wanted = json.loads(victim.stdout.readline())
+        time.sleep(1.0)
+        os.kill(victim.pid, signal.SIGKILL)
+        killed_at = time.time()
+        said = result(survivor)
+    assert said["named"] == f"rank 1: no answer within {DEADLINE_S:g} s"
+    assert said["at"] - killed_at < DEADLINE_S + 0.2
+    assert said["lacking"] == 1  # the one that is not closed
+    wrong = [block for block in wanted if said["had"].get(block) != wanted[block]]
+    assert (len(wanted), wrong, len(said["had"])) == (blocks, [], blocks)

@@ -188,21 +188,23 @@ def fetched(*, entry_bytes: int, world: int) -> tuple[PoolMap, plan_module.Plan,
     return pool, plan, on_gpu(rows * listed, 2)
 
 
-def fetch(*, entry_bytes: int) -> None:
+def fetch(*, entry_bytes: int, counted: bool = False) -> None:
     from qroam.kernels.fetch import fetch
 
     pool, plan, came = fetched(entry_bytes=entry_bytes, world=8)
     memory = on_gpu(pool.num_bytes, dtype=_U8)
     peers = on_gpu(8, dtype=torch.int64)
-    fetch(pool, 60, peers, plan.fetch_units, plan.counts, memory=memory, came=came)
+    uses = on_gpu(pool.keys) if counted else None
+    fetch(pool, 60, peers, plan.fetch_units, plan.counts, memory=memory, came=came, uses=uses)
 
 
-def compose(*, world: int) -> None:
+def compose(*, world: int, counted: bool = False) -> None:
     from qroam.kernels.fetch import compose
 
     pool, plan, came = fetched(entry_bytes=1152, world=world)
     units, lengths, fault = torch.empty_like(plan.place), on_gpu(64), on_gpu(64)
-    compose(pool, 60, plan, came, rank=0, units=units, lengths=lengths, fault=fault)
+    uses = on_gpu(256) if counted else None
+    compose(pool, 60, plan, came, rank=0, units=units, lengths=lengths, fault=fault, uses=uses)
 
 
 @dataclass(frozen=True)
@@ -242,8 +244,15 @@ LAUNCHES = {
         f"fetch {size} bytes": launch(fetch, "_fetch_kernel", entry_bytes=size)
         for size in (656, 1152, 2304, 16384)
     },
+    **{
+        f"fetch {size} bytes, counted": launch(
+            fetch, "_fetch_kernel", entry_bytes=size, counted=True
+        )
+        for size in (656, 1152, 16384)
+    },
     "compose of 8 ranks": launch(compose, "_compose_kernel", world=8),
     "compose of 64 ranks": launch(compose, "_compose_kernel", world=64),
+    "compose of 8 ranks, counted": launch(compose, "_compose_kernel", world=8, counted=True),
     "exchange 64": launch(exchange, "_exchange_kernel", rows=64),
     # A dozen registers at most: parts of a row are read together, as many as there is room for.
     "exchange 1 beside an attention": launch(

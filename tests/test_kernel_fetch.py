@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -127,14 +128,28 @@ class Result(NamedTuple):
     fault: Tensor
 
 
-def fetched(regions: list[Region], peers: Tensor, layer: int, plan: Plan) -> Result:
-    """Both launches on rank 0, what they write to poisoned."""
+def fetched(
+    regions: list[Region],
+    peers: Tensor,
+    layer: int,
+    plan: Plan,
+    *,
+    uses: Sequence[Tensor | None] = (None, None),
+) -> Result:
+    """Both launches on rank 0, what they write to poisoned; each with its `uses`."""
     items, listed = plan.place.shape
     shapes = ((items * listed, 2), (items, listed), (items,), (items,))
     result = Result(*(torch.full(s, POISON, dtype=torch.int32, device=DEVICE) for s in shapes))
     own = regions[RANK]
     fetch(
-        own.pool, layer, peers, plan.fetch_units, plan.counts, memory=own.memory, came=result.came
+        own.pool,
+        layer,
+        peers,
+        plan.fetch_units,
+        plan.counts,
+        memory=own.memory,
+        came=result.came,
+        uses=uses[0],
     )
     compose(
         own.pool,
@@ -145,6 +160,7 @@ def fetched(regions: list[Region], peers: Tensor, layer: int, plan: Plan) -> Res
         units=result.units,
         lengths=result.lengths,
         fault=result.fault,
+        uses=uses[1],
     )
     return result
 
@@ -213,6 +229,27 @@ def test_lists_reach_the_rows_from_their_layer_on(items: int, listed: int) -> No
             own = int(plan.local_lengths[n])
             index = result.units[n, own : int(result.lengths[n])].long()
             assert torch.equal(regions[RANK].rows(layer)[index], want)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_what_comes_and_what_is_read_are_counted(world: int) -> None:
+    regions, peers = world_of(SMALL, world)
+    plan = planned(regions, 1, items=3, listed=60, absent=True)
+    fetches = torch.arange(SMALL.keys, dtype=torch.int32, device=DEVICE)
+    reads = torch.arange(4, dtype=torch.int32, device=DEVICE)  # of the last slots
+    counted = [fetches.clone(), reads.clone()]
+    result = fetched(regions, peers, 1, plan, uses=counted)
+    total = int(plan.counts.sum())
+    keys = plan.fetch_units[:total][result.came[:total, 0] == 1] // SMALL.block_tokens
+    slots = torch.cat([u[:n] for u, n in zip(plan.local_units, plan.local_lengths, strict=True)])
+    slots = slots[slots >= 0] // SMALL.block_tokens - (SMALL.slots - len(reads))
+    assert bool((slots < 0).any())
+    assert bool((slots >= 0).any())
+    assert world == 1 or 0 < len(keys) < total
+    assert torch.equal(counted[0], fetches + keys.bincount(minlength=len(fetches)))
+    assert torch.equal(counted[1], reads + slots[slots >= 0].bincount(minlength=len(reads)))
+    plain = fetched(regions, peers, 1, plan)
+    assert all(map(torch.equal, result, plain))
 
 
 def test_counts_of_zero() -> None:
@@ -317,6 +354,7 @@ def test_bad_arguments() -> None:
         (r"memory must be \(\d+,\) torch.uint8", {"memory": regions[RANK].memory[1:]}),
         ("multiple of 16 bytes", {"memory": odd}),
         (r"came must be \(40, 2\)", {"came": came[1:]}),
+        (r"uses must be \(21,\) torch.int32", {"uses": many}),
         (
             "as many as staged rows, 200, got 201",
             {"units": many, "came": torch.zeros(201, 2, dtype=torch.int32, device=DEVICE)},
@@ -345,6 +383,7 @@ def test_bad_arguments() -> None:
         (r"place must be \(2, 20\)", {"plan": plan._replace(place=plan.place[:1])}),
         (r"lengths must be \(2,\)", {"lengths": came[:, 0]}),
         (r"fault must be \(2,\)", {"fault": came}),
+        ("uses may be of 10 slots, got 11", {"uses": many[:11]}),
     ]
     for message, change in cases:
         with pytest.raises(ValueError, match=message):

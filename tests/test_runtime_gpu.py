@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_world import LAYOUT, MODES, WIDE, B, Life, config, live
+from gpu_world import LAYOUT, MODES, WAYS_OF_LEASING, WIDE, B, Life, config, leasing, live
 from ranks import RankPool, run_loopback
 from torch import Tensor
 
@@ -73,14 +73,48 @@ def test_a_life_alone(layout: Layout, dtype: torch.dtype, tolerance: float) -> N
         ({"placement": Placement(policy="document-affine"), "corpus_slots": 24}, 1e-5),
         ({"index_placement": "replicated", "max_queries": 32}, 1e-5),
         ({"layout": WIDE, "dtype": BF16}, 4e-2),
+        ({"lease_entries": 4 * B}, 1e-5),
     ],
-    ids=["cyclic", "copies", "contiguous", "affine", "replicated index, many rows", "fp8"],
+    ids=[
+        "cyclic",
+        "copies",
+        "contiguous",
+        "affine",
+        "replicated index, many rows",
+        "fp8",
+        "leases",
+    ],
 )
 def test_a_life_of_two(tmp_path: Path, changes: dict[str, Any], tolerance: float) -> None:
     given = config(**changes)
     with RankPool(2, tmp_path) as pool:
         ours = pool.run(on_gpu, given)
     assert_alike(ours, on_cpus(2, given), tolerance)
+
+
+def leasing_on_gpu(transport: Transport, given: RuntimeConfig) -> tuple[list[Tensor], list[str]]:
+    torch.cuda.set_device(transport.rank)
+    with Runtime.open(given, transport) as runtime:
+        return leasing(runtime)
+
+
+@two_gpus
+@pytest.mark.parametrize(
+    ("changes", "tolerance"), [({}, 1e-5), ({"layout": WIDE, "dtype": BF16}, 4e-2)], ids=["fp32", "fp8"]
+)  # fmt: skip
+def test_what_is_fetched_often_is_local_the_next_time(
+    tmp_path: Path, changes: dict[str, Any], tolerance: float
+) -> None:
+    given = config(lease_entries=2 * B, **changes)
+
+    def on_cpu(end: Transport) -> list[Tensor]:
+        with Runtime.open(replace(given, device="cpu"), end) as runtime:
+            return leasing(runtime)[0]
+
+    with RankPool(2, tmp_path) as pool:
+        (outs, ways), _ = pool.run(leasing_on_gpu, given)
+    assert ways == WAYS_OF_LEASING
+    assert_alike([outs], run_loopback(2, on_cpu)[:1], tolerance)
 
 
 def with_a_lost_block(transport: Transport, mode: Mode) -> str:

@@ -7,10 +7,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from gpu_world import HEADS, LAYERS, LAYOUT, B, Life, StandIns, config, live, numbers, pool_of
+from gpu_world import (
+    HEADS,
+    LAYERS,
+    LAYOUT,
+    WAYS_OF_LEASING,
+    B,
+    Life,
+    StandIns,
+    config,
+    leasing,
+    live,
+    numbers,
+    pool_of,
+)
 from ranks import RankPool, run_loopback
 from torch import Tensor
 
@@ -28,7 +42,9 @@ from qroam.runtime import (
     RuntimeConfig,
 )
 from qroam.runtime.gpu import limits
+from qroam.runtime.gpu.leases import admit
 from qroam.runtime.gpu.pool import GpuPool
+from qroam.runtime.gpu.rank import GpuRank
 from qroam.runtime.transport import Transport
 from qroam.runtime.world import entry_codec
 
@@ -52,7 +68,11 @@ def opened_alone(given: RuntimeConfig) -> Runtime:
         ({"layout": with_codec(LAYOUT, "fp64"), "dtype": torch.float64}, "got fp64 with"),
         ({"layout": with_codec(LAYOUT, "bf16")}, "got bf16 with torch.float32"),
         ({"layout": with_codec(LAYOUT, "fp8_v32"), "dtype": BF16}, r"\(512,\) value columns"),
-        ({"lease_entries": 4}, "lease_entries must be 0"),
+        ({"lease_entries": B + 4}, "lease_entries must be a multiple of block_tokens=8 .* got 12"),
+        (
+            {"lease_entries": B, "max_queries": 1, "max_units": 7},
+            r"at least block_tokens=8, got 1 \* 7",
+        ),
         ({"mode": "random"}, "got 'random'"),
         ({"max_queries": 257}, "max_queries is at most 256"),
         ({"max_units": 4097}, "max_units is at most 4096"),
@@ -287,6 +307,23 @@ def test_a_life_is_the_same_on_cpus(world_size: int, changes: dict[str, Any]) ->
             torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_life_with_leases_that_come_and_go(world_size: int) -> None:
+    """After every step whatever was fetched in it is leased, as far as there is room."""
+    given, admitted = config(lease_entries=3 * B), list[int]()
+
+    def keep(gpu: GpuRank) -> None:
+        before = gpu.pool.leases.key_of.clone()
+        admit(gpu.pool, least=1)
+        admitted.append(int((gpu.pool.leases.key_of != before).sum()))
+
+    theirs = on_cpus(world_size, given, weights=False)
+    with patch.object(GpuRank, "keep_leases", keep):
+        ours = on_stand_ins(world_size, given, weights=False)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert sum(admitted) > 3 * world_size  # so some made room for others
+
+
 def test_a_select_carries_the_writes_for_the_attend_after_it() -> None:
     """Straight after a layer's select no message is sent; else one is, and its answer."""
 
@@ -395,6 +432,23 @@ def test_what_a_step_tells_about_itself() -> None:
         asked, answer = HEADS * 192 * 4 + 4 * away, HEADS * (128 * 4 + 4) + 8 + away * 192 * 4
         assert asked < counted["attend"] < asked + messages
         assert answer < counted["attend-answer"] < answer + messages
+
+
+def test_what_is_fetched_often_is_local_the_next_time() -> None:
+    given = config(lease_entries=2 * B)
+
+    def work(given: RuntimeConfig) -> list[tuple[list[Tensor], list[str]]]:
+        def rank(end: Transport) -> tuple[list[Tensor], list[str]]:
+            with Runtime.open(given, end) as runtime:
+                return leasing(runtime)
+
+        return run_loopback(2, rank)
+
+    wanted = work(replace(given, device="cpu"))
+    with StandIns(given, 2):
+        found = work(given)
+    torch.testing.assert_close(found[0][0], wanted[0][0], rtol=1e-5, atol=1e-5)
+    assert found[0][1] == WAYS_OF_LEASING
 
 
 def test_snapshots_come_back(tmp_path: Any) -> None:

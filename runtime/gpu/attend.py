@@ -74,7 +74,10 @@ def attend_on_gpu(
         if weights is not None:
             out = reference.project(out[:, None], weights.w_uv)[:, 0]
         out = combine(layout, out, lse, None if sink is None else sink.to(gpu.device))
-        return out.to(config.dtype).to(query.device)
+        out = out.to(config.dtype).to(query.device)
+    with stats.phase("lease"):
+        gpu.keep_leases()
+    return out
 
 
 def _is_settled(world: World, layer: int) -> bool:
@@ -90,7 +93,8 @@ def _nothing(_world: World, _message: Message) -> Mapping[str, Tensor]:
 
 
 def _told(world: World, queries: int) -> tuple[Tensor, Tensor]:
-    """What the step says of the queries: faults (Q,) int32 and ways (Q, W) int8, and counts its bytes.
+    """What the step says of the queries: faults (Q,) int32 and ways (Q, W) int8, and counts its bytes
+    and what was fetched.
 
     This waits for the step, and for nothing but it.
     """
@@ -110,5 +114,6 @@ def _told(world: World, queries: int) -> tuple[Tensor, Tensor]:
     asked = count * layout.heads * layout.key_dim * element + int(listed.sum()) * _ID_BYTES
     answer = layout.heads * (layout.value_dim * element + _LSE_BYTES) + _COVERED_BYTES
     fetched_bytes = int(fetched.sum()) * gpu.pool.map.entry_bytes
+    gpu.fetched += int(fetched.sum())
     gpu.bytes.update({"attend": asked, "attend-answer": count * answer + fetched_bytes})
     return fault, way.view(queries, world.world_size).to(torch.int8)

@@ -57,8 +57,17 @@ def check_config(config: RuntimeConfig) -> None:
     for name, most in (("max_queries", MAX_QUERIES), ("max_units", MAX_UNITS)):
         if getattr(config, name) > most:
             raise ValueError(f"{name} is at most {most} {where}, got {getattr(config, name)}")
-    if config.lease_entries:
-        raise ValueError(f"lease_entries must be 0 {where}, got {config.lease_entries}")
+    leased, block_tokens = config.lease_entries, config.block_tokens
+    if leased % block_tokens:
+        raise ValueError(
+            f"lease_entries must be a multiple of block_tokens={block_tokens} {where}, where whole "
+            f"blocks are leased; got {leased}"
+        )
+    if leased and config.max_queries * config.max_units < block_tokens:
+        raise ValueError(
+            f"leases come as a step's entries do {where}: max_queries * max_units must be at least "
+            f"block_tokens={block_tokens}, got {config.max_queries} * {config.max_units}"
+        )
     if config.mode not in GPU_MODES:
         raise ValueError(f"mode is one of {', '.join(GPU_MODES)} {where}, got {config.mode!r}")
 

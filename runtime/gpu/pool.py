@@ -17,6 +17,7 @@ from ...kernels.pool_map import PoolMap
 from ...partition.codec import Codec, PlainCodec
 from ...partition.directory import Directory
 from ...partition.pool import BlockStore
+from .leases import BlockLeases
 
 
 class GpuPool:
@@ -24,6 +25,7 @@ class GpuPool:
 
     `slot_of` (keys,), `generation` (slots,) and `fill` (layers, slots), all int32, are what other
     ranks read, too; `directory` is this rank's view of where blocks are. No address ever changes.
+    `leases` has what lies in the last slots, behind the store's.
     """
 
     def __init__(
@@ -34,10 +36,11 @@ class GpuPool:
         *,
         rank: int,
         peers: Tensor | None = None,
+        lease_slots: int = 0,
     ) -> None:
         """Lay an empty pool out in `memory` (num_bytes,) uint8; without `peers` of a world of one.
 
-        Raises: ValueError if the memory or the codec is not what the map says.
+        Raises: ValueError if the memory, the codec or the lease slots are not what the map says.
         """
         if memory.dtype != torch.uint8 or memory.shape != (pool_map.num_bytes,):
             raise ValueError(
@@ -51,6 +54,7 @@ class GpuPool:
             )
         self.memory, self.map, self.rank = memory, pool_map, rank
         self.peers = torch.tensor([memory.data_ptr()]).to(memory.device) if peers is None else peers
+        self.leases = BlockLeases(pool_map, lease_slots, memory.device)
         self._stored = codec.stored if isinstance(codec, PlainCodec) else torch.uint8
         keys, slots = pool_map.keys, pool_map.slots
         self.slot_of = self._ints(pool_map.slot_of, keys).fill_(-1)
@@ -58,11 +62,12 @@ class GpuPool:
         self.fill = self._ints(pool_map.fill, pool_map.layers * slots).view(-1, slots).zero_()
         nowhere = torch.tensor([-1, -1, 0, 0], dtype=torch.int32, device=memory.device)
         self.directory = Records(nowhere.repeat(keys, 1), pool_map.block_tokens, 1)
-        self._tables: tuple[int, Directory | None, tuple[int, ...] | None] = (-1, None, None)
+        self._tables: tuple[tuple[int, int], Directory | None, tuple[int, ...] | None]
+        self._tables = ((-1, -1), None, None)
         self._fill_versions = [0] * pool_map.layers
 
     def storage(self) -> list[Tensor]:
-        """Of each layer the bytes of its blocks, for a `BlockStore` to keep its rows in."""
+        """Of each layer the bytes of its blocks and leases, for a `BlockStore` to keep its rows in."""
         starts = [self.map.entries_of(layer) for layer in range(self.map.layers + 1)]
         return [self.memory[a:b] for a, b in pairwise(starts)]
 
@@ -84,26 +89,33 @@ class GpuPool:
             store: keeps its rows here. directory: of the corpus; keys beyond it are private.
             askable: (W,) uint8, whom a plan may ask, see `kernels.plan.Directory.of`; None: all.
         """
+        self.leases.drop_outdated(directory)
         asked = None if askable is None else tuple(askable.tolist())
-        version, known, whom = self._tables
-        same = version == store.version and known is directory and whom == asked
-        if not same:
-            self.directory.records.copy_(self._records(store, directory, askable))
+        versions = (store.version, self.leases.version)
+        last, known, whom = self._tables
+        same = last == versions and known is directory and whom == asked
         written = [
             layer for layer, n in enumerate(store.fill_versions) if n != self._fill_versions[layer]
         ]
-        if version != store.version:
-            self.slot_of.copy_(store.slot_of)
-            self.generation.copy_(store.generation)
-            self.fill.copy_(store.fill)
+        if not same:
+            slot_of, generation, fill = self.leases.beside(store)
+            # In this order, so that the tables of a rank that dies meanwhile never give a block the
+            # fill of what was in its slot before (`rescue.py`).
+            self.fill.copy_(fill)
+            self.generation.copy_(generation)
+            self.slot_of.copy_(slot_of)
+            records = self._records(store, slot_of, directory, askable)
+            self.directory.records.copy_(records)
         else:
             for layer in written:
-                self.fill[layer].copy_(store.fill[layer])
-        self._tables = (store.version, directory, asked)
+                self.fill[layer, : store.num_slots].copy_(store.fill[layer])
+        self._tables = (versions, directory, asked)
         self._fill_versions = list(store.fill_versions)
         return not same or bool(written)
 
-    def _records(self, store: BlockStore, directory: Directory, askable: Tensor | None) -> Tensor:
+    def _records(
+        self, store: BlockStore, slot_of: Tensor, directory: Directory, askable: Tensor | None
+    ) -> Tensor:
         """(keys, 4) int32: of the corpus as the directory says, of private blocks as they are here."""
         corpus = len(directory.generations)
         slots = store.slot_of[corpus:]
@@ -114,7 +126,7 @@ class GpuPool:
             torch.cat((directory.owners, owners.to(torch.int32))),
             torch.cat((directory.generations, store.generation[slots_or_0])),
             torch.cat((directory.tokens, full)),
-            store.slot_of,
+            slot_of,
             rank=self.rank,
             block_tokens=store.block_tokens,
             num_branches=1,

@@ -29,6 +29,7 @@ from ..transport import Transport
 from ..transport_nvshmem import NvshmemTransport
 from ..transport_torch import TorchTransport
 from ..world import LastStep, entry_codec, entry_slots, layer_facts
+from .leases import admit
 from .limits import GPU_MODES, GpuMode, check_machine
 from .pool import GpuPool
 from .step import GpuStep
@@ -46,6 +47,7 @@ class GpuRank:
     def __init__(self, pool: GpuPool, step: GpuStep, peers: NvshmemTransport | None) -> None:
         self.pool, self.step, self.peers = pool, step, peers
         self.bytes: Counter[str] = Counter()  # as the plans say; answers count with who gets them
+        self.fetched = 0  # entries, since leases were last admitted
         # Layer, queries and mode of the last step.
         self.last: tuple[int, int, GpuMode] | None = None
 
@@ -63,6 +65,18 @@ class GpuRank:
     def meet(self, world: World) -> None:
         """Wait until every rank's steps so far are over; a step of the world on the host."""
         settle(world, world.header("meet", layer=0))
+
+    def keep_leases(self) -> None:
+        """Lease what was fetched most; straight after a step, and no step of the world.
+
+        Each time that as many entries were fetched as all leases hold, and a block if as many of it
+        were as its lease pulls: so keeping leases never pulls more than the steps before it did.
+        """
+        shape, slots = self.pool.map, len(self.pool.leases.key_of)
+        pulled = shape.block_tokens * shape.layers
+        if slots and self.fetched >= slots * pulled:
+            admit(self.pool, least=pulled)
+            self.fetched = 0
 
     def check(self) -> None:
         """Raises: PeerError naming a rank that was silent, or sent what cannot be, in a step."""
@@ -123,10 +137,11 @@ def open_gpu(config: RuntimeConfig, transport: Transport) -> GpuRank:
             f"(`heads`); the transport is a {type(transport).__name__}"
         )
     device = _agreed_device(transport)
+    lease_slots = config.lease_entries // config.block_tokens
     pool_map = PoolMap(
         layers=len(layouts),
         keys=config.max_ids,
-        slots=entry_slots(config, world_size),
+        slots=entry_slots(config, world_size) + lease_slots,
         block_tokens=config.block_tokens,
         entry_bytes=codec.entry_bytes,
         staged=config.max_queries * config.max_units if world_size > 1 else 0,
@@ -151,11 +166,12 @@ def open_gpu(config: RuntimeConfig, transport: Transport) -> GpuRank:
             heap=pool_map.num_bytes,
         )
     try:
-        if peers is None:
+        memory, heaps = (None, None) if peers is None else (peers.heap, peers.heaps)
+        if memory is None:
             memory = torch.zeros(pool_map.num_bytes, dtype=torch.uint8, device=device)
-            pool = GpuPool(memory, pool_map, codec, rank=transport.rank)
-        else:
-            pool = GpuPool(peers.heap, pool_map, codec, rank=transport.rank, peers=peers.heaps)
+        pool = GpuPool(
+            memory, pool_map, codec, rank=transport.rank, peers=heaps, lease_slots=lease_slots
+        )
         return GpuRank(pool, _compiled_step(config, transport, pool, peers), peers)
     except BaseException:
         if peers is not None:

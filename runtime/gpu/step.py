@@ -206,7 +206,7 @@ class GpuStep:
         pool = self._pool
         fetch(
             pool.map, layer, pool.peers, self.plan.fetch_units, self.plan.counts,
-            memory=pool.memory, came=self._came,
+            memory=pool.memory, came=self._came, uses=pool.leases.fetched,
         )  # fmt: skip
 
     def compose(self, layer: int) -> None:
@@ -214,6 +214,7 @@ class GpuStep:
         compose(
             self._pool.map, layer, self.plan, self._came, rank=self._rank,
             units=self._own_units, lengths=self._own_lengths, fault=self.lacking,
+            uses=self._pool.leases.read,
         )  # fmt: skip
 
     def _attend_here(self, layer: int, mode: Mode) -> None:
