@@ -15,7 +15,7 @@ import torch
 
 from ...kernels.exchange import Ends
 from ...kernels.pool_map import PoolMap
-from ...kernels.wire import Wire
+from ...kernels.wire import Wire, chunk_of
 from ..config import RuntimeConfig
 from ..cost.model import CostModel
 from ..cost.predicate import Demand, decide
@@ -156,6 +156,7 @@ def open_gpu(config: RuntimeConfig, transport: Transport) -> GpuRank:
             query_words=layout.heads * layout.key_dim // word,
             answer_words=layout.heads * layout.value_dim // word,
             units=config.max_units,
+            chunk=chunk_of(config.max_queries),
         )
         peers = NvshmemTransport(
             [wire],
