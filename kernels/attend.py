@@ -125,7 +125,7 @@ def attend(
         query_of: (M,) int32, the query of each row; by default its own.
         rotation: (M, R) fp32, cos then sin of R / 2 angles by which a row's query is turned.
         out, lse, covered: where to write, instead of new tensors.
-        combined: without it a row that was cut stays in the workspace, see `_add_parts`, and nothing
+        combined: without it a row that was cut stays in the workspace, see `roles.py`, and nothing
             of it is in the results: for a kernel that merges more than its parts.
         checked: read `units` and `query_of` back and refuse ids that are out of range.
     Returns:

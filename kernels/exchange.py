@@ -188,7 +188,7 @@ def _exchange_kernel(
                                     QUERY_SIGNALS, ABORT, ROWS)  # fmt: skip
         else:
             counts, code = known_headers(
-                epoch, lane, rank, arena, W, WP, CHUNKS, QUERY_SIGNALS, ROWS
+                epoch, lane, rank, arena, W, WP, CHUNKS, QUERY_SIGNALS, ABORT, ROWS
             )
         for first in range(0, ACCEPTS, ctas):
             if first + idle < ACCEPTS:

@@ -176,9 +176,13 @@ def headers(
 def known_headers(
     epoch, lane, rank, own_ptr,
     W: tl.constexpr, WP: tl.constexpr, CHUNKS: tl.constexpr, QUERY_SIGNALS: tl.constexpr,
-    N: tl.constexpr,
+    ABORT: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """As `headers` after a launch that waited: what did not come then is missing, and blamed."""
+    """As `headers` after a launch that waited: what did not come then is missing, and blamed.
+
+    If that launch gave up on somebody there is no answer to anybody, though the header may be here by now:
+    the rows that it would answer were not attended.
+    """
     ranks = tl.arange(0, WP)
     others = (ranks < W) & (ranks != rank)
     words = tl.load(_signal(own_ptr, QUERY_SIGNALS, _message(epoch, ranks, 0, W, CHUNKS)), mask=others,
@@ -186,7 +190,8 @@ def known_headers(
     counts = (words & 0xFFFF).to(tl.int32)
     there = ((words >> 16) == stamp_of(epoch, lane)) & (counts <= N)
     missing = tl.sum((others & (there == 0)).to(tl.int64), axis=0)
-    return tl.where(others & there, counts, 0), missing
+    code = tl.load((own_ptr + ABORT).to(tl.pointer_type(tl.int64)))
+    return tl.where(others & there, counts, 0), tl.maximum(missing, code)
 
 
 @triton.jit

@@ -104,4 +104,4 @@ def tell_abort(code, peers_ptr, status_ptr, ABORT: tl.constexpr, W: tl.constexpr
         if arena != 0:  # whom this rank cannot store to must find out for itself
             word_ptr = (arena.to(tl.pointer_type(tl.int32)) + ABORT).to(tl.pointer_type(tl.int64))
             tl.atomic_cas(word_ptr, nobody, code, sem="acq_rel", scope="sys")
-    tl.store(status_ptr, code)
+    tl.store(status_ptr, code, mask=tl.load(status_ptr) == 0)

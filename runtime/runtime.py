@@ -202,10 +202,12 @@ class Runtime:
                 if self._world.service is not None:
                     self._world.service.close()
             finally:
-                if self._world.gpu is not None:
-                    self._world.gpu.close(self._world)
-                if self._owns_transport:
-                    self._world.transport.close()
+                try:
+                    if self._world.gpu is not None:
+                        self._world.gpu.close(self._world)
+                finally:
+                    if self._owns_transport:
+                        self._world.transport.close()
 
     @property
     def rank(self) -> int:

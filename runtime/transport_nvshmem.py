@@ -151,12 +151,14 @@ class NvshmemTransport:
             ring: epochs whose time stamps are kept, 0 for none.
             heap: bytes that the others can read beside the channels, for a pool of blocks.
         Raises:
-            ValueError: naming what does not fit, on every rank alike, before NVSHMEM is entered.
+            ValueError: naming what does not fit, before NVSHMEM is entered: on every rank alike what
+                ranks differ in, or lack; at once, before any rank is asked, arguments that cannot be.
         """
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.device, self.deadline_s = device, deadline_s
         self._group, self._put = group, put
         self._closed = False
+        self._hook: _ModuleHook | None = None
         channels = len(wires)
         for wire in wires:
             if wire.world_size != self.world_size or wire.staged != put:
@@ -186,6 +188,7 @@ class NvshmemTransport:
 
         load_nvidia_dynamic_lib("nvshmem_host")
         self._library = bindings
+        bitcode = str(_device_library()) if put else None
         ours = _facts(bindings, wires, device, heap=heap, incarnation=incarnation, put=put)
         said = gather(ours.encoded(), group)
         if reason := refusal([ours.read(rank, text) for rank, text in enumerate(said)], num_bytes):
@@ -207,8 +210,8 @@ class NvshmemTransport:
         self.heap = memory[own : own + heap]
         self.heaps = torch.tensor([base and base + own for base in bases], device=device)
         self._status = torch.zeros(channels, dtype=torch.int64, pin_memory=True)
-        self._hook = _ModuleHook(bindings) if put else None
-        bitcode = str(_device_library()) if put else None
+        if put:
+            self._hook = _ModuleHook(bindings)
         self._ends = [
             Ends(
                 wire=wire,
@@ -283,12 +286,12 @@ class NvshmemTransport:
         if self._closed:
             return
         self._closed = True
+        if self._hook is not None:
+            self._hook.remove()
         if abort:
             return
         torch.cuda.synchronize(self.device)
         gather(b"", self._group)
-        if self._hook is not None:
-            self._hook.remove()
         self._ends = []
         self._library.free(self._base)
         self._library.hostlib_finalize()

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
+import triton.language as tl
 from triton.runtime.errors import InterpreterError
 from wires import asked, connected, due, partials_of, room, target
 
+from qroam.kernels import signals
 from qroam.kernels.attend import Workspace
 from qroam.kernels.exchange import Accepted, Ends, Merge, Partials, exchange
 from qroam.kernels.signals import SILENT, UNTRUE, blame
@@ -219,11 +221,64 @@ def test_a_wrong_coverage_becomes_nan_and_is_named() -> None:
         assert not bool(merge.out[~faulty].isnan().any())
 
 
-def test_other_tables_are_refused() -> None:
+class Clock:
+    """For the interpreter, which has none: every look at it is a quarter of an hour later."""
+
+    now = 0
+
+    @classmethod
+    def globaltimer(cls) -> Any:
+        cls.now += 10**12
+        return tl.full((), cls.now, tl.int64)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(signals, "cuda", Clock)
+
+
+def test_other_tables_are_refused(clock: None) -> None:
     ends = connected(small_wire(2), [DEVICE] * 2)
     ends[1].tables.fill_(2)
-    run(ends)
-    assert [blame(int(end.status)) for end in ends] == [(1, UNTRUE), (0, UNTRUE)]
+    merged = run(ends)
+    assert all(blame(int(end.status))[1] == UNTRUE for end in ends)
+    assert int(ends[0].status) == (UNTRUE << 16) + 2
+    assert all(bool(merge.out.isnan().any()) for merge in merged)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a clock that jumps")
+def test_who_was_given_up_gets_no_answer_when_it_comes_late(clock: None) -> None:
+    """Its header is here when the answers leave, but nothing was attended for it: what lies there is of
+    the step before, and would cover the same lists."""
+    wire = small_wire(2)
+    ends = connected(wire)
+    given = [asked(wire, r, 5, columns=COLUMNS, seed=1, dtype=torch.float16) for r in range(2)]
+    accepted = [room(wire) for _ in ends]
+    answers = []
+    for end, ask in zip(ends, given, strict=True):
+        exchange(end, ask.routes, send=ask.query)
+    for end, ask, rows in zip(ends, given, accepted, strict=True):
+        exchange(end, ask.routes, accept=rows)
+        answers.append(full(wire, partials_of(*queries(end, rows), COLUMNS)))
+        exchange(end, ask.routes, answer=answers[-1])
+    for end, ask in zip(ends, given, strict=True):
+        exchange(end, ask.routes, receive=target(ask))
+
+    (first, late), (ask, other) = ends, [g._replace(query=g.query * -1.5) for g in given]
+    exchange(first, ask.routes, send=ask.query)
+    exchange(first, ask.routes, accept=accepted[0])
+    assert blame(int(first.status)) == (1, SILENT)
+    exchange(late, other.routes, send=other.query)
+    exchange(first, ask.routes, answer=answers[0])
+    exchange(late, other.routes, accept=accepted[1])
+    merge = target(other)
+    exchange(late, other.routes, answer=answers[1])
+    exchange(late, other.routes, receive=merge)
+    asked_of_first = other.routed[:, 0]
+    assert bool(asked_of_first.any())
+    assert bool(merge.out[asked_of_first].isnan().all())
+    assert blame(int(late.status)) == (1, SILENT)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter refuses to wait")

@@ -92,6 +92,8 @@ def compile_roles(folder: str, *chosen: str) -> None:
             given = {name: role[name] for name in roles}
             if in_parts:
                 given["answer"] = role["answer"]._replace(parts=parts)
+            if in_parts and "receive" in given:
+                given["receive"] = role["receive"]._replace(parts=parts, lacking=on_gpu(8))
             exchange(ends, routes, ctas=ctas, **given)
         _store_and_publish[(4,)](
             on_gpu(1024), on_gpu(1), on_gpu(1, dtype=I64), 1 << 40, num_warps=4
@@ -189,8 +191,8 @@ BROKEN: dict[str, tuple[Changes, str]] = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_order_is_found(name: str, tmp_path: Path) -> None:
     changes, says = BROKEN[name]
-    of = compiled(tmp_path, changes, "answer_receive")
-    ptx = of["answer_receive"]
+    of = compiled(tmp_path, changes, "answer_parts_receive")  # as it ends a step
+    ptx = of["answer_parts_receive"]
     found = breaches(ptx) + breaches(of[_PROBE])
     found += [] if _RELEASE.search(ptx) else ["no release"]
     found += [] if _ACQUIRE.search(ptx) else ["no acquire"]

@@ -117,6 +117,9 @@ class GpuRank:
             self.meet(world)
         except PeerError:
             peers.close(abort=True)
+        except BaseException:
+            peers.close(abort=True)
+            raise
         else:
             peers.close()
 
@@ -216,6 +219,7 @@ def _compiled_step(
     torch.cuda.synchronize(pool.memory.device)
     if peers is not None:
         peers.check()
+    del first
     return step(ends)
 
 
