@@ -290,10 +290,11 @@ def exchange(
         merged_parts = [own_parts.out, own_parts.lse, own_parts.first_tile]
     columns = 1 if receive is None else merge.outs.shape[-1]
     if answer is not None and parts is None:  # copied as words, whatever they hold
-        answered[:3] = [t.view(torch.int32) for t in answer[:3]]
+        rows = (answer.out, answer.lse, answer.covered)
+        answered[:3] = [tensor.view(torch.int32) for tensor in rows]
     elif answer is not None and parts is not None:
         columns = answer.out.shape[-1]
-        answered = [*answer[:3], *parts]
+        answered = [answer.out, answer.lse, answer.covered, *parts]
     column_room, threads = triton.next_power_of_2(columns), 32 * wide * _WARPS
     ctas = min(max(*units, units[2] + units[3]), resident)
     options: dict[str, Any] = {"num_stages": 1, "maxnreg": _REGISTERS}
@@ -304,7 +305,8 @@ def exchange(
         options["extern_libs"] = {"libnvshmem_device": ends.put}
     _exchange_kernel[(ctas,)](
         query, routes.items, routes.units_of, routes.route_units, routes.pairs, routes.expected,
-        *asked, *answered, *merge[:6], *merged_parts,
+        *asked, *answered,
+        merge.outs, merge.lses, merge.out, merge.lse, merge.fault, merge.lacking, *merged_parts,
         ends.arena, ends.peers, ends.epoch, ends.counters, ends.tables, ends.status, ends.ring,
         ends.lane, ends.rank, ends.budget_ns,
         W=wire.world_size, WP=triton.next_power_of_2(wire.world_size),
