@@ -43,6 +43,7 @@ BLOCKS, B = 64, 64
 BF16 = torch.bfloat16
 FORMS: tuple[Form, Form] = ("A", "B")
 TURNS = 5  # of each mode
+REPLAYS, VARIANTS = 10_000, 8
 POOL = PoolMap(
     layers=1, keys=BLOCKS, slots=BLOCKS, block_tokens=B, entry_bytes=2 * (LATENT + ROPE),
     staged=ROWS * LISTED,
@@ -259,6 +260,90 @@ def taken(step: GpuStep) -> Iterator[Mode]:
             except ValueError:
                 continue
             yield mode
+
+
+class Soak:
+    """A step of form A that takes the next of its turns by itself: its queries, selection and ways, random
+    mixes of both, are changed on the device, and what comes is compared bit by bit with the first time.
+    """
+
+    def __init__(self, step: GpuStep, corpus: Corpus, rank: int) -> None:
+        device = corpus.entries.device
+        turns = [Turn.draw(corpus, rank, n, LATENT + ROPE) for n in range(VARIANTS)]
+        self._query = torch.stack([turn.query for turn in turns])
+        self._units = torch.stack([turn.units for turn in turns]).to(device)
+        ways = [turn.ways(corpus, rank, n, "A") for n, turn in enumerate(turns)]
+        self._way = torch.stack(ways).to(device)
+        self.turns, self._step = turns, step
+        self._out = torch.zeros(VARIANTS, *step.out.shape, dtype=BF16, device=device)
+        self._lse = torch.zeros(VARIANTS, *step.lse.shape, device=device)
+        self._turn = torch.zeros(1, dtype=torch.int64, device=device)
+        self.wrong = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def take(self) -> None:
+        step, at = self._step, self._turn % VARIANTS
+        step.query.copy_(self._query.index_select(0, at)[0])
+        step.units.copy_(self._units.index_select(0, at)[0])
+        step.plan.way.copy_(self._way.index_select(0, at)[0])
+        step.run(0, "given")
+        for found, first in ((step.out, self._out), (step.lse, self._lse)):
+            bits = torch.int16 if found.dtype == BF16 else torch.int32
+            differs = found.view(bits) != first.index_select(0, at)[0].view(bits)
+            self.wrong += differs.any()
+        self.wrong += step.fault.any()
+        self._turn += 1
+
+    def keep(self, number: int) -> None:
+        """What this turn left is right."""
+        self._out[number].copy_(self._step.out)
+        self._lse[number].copy_(self._step.lse)
+
+
+def soaked(transport: Transport) -> list[str]:
+    """Turns one by one against fp64; then replays back to back, one rank late at first and both now and
+    then, that must leave the same bits. What was wrong."""
+    assert isinstance(transport, TorchTransport)
+    rank, device = transport.rank, torch.device("cuda", transport.rank)
+    torch.cuda.set_device(device)
+    corpus = Corpus.make(device)
+    peers = NvshmemTransport(
+        wires(staged=False)[:1], group=transport.group, device=device, deadline_s=LATE_S,
+        heap=POOL.num_bytes,
+    )  # fmt: skip
+    pool = corpus.pool(rank, peers.heap, peers.heaps)
+    step = step_of(corpus, pool, "A", ends=peers.ends(), rank=rank, world=2)
+    soak = Soak(step, corpus, rank)
+    torch.cuda.synchronize()
+    found: list[str] = []
+    for number, turn in enumerate(soak.turns):
+        soak.take()
+        torch.cuda.synchronize()
+        found += complaints(corpus, turn, "A", step.out, step.lse, step.fault)
+        soak.keep(number)
+    soak.wrong.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        soak.take()
+    pauses = torch.randint(
+        1_000, 100_000, (REPLAYS,), generator=torch.Generator().manual_seed(rank)
+    )
+    if rank == 1:
+        torch.cuda._sleep(20_000_000)
+    for turn_number, cycles in enumerate(pauses.tolist()):
+        if turn_number % 61 == 7 * rank:
+            torch.cuda._sleep(cycles)
+        graph.replay()
+    torch.cuda.synchronize()
+    peers.check()
+    if int(soak.wrong):
+        found.append(f"{int(soak.wrong)} results differ in {REPLAYS} replays")
+    peers.close()
+    return found[:6]
+
+
+def test_replays_leave_the_same_bits(tmp_path: Path) -> None:
+    with RankPool(2, tmp_path, deadline_s=LATE_S, patience_s=400.0) as pool:
+        assert pool.run(soaked) == [[], []]
 
 
 @pytest.mark.parametrize(
