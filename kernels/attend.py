@@ -231,8 +231,9 @@ def attend(
     if on_hopper:
         words = (torch.bfloat16, torch.float32) if is_fp8 else (entries.dtype, entries.dtype)
         hopper.launch(
-            **arguments, entry_ropes=entries.view(words[0]), entry_scales=entries.view(words[1])
-        )
+            **arguments, entry_ropes=entries.view(words[0]), entry_scales=entries.view(words[1]),
+            COMBINED=combined,
+        )  # fmt: skip
     else:
         group = 32 if heads > 16 else 16
         wide = query.dtype == torch.float32  # two stages of it would not fit into shared memory

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from .attend import Workspace
 from .checks import check_tensor
+from .early import early, let_next_begin, wait
 from .roles import (
     accept_rows,
     advance,
@@ -166,8 +167,11 @@ def _exchange_kernel(
     GROUP: tl.constexpr, SEND_PARTS: tl.constexpr, ANSWER_PARTS: tl.constexpr, ANSWER_HEADS: tl.constexpr,
     AT_ONCE: tl.constexpr, IN_PARTS: tl.constexpr, OWN_AT_ONCE: tl.constexpr,
     TILE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, PUT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Every CTA takes its units of each role, role after role; it has sent before it waits."""
+    wait(EARLY)
+    let_next_begin(EARLY)
     cta, ctas = tl.program_id(0), tl.num_programs(0)
     epoch = tl.load(epoch_ptr) + 1
     if SENDS > 0:
@@ -297,7 +301,7 @@ def exchange(
         answered = [answer.out, answer.lse, answer.covered, *parts]
     column_room, threads = triton.next_power_of_2(columns), 32 * wide * _WARPS
     ctas = min(max(*units, units[2] + units[3]), resident)
-    options: dict[str, Any] = {"num_stages": 1, "maxnreg": _REGISTERS}
+    options: dict[str, Any] = {"num_stages": 1, "maxnreg": _REGISTERS, **early(device)}
     numbers = 32  # of parts that a thread may hold
     if wide == 1 and ctas <= 2 * _multiprocessors(device):
         options["maxnreg"], numbers = 2 * _REGISTERS - 1, 64

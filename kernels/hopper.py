@@ -391,7 +391,7 @@ def _attend(
     B: gl.constexpr, PARTS: gl.constexpr, MP: gl.constexpr,
     TILE: gl.constexpr, STAGES: gl.constexpr, FP8: gl.constexpr,
     HAS_LENGTHS: gl.constexpr, HAS_NUM_ROWS: gl.constexpr, HAS_QUERY_OF: gl.constexpr,
-    HAS_TABLES: gl.constexpr, ROTATE: gl.constexpr,
+    HAS_TABLES: gl.constexpr, ROTATE: gl.constexpr, COMBINED: gl.constexpr,
 ):  # fmt: skip
     HEADS: gl.constexpr = 64
     ROW: gl.constexpr = C + C // 32 + 2 * R if FP8 else C + R
@@ -399,12 +399,13 @@ def _attend(
     part = gl.program_id(0) // GROUPS
     group = gl.program_id(0) % GROUPS
 
-    # Launched while the kernel before it ends; nothing of it is read or overwritten before this.
+    # As `early.wait`; a merge of the parts is not let begin, it would only stand in the way.
     SCAN: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     rows = gl.arange(0, MP, SCAN)
     gl.inline_asm_elementwise(
-        "griddepcontrol.wait; mov.u32 $0, $1;", "=r,r,~{memory}", [gl.arange(0, 256, SCAN)],
-        dtype=gl.int32, is_pure=False, pack=1,
+        "griddepcontrol.wait; mov.u32 $0, $1;" if COMBINED else
+        "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.u32 $0, $1;",
+        "=r,r,~{memory}", [gl.arange(0, 256, SCAN)], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
     # The schedule: tiles of all rows in one sequence, cut evenly.

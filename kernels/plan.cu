@@ -109,6 +109,7 @@ __global__ void __launch_bounds__(F::T, F::PARTS > 1 ? 1 : 1024 / F::T) plan(con
     SHARED_BYTES;
     Shared<F>& m = *(Shared<F>*)shared;
 
+    let_next_begin();
     const int item = blockIdx.x / F::PARTS, part = blockIdx.x % F::PARTS, query = item / G;
     const int first_unit = warp() * 32 * PER + lane(), first_of_part = part * F::CAPACITY;
     const int num_units = min(max(s.K - first_of_part, 0), F::CAPACITY);

@@ -238,6 +238,7 @@ inline void cluster_wait() {
     while (on_cpu::block->cluster->barrier.phase == on_cpu::fiber->cluster_phase) on_cpu::yield();
 }
 inline void prefetch(const void*) {}
+inline void let_next_begin() {}
 
 template <class V> V* of_block(V* here, int rank) {
     unsigned char* own = on_cpu::block->shared.data();

@@ -43,6 +43,9 @@ _ACQUIRE = re.compile(r"ld\.global\.sys\.acquire\.b64")
 _BARRIER = re.compile(r"bar\.sync")
 _STORE = re.compile(r"st\.global|st\.volatile|red\.global")
 _LOAD = re.compile(r"ld\.global\.(?!sys)")
+_WAIT = re.compile(r"griddepcontrol\.wait")
+_LET = re.compile(r"griddepcontrol\.launch_dependents")
+_MEMORY = re.compile(r"(ld|st|atom|red)\.(?!param|shared)")
 
 
 @triton.jit
@@ -118,6 +121,10 @@ def compiled(folder: Path, changes: Changes, *chosen: str) -> dict[str, str]:
 def breaches(ptx: str) -> list[str]:
     """What breaks the rules, in the order of the text."""
     found, stored, acquired, counted = [], False, False, False
+    waited = _WAIT.search(ptx)
+    begun = ptx[: waited.start()] if waited else ptx
+    if waited and (_MEMORY.search(begun) or _LET.search(begun)):
+        found.append("begins before the kernel ahead has ended")
     for line in ptx.splitlines():
         if _BARRIER.search(line):
             stored = acquired = False
@@ -153,6 +160,7 @@ def test_publishing_alone(shipped: dict[str, str]) -> None:
 def test_order_of_what_is_shipped(launch: str, shipped: dict[str, str]) -> None:
     ptx, (roles, _, in_parts) = shipped[launch], LAUNCHES[launch]
     assert breaches(ptx) == []
+    assert len(_WAIT.findall(ptx)) == len(_LET.findall(ptx)) == 1
     senders = {"send", "answer"} & set(roles)
     # Who answers in a launch of its own reads what an earlier one has waited for.
     waiters = {"accept", "receive"} & set(roles)
@@ -175,6 +183,19 @@ BROKEN: dict[str, tuple[Changes, str]] = {
     "count without order": (
         {"signals.py": [('sem="acq_rel", scope="gpu"', 'sem="relaxed", scope="gpu"')]},
         "releases before it counts",
+    ),
+    "another kernel let begin before the wait": (
+        {"exchange.py": [
+            ("    wait(EARLY)\n    let_next_begin(EARLY)", "    let_next_begin(EARLY)\n    wait(EARLY)")
+        ]},
+        "begins before the kernel ahead has ended",
+    ),
+    "a load before the wait": (
+        {"exchange.py": [
+            ("    wait(EARLY)\n", ""),
+            ("    epoch = tl.load(epoch_ptr) + 1\n", "    epoch = tl.load(epoch_ptr) + 1\n    wait(EARLY)\n"),
+        ]},
+        "begins before the kernel ahead has ended",
     ),
     "waits that do not acquire": (
         {"signals.py": [

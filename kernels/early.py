@@ -1,0 +1,35 @@
+"""Kernels that are launched while the one before them on the stream ends (programmatic dependent launch).
+
+From sm_90 on a kernel may say `let_next_begin`: once all its CTAs have, or are gone, the next kernel
+takes what SMs there are, if its launch has the options of `early`. That one first says `wait`, until
+everything before it has ended and can be read; then it may let the next one begin in its turn, so that
+nobody runs ahead of more than one. A launch without those options waits as ever.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+
+def early(device: torch.device) -> dict[str, Any]:
+    """Options of a launch whose kernel has a constant EARLY and begins with `wait`."""
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"EARLY": able} | ({"launch_pdl": True} if able else {})
+
+
+@triton.jit
+def wait(EARLY: tl.constexpr):
+    """Until the kernels before this one have ended and what they wrote is there."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_begin(EARLY: tl.constexpr):
+    """Whatever this kernel still waits for, it has the SMs that it needs."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
