@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .checks import check_tensor
 from .decide import FETCH
-from .early import early, let_next_begin, wait
 from .mix import mix_of
 from .plan import Plan, num_sms
 from .pool_map import PoolMap
@@ -79,8 +78,7 @@ def fetch(
         W=len(counts), WP=triton.next_power_of_2(len(counts)), KEYS=pool.keys, SLOTS=pool.slots,
         B=pool.block_tokens, SLOT_OF=pool.slot_of, GENERATION=pool.generation, FILL=pool.fill,
         ENTRIES=pool.entries_of(0), STAGED=pool.entries_of(pool.layers) // 4, WORDS=words,
-        COLUMNS=columns, ROWS=rows, EARLY=early(device)["EARLY"], num_warps=1, num_stages=1,
-        maxnreg=_REGISTERS,
+        COLUMNS=columns, ROWS=rows, num_warps=1, num_stages=1, maxnreg=_REGISTERS,
     )  # fmt: skip
 
 
@@ -90,13 +88,8 @@ def _fetch_kernel(
     W: tl.constexpr, WP: tl.constexpr, KEYS: tl.constexpr, SLOTS: tl.constexpr, B: tl.constexpr,
     SLOT_OF: tl.constexpr, GENERATION: tl.constexpr, FILL: tl.constexpr, ENTRIES: tl.constexpr,
     STAGED: tl.constexpr, WORDS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of ROWS entries; a row has WORDS int32. Places are bytes, STAGED int32.
-
-    It is not launched early itself: it would take SMs from those who send.
-    """
-    let_next_begin(EARLY)
+    """Tiles of ROWS entries; a row has WORDS int32. Places are bytes, STAGED int32."""
     ranks = tl.arange(0, WP)
     ends = tl.cumsum(tl.load(counts_ptr + ranks, mask=ranks < W, other=0), 0)
     total = tl.max(ends, 0)
@@ -195,7 +188,7 @@ def compose(
         came, units, lengths, fault, uses, pool.first_staged(layer), rank,
         W=world, K=listed, KP=columns, B=pool.block_tokens,
         COUNTED=pool.slots - counted,
-        num_warps=min(max(columns // 256, 1), 8), num_stages=1, **early(device),
+        num_warps=min(max(columns // 256, 1), 8), num_stages=1,
     )  # fmt: skip
 
 
@@ -204,11 +197,8 @@ def _compose_kernel(
     way_ptr, expected_ptr, counts_ptr, place_ptr, local_units_ptr, local_lengths_ptr,
     came_ptr, units_ptr, lengths_ptr, fault_ptr, uses_ptr, first_staged, rank,
     W: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, B: tl.constexpr, COUNTED: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program: an item. Slots from COUNTED on have a number in `uses`."""
-    wait(EARLY)
-    let_next_begin(EARLY)
     item = tl.program_id(0)
     columns = tl.arange(0, KP)
     row = item * K + columns

@@ -6,6 +6,7 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -48,6 +49,8 @@ class RuntimeConfig:
         profile_ranges: name the phases of a step in torch's profiler, and in NVTX with CUDA.
         device: where entries are kept and attended to; with "cuda" on each rank's current device.
         max_queries, max_units: on GPUs, the most queries of a rank's step and units of a query.
+        buckets: on GPUs, smaller sizes of step, ascending, which are compiled too when a world opens; a
+            step takes the smallest that holds its queries, each rank by itself.
     """
 
     model: ModelLayout
@@ -73,6 +76,7 @@ class RuntimeConfig:
     device: Device = "cpu"
     max_queries: int = 64
     max_units: int = 2048
+    buckets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, ModelLayout):
@@ -92,6 +96,13 @@ class RuntimeConfig:
         for name in ("private_blocks", "lease_entries"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        sizes_of_step = (0, *self.buckets, self.max_queries)
+        whole = all(type(size) is int for size in sizes_of_step)
+        if not whole or any(a >= b for a, b in pairwise(sizes_of_step)):
+            raise ValueError(
+                f"buckets must be whole numbers that ascend to below max_queries={self.max_queries}, "
+                f"got {self.buckets!r}"
+            )
         if self.mode not in MODES:
             raise ValueError(f"unknown mode {self.mode!r}; known: {', '.join(MODES)}")
         if self.index_placement not in ("with-blocks", "replicated"):

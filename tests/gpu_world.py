@@ -161,11 +161,18 @@ def corpus(config: RuntimeConfig, world_size: int, tokens: int, *, staged: int =
 class StandIn:
     """`GpuStep` by definition: every listed entry is read at whoever has it."""
 
-    def __init__(self, config: RuntimeConfig, rank: int, pools: list[GpuPool]) -> None:
-        layout, rows, world = config.model.layers[0], config.max_queries, len(pools)
+    def __init__(
+        self,
+        config: RuntimeConfig,
+        rank: int,
+        pools: list[GpuPool],
+        rows: int,
+        taken: list[tuple[int, int]],
+        meeting: threading.Barrier,
+    ) -> None:
+        layout, world = config.model.layers[0], len(pools)
         self._config, self._rank, self._pools = config, rank, pools
-        self._meeting: threading.Barrier | None = None
-        self.steps: list[tuple[int, Mode]] = []
+        self._taken, self._meeting = taken, meeting
         self.query = torch.zeros(rows, layout.heads, layout.key_dim)
         self.units = torch.full((rows, config.max_units), -1, dtype=torch.int32)
         self.hidden = torch.zeros(rows, 2, dtype=torch.int32)
@@ -181,9 +188,8 @@ class StandIn:
         )
 
     def replay(self, layer: int, mode: Mode) -> None:
-        assert self._meeting is not None
         self._meeting.wait()  # all tables are up to date
-        self.steps.append((layer, mode))
+        self._taken.append((layer, len(self.query)))
         layout = self._config.model.layers[layer]
         self.plan.way.zero_()
         came = set[int]()  # from others, as if all of it was fetched
@@ -259,10 +265,14 @@ class StandIns:
 
     def __init__(self, config: RuntimeConfig, world_size: int) -> None:
         self.pools = pools_of(config, world_size)
-        self.steps = [StandIn(config, rank, self.pools) for rank in range(world_size)]
         meeting = threading.Barrier(world_size, timeout=20.0)
-        for step in self.steps:
-            step._meeting = meeting
+        sizes = (*config.buckets, config.max_queries)
+        # Of each rank the layer and size of the steps that it took.
+        self.taken = [list[tuple[int, int]]() for _ in range(world_size)]
+        self.steps = [
+            [StandIn(config, rank, self.pools, rows, taken, meeting) for rows in sizes]
+            for rank, taken in enumerate(self.taken)
+        ]
         self._stack = ExitStack()
 
     def __enter__(self) -> StandIns:

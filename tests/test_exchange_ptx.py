@@ -193,7 +193,7 @@ BROKEN: dict[str, tuple[Changes, str]] = {
     "a load before the wait": (
         {"exchange.py": [
             ("    wait(EARLY)\n", ""),
-            ("    epoch = tl.load(epoch_ptr) + 1\n", "    epoch = tl.load(epoch_ptr) + 1\n    wait(EARLY)\n"),
+            ("tl.load(epoch_ptr) + 1\n", "tl.load(epoch_ptr) + 1\n    wait(EARLY)\n"),
         ]},
         "begins before the kernel ahead has ended",
     ),

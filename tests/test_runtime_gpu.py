@@ -74,6 +74,7 @@ def test_a_life_alone(layout: Layout, dtype: torch.dtype, tolerance: float) -> N
         ({"index_placement": "replicated", "max_queries": 32}, 1e-5),
         ({"layout": WIDE, "dtype": BF16}, 4e-2),
         ({"lease_entries": 4 * B}, 1e-5),
+        ({"buckets": (1, 2)}, 1e-5),
     ],
     ids=[
         "cyclic",
@@ -83,6 +84,7 @@ def test_a_life_alone(layout: Layout, dtype: torch.dtype, tolerance: float) -> N
         "replicated index, many rows",
         "fp8",
         "leases",
+        "buckets",
     ],
 )
 def test_a_life_of_two(tmp_path: Path, changes: dict[str, Any], tolerance: float) -> None:

@@ -77,6 +77,10 @@ def opened_alone(given: RuntimeConfig) -> Runtime:
         ({"max_queries": 257}, "max_queries is at most 256"),
         ({"max_units": 4097}, "max_units is at most 4096"),
         ({"max_queries": 0}, "max_queries must be at least 1"),
+        ({"buckets": (4, 8)}, r"ascend to below max_queries=8, got \(4, 8\)"),
+        ({"buckets": (0,)}, r"got \(0,\)"),
+        ({"buckets": (2, 1)}, r"got \(2, 1\)"),
+        ({"buckets": (1.0,)}, r"whole numbers .* got \(1.0,\)"),
     ],
     ids=lambda value: None if isinstance(value, str) else next(iter(value)),
 )
@@ -282,7 +286,9 @@ def on_stand_ins(world_size: int, given: RuntimeConfig, *, weights: bool) -> lis
 
     with StandIns(given, world_size) as gpus:
         outs = run_loopback(world_size, work)  # at the same layers on all ranks
-    assert len({tuple(layer for layer, _ in step.steps) for step in gpus.steps}) == 1
+    assert len({tuple(layer for layer, _ in taken) for taken in gpus.taken}) == 1
+    sizes = {*given.buckets, given.max_queries}
+    assert all({rows for _, rows in taken} == sizes for taken in gpus.taken)
     return outs
 
 
@@ -294,8 +300,9 @@ def on_stand_ins(world_size: int, given: RuntimeConfig, *, weights: bool) -> lis
         (3, {"placement": Placement(copies=2)}),
         (2, {"placement": Placement(policy="document-affine"), "corpus_slots": 24}),
         (2, {"index_placement": "replicated"}),
+        (2, {"buckets": (1, 2)}),
     ],
-    ids=["alone", "two", "three, copies", "affine", "replicated index"],
+    ids=["alone", "two", "three, copies", "affine", "replicated index", "buckets"],
 )
 def test_a_life_is_the_same_on_cpus(world_size: int, changes: dict[str, Any]) -> None:
     given, weights = config(**changes), world_size != 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from ..exchange import Complaint, coverage_error, exchange
 from ..messages import Message
 from ..step import Selection
 from ..world import World
+
+if TYPE_CHECKING:
+    from .step import GpuStep
 
 _ID_BYTES, _LSE_BYTES, _COVERED_BYTES = 4, 4, 8
 
@@ -37,7 +41,7 @@ def attend_on_gpu(
     gpu, config, stats = world.gpu, world.config, world.stats
     assert gpu is not None
     assert mode != "random"
-    step, layout = gpu.step, config.model.layers[layer]
+    step, layout = gpu.step_of(len(query)), config.model.layers[layer]
     if not _is_settled(world, layer):
         exchange(world, world.header("attend", layer=layer), [], _nothing, lambda: None)
     world.answered = None
@@ -51,9 +55,8 @@ def attend_on_gpu(
         step.units[:queries, : units.shape[1]] = units.to(gpu.device)
         step.hidden[:queries] = selection.scope.hidden.to(gpu.device)
     with stats.phase("step"):
-        step.replay(layer, mode)
-        gpu.last = (layer, queries, mode)
-        fault, way = _told(world, queries)
+        gpu.replay(step, layer, queries, mode)
+        fault, way = _told(world, step, queries)
     try:
         gpu.check()
     except PeerError as error:  # said to all, so that who waits elsewhere hears of it
@@ -92,7 +95,7 @@ def _nothing(_world: World, _message: Message) -> Mapping[str, Tensor]:
     return {}
 
 
-def _told(world: World, queries: int) -> tuple[Tensor, Tensor]:
+def _told(world: World, step: GpuStep, queries: int) -> tuple[Tensor, Tensor]:
     """What the step says of the queries: faults (Q,) int32 and ways (Q, W) int8, and counts its bytes
     and what was fetched.
 
@@ -100,9 +103,9 @@ def _told(world: World, queries: int) -> tuple[Tensor, Tensor]:
     """
     gpu, config = world.gpu, world.config
     assert gpu is not None
-    plan, layout = gpu.step.plan, config.model.layers[0]
+    plan, layout = step.plan, config.model.layers[0]
     parts = (
-        gpu.step.fault[:queries],
+        step.fault[:queries],
         plan.way[:queries],
         plan.pairs[0],
         plan.listed[0],

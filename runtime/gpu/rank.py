@@ -9,7 +9,8 @@ given up when all have met.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -41,19 +42,39 @@ _COMPILING_S = 120.0  # that ranks may be apart while they compile
 _MAX_REASON_BYTES = 400
 
 
-class GpuRank:
-    """A rank's pool, its step, and its end of the exchange; None where it is alone in its world."""
+class Done(NamedTuple):
+    """A step that ran: which, and what it was asked."""
 
-    def __init__(self, pool: GpuPool, step: GpuStep, peers: NvshmemTransport | None) -> None:
-        self.pool, self.step, self.peers = pool, step, peers
+    step: GpuStep
+    layer: int
+    queries: int
+    mode: GpuMode
+
+
+class GpuRank:
+    """A rank's pool, its steps by ascending size, and its end of the exchange; None where it is alone in
+    its world."""
+
+    def __init__(
+        self, pool: GpuPool, steps: Sequence[GpuStep], peers: NvshmemTransport | None
+    ) -> None:
+        self.pool, self.steps, self.peers = pool, steps, peers
         self.bytes: Counter[str] = Counter()  # as the plans say; answers count with who gets them
         self.fetched = 0  # entries, since leases were last admitted
-        # Layer, queries and mode of the last step.
-        self.last: tuple[int, int, GpuMode] | None = None
+        self.last: Done | None = None
 
     @property
     def device(self) -> torch.device:
         return self.pool.memory.device
+
+    def step_of(self, queries: int) -> GpuStep:
+        """The smallest that holds so many; the others' sizes need not be the same."""
+        return next(step for step in self.steps if queries <= len(step.query))
+
+    def replay(self, step: GpuStep, layer: int, queries: int, mode: GpuMode) -> None:
+        """One step, with what its buffers hold; it is the last one now."""
+        step.replay(layer, mode)
+        self.last = Done(step, layer, queries, mode)
 
     def flush(self, world: World) -> None:
         """Bring the tables here up to date. When this returns, others may read all that was written."""
@@ -88,8 +109,8 @@ class GpuRank:
         of the host's predicate."""
         if self.last is None:
             return None
-        layer, queries, mode = self.last
-        plan, config = self.step.plan, world.config
+        step, layer, queries, mode = self.last
+        plan, config = step.plan, world.config
         demand = Demand(
             pairs_units=plan.pairs_units[:queries].long().cpu(),
             unique_units=plan.unique_units.long().cpu(),
@@ -176,18 +197,18 @@ def open_gpu(config: RuntimeConfig, transport: Transport) -> GpuRank:
         pool = GpuPool(
             memory, pool_map, codec, rank=transport.rank, peers=heaps, lease_slots=lease_slots
         )
-        return GpuRank(pool, _compiled_step(config, transport, pool, peers), peers)
+        return GpuRank(pool, _compiled_steps(config, transport, pool, peers), peers)
     except BaseException:
         if peers is not None:
             peers.close(abort=True)
         raise
 
 
-def _compiled_step(
+def _compiled_steps(
     config: RuntimeConfig, transport: Transport, pool: GpuPool, peers: NvshmemTransport | None
-) -> GpuStep:
-    """The step, after another one of its sizes has run at all layers in all modes, with nothing to do
-    and with patience: ranks compile at the same time, but not equally fast."""
+) -> list[GpuStep]:
+    """The steps by size, after others of their sizes have run at all layers in all modes, with nothing
+    to do and with patience: ranks compile at the same time, but not equally fast."""
     prices = prices_of(
         CostModel(
             facts=layer_facts(config, config.model.layers[0]),
@@ -198,7 +219,7 @@ def _compiled_step(
         device=pool.memory.device,
     )
 
-    def step(ends: Ends | None) -> GpuStep:
+    def step(rows: int, ends: Ends | None) -> GpuStep:
         return GpuStep(
             pool,
             config.model.layers,
@@ -206,21 +227,24 @@ def _compiled_step(
             ends=ends,
             rank=transport.rank,
             world_size=transport.world_size,
-            rows=config.max_queries,
+            rows=rows,
             listed=config.max_units,
             dtype=config.dtype,
         )
 
+    sizes = (*config.buckets, config.max_queries)
     ends = None if peers is None else peers.ends()
-    first = step(None if ends is None else ends._replace(budget_ns=int(_COMPILING_S * 1e9)))
-    for layer in range(len(config.model.layers)):
-        for mode in GPU_MODES:
-            first.run(layer, mode)
-    torch.cuda.synchronize(pool.memory.device)
-    if peers is not None:
-        peers.check()
-    del first
-    return step(ends)
+    patient = None if ends is None else ends._replace(budget_ns=int(_COMPILING_S * 1e9))
+    for rows in sizes:
+        first = step(rows, patient)
+        for layer in range(len(config.model.layers)):
+            for mode in GPU_MODES:
+                first.run(layer, mode)
+        torch.cuda.synchronize(pool.memory.device)
+        if peers is not None:
+            peers.check()
+        del first
+    return [step(rows, ends) for rows in sizes]
 
 
 def _agreed_device(transport: Transport) -> torch.device:

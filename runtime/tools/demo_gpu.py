@@ -157,7 +157,7 @@ class _Large:
             if turn == 1:
                 start.record()
             for layer in range(LAYERS):
-                gpu.step.replay(layer, mode)
+                gpu.step_of(QUERIES).replay(layer, mode)
         end.record()
         torch.cuda.synchronize()
         gpu.check()
