@@ -1,5 +1,8 @@
 """A short life of a world that has its entries on GPUs, or on CPUs: both must give the same outputs.
 
+The numbers of a life, and so what it selects, are the same in any dtype: one in bf16 is held to what an
+eager computation errs.
+
 `StandIn` is the step on a device in plain torch, over the pools of one process: with it all that the
 host does around a step runs where there is no GPU.
 """
@@ -7,12 +10,14 @@ host does around a step runs where there is no GPU.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from ranks import run_loopback
 from torch import Tensor
 
 from qroam.kernels import reference
@@ -27,6 +32,7 @@ from qroam.runtime import Runtime, RuntimeConfig
 from qroam.runtime.cost.predicate import Mode
 from qroam.runtime.gpu import leases
 from qroam.runtime.gpu import rank as gpu_rank
+from qroam.runtime.gpu.limits import DTYPES
 from qroam.runtime.gpu.pool import GpuPool
 from qroam.runtime.gpu.rank import GpuRank
 from qroam.runtime.transport import Transport
@@ -58,6 +64,7 @@ WIDE = mla(
     index_codec="fp32",
 )
 MODES: tuple[Mode, ...] = ("auto", "always-route", "always-fetch")
+BF16 = torch.bfloat16
 
 
 def config(device: str = "cuda", layout: Layout = LAYOUT, **changes: Any) -> RuntimeConfig:
@@ -77,6 +84,11 @@ def config(device: str = "cuda", layout: Layout = LAYOUT, **changes: Any) -> Run
 
 def numbers(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def eighths(x: Tensor) -> Tensor:
+    """The nearest eighths: sums of their products are exact in fp32, in any order."""
+    return (x * 8).round() / 8
 
 
 def pool_of(config: RuntimeConfig, rank: int, world_size: int, *, staged: int = 64) -> GpuPool:
@@ -170,13 +182,13 @@ class StandIn:
         taken: list[tuple[int, int]],
         meeting: threading.Barrier,
     ) -> None:
-        layout, world = config.model.layers[0], len(pools)
+        layout, world, dtype = config.model.layers[0], len(pools), config.dtype
         self._config, self._rank, self._pools = config, rank, pools
         self._taken, self._meeting = taken, meeting
-        self.query = torch.zeros(rows, layout.heads, layout.key_dim)
+        self.query = torch.zeros(rows, layout.heads, layout.key_dim, dtype=dtype)
         self.units = torch.full((rows, config.max_units), -1, dtype=torch.int32)
         self.hidden = torch.zeros(rows, 2, dtype=torch.int32)
-        self.out = torch.empty(rows, layout.heads, layout.value_dim)
+        self.out = torch.empty(rows, layout.heads, layout.value_dim, dtype=dtype)
         self.lse = torch.empty(rows, layout.heads)
         self.fault = torch.zeros(rows, dtype=torch.int32)
         self.plan = Plan.make(
@@ -191,6 +203,7 @@ class StandIn:
         self._meeting.wait()  # all tables are up to date
         self._taken.append((layer, len(self.query)))
         layout = self._config.model.layers[layer]
+        codec = entry_codec(layout)
         self.plan.way.zero_()
         came = set[int]()  # from others, as if all of it was fetched
         pool = self._pools[self._rank]
@@ -213,7 +226,9 @@ class StandIn:
                         came.add(unit)
                     elif kept.read is not None and slot >= kept.first:
                         kept.read[slot - kept.first] += 1
-            entries = torch.stack(rows) if rows else torch.zeros(0, layout.entry_dim)
+            nothing = torch.zeros(0, codec.entry_bytes, dtype=torch.uint8)
+            stored = torch.stack(rows).view(torch.uint8) if rows else nothing
+            entries = codec.decode(stored, torch.float32)
             out, lse = reference.attend(
                 query[None],
                 entries[None],
@@ -289,30 +304,40 @@ class StandIns:
 
 
 class Life:
-    """One rank's part; `outs` are its outputs, in order. Queries differ by rank, documents do not."""
+    """One rank's part; `outs` are its outputs, in order. Queries differ by rank, documents do not.
+
+    All numbers are rounded to what GPUs take with the layout's codec, whatever the dtype here.
+    """
 
     def __init__(self, runtime: Runtime, *, weights: bool = True) -> None:
         self.runtime, self.outs = runtime, list[Tensor]()
         self.layout, self.dtype = runtime.config.model.layers[0], runtime.config.dtype
+        self._given = DTYPES[self.layout.codec]
         self._seed = 0
         self.weights = weights
         heads, latent = self.layout.heads, self.layout.value_dim
         for layer in range(LAYERS) if weights else ():
             w_uk = numbers(1, heads, 32, latent, seed=700 + layer) / 8
             w_uv = numbers(1, heads, latent, 32, seed=800 + layer) / 8
-            runtime.load_weights(layer, w_uk, w_uv)
+            runtime.load_weights(layer, w_uk.to(self._given), w_uv.to(self._given))
 
     def numbers(self, *shape: int) -> Tensor:
         """Others at every rank and call."""
         self._seed += 1
-        return numbers(*shape, seed=1000 * self.runtime.rank + self._seed).to(self.dtype)
+        drawn = numbers(*shape, seed=1000 * self.runtime.rank + self._seed)
+        return drawn.to(self._given).to(self.dtype)
+
+    def index_numbers(self, *shape: int) -> Tensor:
+        """As `numbers`, in eighths."""
+        return eighths(self.numbers(*shape))
 
     def add(self, name: str, tokens: int, seed: int) -> None:
         self.runtime.add_document(name, tokens=tokens)
         for layer in range(LAYERS):
             entries = numbers(tokens, self.layout.entry_dim, seed=seed + layer)
-            keys = numbers(tokens, 64, seed=seed + layer + 50)
-            self.runtime.load_document(name, layer, entries.to(self.dtype), keys)
+            entries = entries.to(self._given).to(self.dtype)
+            keys = eighths(numbers(tokens, 64, seed=seed + layer + 50))
+            self.runtime.load_document(name, layer, entries, keys)
 
     def query(self, count: int) -> Tensor:
         dim = self.layout.query_dim if self.weights else self.layout.key_dim
@@ -325,7 +350,7 @@ class Life:
             self.runtime.idle_attend(layer)
             return
         chosen = self.runtime.select(
-            layer, self.numbers(count, 4, 64), self.numbers(count, 4).abs(), **seen
+            layer, self.index_numbers(count, 4, 64), self.index_numbers(count, 4).abs(), **seen
         )
         sink = self.numbers(self.layout.heads) if layer else None
         self.outs.append(
@@ -369,7 +394,7 @@ def live(runtime: Runtime, *, weights: bool = True) -> list[Tensor]:
         for layer in range(LAYERS):
             if writer is not None and ids is not None:
                 entries = life.numbers(B, life.layout.entry_dim)
-                runtime.write(layer, ids, entries, life.numbers(B, 64))
+                runtime.write(layer, ids, entries, life.index_numbers(B, 64))
             documents = ["a"] if turn == 0 else ["a", "b"]
             if writer is not None and ids is not None:
                 scope = runtime.scope(requests=[(writer, ids)])
@@ -389,7 +414,7 @@ def live(runtime: Runtime, *, weights: bool = True) -> list[Tensor]:
     request = runtime.request(["c"])
     ids = runtime.append(request, 3)
     for layer in range(LAYERS):
-        runtime.write(layer, ids, life.numbers(3, life.layout.entry_dim), life.numbers(3, 64))
+        runtime.write(layer, ids, life.numbers(3, life.layout.entry_dim), life.index_numbers(3, 64))
         life.selected(layer, 3, "auto", scope=runtime.scope(requests=[(request, ids)]))
     runtime.release(request)
     for layer in range(LAYERS):
@@ -435,3 +460,63 @@ def leasing(runtime: Runtime) -> tuple[list[Tensor], list[str]]:
     for turn in range(3):
         attend("c", turn % LAYERS)
     return life.outs, ways
+
+
+def on_cpus(
+    world_size: int, given: RuntimeConfig, life: Callable[[Runtime], list[Tensor]], **changes: Any
+) -> list[list[Tensor]]:
+    """The outputs of every rank of a life on CPUs."""
+
+    def work(end: Transport) -> list[Tensor]:
+        with Runtime.open(replace(given, device="cpu", **changes), end) as runtime:
+            return life(runtime)
+
+    return run_loopback(world_size, work)
+
+
+def eager_attend(
+    query: Tensor, entries: Tensor, valid: Tensor, *, value_dim: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`reference.attend` as eager torch computes it in bf16, softmax in fp32."""
+    query, entries = query.to(BF16), torch.where(valid[..., None], entries, 0.0).to(BF16)
+    scores = query.float() @ entries.float().mT * scale
+    scores = scores.masked_fill(~valid[:, None], -torch.inf)
+    lse = scores.logsumexp(-1)
+    shares = torch.where(lse[..., None] == -torch.inf, 0.0, scores.softmax(-1))
+    return (shares.to(BF16) @ entries[..., :value_dim]).float(), lse
+
+
+def in_bf16(verb: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda rows, weight: verb(rows.to(BF16), weight.to(BF16)).float()
+
+
+def eagerly() -> Any:
+    """A context in which CPUs, which compute in fp32, do so in bf16."""
+    return patch.multiple(
+        reference,
+        attend=eager_attend,
+        absorb=in_bf16(reference.absorb),
+        project=in_bf16(reference.project),
+    )
+
+
+def assert_right(
+    ours: list[list[Tensor]], given: RuntimeConfig, life: Callable[[Runtime], list[Tensor]]
+) -> None:
+    """Outputs of every rank in fp32 are those on CPUs to 1e-5. Those in bf16 err, against fp64 and head
+    by head, at most twice what eager torch errs, plus one rounding.
+    """
+    if given.dtype == torch.float32:
+        torch.testing.assert_close(ours, on_cpus(len(ours), given, life), rtol=1e-5, atol=1e-5)
+        return
+    exact = on_cpus(len(ours), given, life, dtype=torch.float64)
+    with eagerly():
+        eager = on_cpus(len(ours), given, life)
+    for rank, outs in enumerate(zip(ours, eager, exact, strict=True)):
+        for number, (out, theirs, right) in enumerate(zip(*outs, strict=True)):
+            assert (out.dtype, out.shape) == (theirs.dtype, theirs.shape)
+            error, eagers = ((x.double() - right).abs().amax(-1) for x in (out, theirs))
+            allowed = 2 * eagers + torch.finfo(BF16).eps * right.abs().amax(-1)
+            most = float((error / allowed).max())
+            said = f"output {number} of rank {rank} errs {most:.2f} times what is allowed"
+            assert bool((error <= allowed).all()), said

@@ -1,18 +1,30 @@
 """`Runtime` with its entries on GPUs against the same life on CPUs: every placement, mode and rank.
 
+In bf16 its outputs err, against fp64, at most twice what eager torch errs (`gpu_world.assert_right`).
 With two GPUs each rank is a process, in a world of its own for every test.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gpu_world import LAYOUT, MODES, WAYS_OF_LEASING, WIDE, B, Life, config, leasing, live
-from ranks import RankPool, run_loopback
+from gpu_world import (
+    BF16,
+    LAYOUT,
+    MODES,
+    WAYS_OF_LEASING,
+    WIDE,
+    B,
+    Life,
+    assert_right,
+    config,
+    leasing,
+    live,
+)
+from ranks import RankPool
 from torch import Tensor
 
 from qroam.partition.layout import Layout, with_codec
@@ -26,15 +38,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-BF16 = torch.bfloat16
-
-
-def on_cpus(world_size: int, given: RuntimeConfig) -> list[list[Tensor]]:
-    def work(end: Transport) -> list[Tensor]:
-        with Runtime.open(replace(given, device="cpu"), end) as runtime:
-            return live(runtime)
-
-    return run_loopback(world_size, work)
 
 
 def on_gpu(transport: Transport, given: RuntimeConfig) -> list[Tensor]:
@@ -44,37 +47,29 @@ def on_gpu(transport: Transport, given: RuntimeConfig) -> list[Tensor]:
         return live(runtime)
 
 
-def assert_alike(ours: list[list[Tensor]], theirs: list[list[Tensor]], tolerance: float) -> None:
-    for mine, wanted in zip(ours, theirs, strict=True):
-        assert len(mine) == len(wanted)
-        for out, exact in zip(mine, wanted, strict=True):
-            assert out.dtype == exact.dtype
-            torch.testing.assert_close(out, exact, rtol=tolerance, atol=tolerance)
-
-
 @pytest.mark.parametrize(
-    ("layout", "dtype", "tolerance"),
-    [(LAYOUT, torch.float32, 1e-5), (WIDE, BF16, 4e-2), (with_codec(WIDE, "bf16"), BF16, 4e-2)],
+    ("layout", "dtype"),
+    [(LAYOUT, torch.float32), (WIDE, BF16), (with_codec(WIDE, "bf16"), BF16)],
     ids=["fp32", "fp8", "bf16"],
 )
-def test_a_life_alone(layout: Layout, dtype: torch.dtype, tolerance: float) -> None:
+def test_a_life_alone(layout: Layout, dtype: torch.dtype) -> None:
     given = config(layout=layout, dtype=dtype)
     ours = [on_gpu(LoopbackTransport.world(1)[0], given)]
-    assert_alike(ours, on_cpus(1, given), tolerance)
+    assert_right(ours, given, live)
 
 
 @two_gpus
 @pytest.mark.parametrize(
-    ("changes", "tolerance"),
+    "changes",
     [
-        ({}, 1e-5),
-        ({"placement": Placement(copies=2)}, 1e-5),
-        ({"placement": Placement(policy="contiguous"), "corpus_slots": 24}, 1e-5),
-        ({"placement": Placement(policy="document-affine"), "corpus_slots": 24}, 1e-5),
-        ({"index_placement": "replicated", "max_queries": 32}, 1e-5),
-        ({"layout": WIDE, "dtype": BF16}, 4e-2),
-        ({"lease_entries": 4 * B}, 1e-5),
-        ({"buckets": (1, 2)}, 1e-5),
+        {},
+        {"placement": Placement(copies=2)},
+        {"placement": Placement(policy="contiguous"), "corpus_slots": 24},
+        {"placement": Placement(policy="document-affine"), "corpus_slots": 24},
+        {"index_placement": "replicated", "max_queries": 32},
+        {"layout": WIDE, "dtype": BF16},
+        {"lease_entries": 4 * B},
+        {"buckets": (1, 2)},
     ],
     ids=[
         "cyclic",
@@ -87,11 +82,11 @@ def test_a_life_alone(layout: Layout, dtype: torch.dtype, tolerance: float) -> N
         "buckets",
     ],
 )
-def test_a_life_of_two(tmp_path: Path, changes: dict[str, Any], tolerance: float) -> None:
+def test_a_life_of_two(tmp_path: Path, changes: dict[str, Any]) -> None:
     given = config(**changes)
     with RankPool(2, tmp_path) as pool:
         ours = pool.run(on_gpu, given)
-    assert_alike(ours, on_cpus(2, given), tolerance)
+    assert_right(ours, given, live)
 
 
 def leasing_on_gpu(transport: Transport, given: RuntimeConfig) -> tuple[list[Tensor], list[str]]:
@@ -101,22 +96,15 @@ def leasing_on_gpu(transport: Transport, given: RuntimeConfig) -> tuple[list[Ten
 
 
 @two_gpus
-@pytest.mark.parametrize(
-    ("changes", "tolerance"), [({}, 1e-5), ({"layout": WIDE, "dtype": BF16}, 4e-2)], ids=["fp32", "fp8"]
-)  # fmt: skip
+@pytest.mark.parametrize("changes", [{}, {"layout": WIDE, "dtype": BF16}], ids=["fp32", "fp8"])
 def test_what_is_fetched_often_is_local_the_next_time(
-    tmp_path: Path, changes: dict[str, Any], tolerance: float
+    tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     given = config(lease_entries=2 * B, **changes)
-
-    def on_cpu(end: Transport) -> list[Tensor]:
-        with Runtime.open(replace(given, device="cpu"), end) as runtime:
-            return leasing(runtime)[0]
-
     with RankPool(2, tmp_path) as pool:
-        (outs, ways), _ = pool.run(leasing_on_gpu, given)
+        (outs, ways), (idle, _) = pool.run(leasing_on_gpu, given)
     assert ways == WAYS_OF_LEASING
-    assert_alike([outs], run_loopback(2, on_cpu)[:1], tolerance)
+    assert_right([outs, idle], given, lambda runtime: leasing(runtime)[0])
 
 
 def with_a_lost_block(transport: Transport, mode: Mode) -> str:

@@ -5,20 +5,25 @@ The step itself is a stand-in in plain torch; `test_runtime_gpu.py` runs the sam
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from gpu_world import (
+    BF16,
     HEADS,
     LAYERS,
     LAYOUT,
     WAYS_OF_LEASING,
+    WIDE,
     B,
     Life,
     StandIns,
+    assert_right,
     config,
     leasing,
     live,
@@ -48,7 +53,6 @@ from qroam.runtime.gpu.rank import GpuRank
 from qroam.runtime.transport import Transport
 from qroam.runtime.world import entry_codec
 
-BF16 = torch.bfloat16
 V32 = replace(named_layout("mla-v3.2"), index=None)
 
 
@@ -271,18 +275,15 @@ def test_a_region_of_another_size_is_refused() -> None:
 # The host's part of a step --------------------------------------------------------------------------
 
 
-def on_cpus(world_size: int, given: RuntimeConfig, *, weights: bool) -> list[list[Tensor]]:
-    def work(end: Transport) -> list[Tensor]:
-        with Runtime.open(replace(given, device="cpu"), end) as runtime:
-            return live(runtime, weights=weights)
-
-    return run_loopback(world_size, work)
+bare = partial(live, weights=False)
 
 
-def on_stand_ins(world_size: int, given: RuntimeConfig, *, weights: bool) -> list[list[Tensor]]:
+def on_stand_ins(
+    world_size: int, given: RuntimeConfig, life: Callable[[Runtime], list[Tensor]]
+) -> list[list[Tensor]]:
     def work(end: Transport) -> list[Tensor]:
         with Runtime.open(given, end) as runtime:
-            return live(runtime, weights=weights)
+            return life(runtime)
 
     with StandIns(given, world_size) as gpus:
         outs = run_loopback(world_size, work)  # at the same layers on all ranks
@@ -300,18 +301,30 @@ def on_stand_ins(world_size: int, given: RuntimeConfig, *, weights: bool) -> lis
         (3, {"placement": Placement(copies=2)}),
         (2, {"placement": Placement(policy="document-affine"), "corpus_slots": 24}),
         (2, {"index_placement": "replicated"}),
+        (2, {"layout": WIDE, "dtype": BF16}),
+        (1, {"layout": with_codec(WIDE, "bf16"), "dtype": BF16}),
         (2, {"buckets": (1, 2)}),
     ],
-    ids=["alone", "two", "three, copies", "affine", "replicated index", "buckets"],
+    ids=["alone", "two", "three, copies", "affine", "replicated index", "fp8", "bf16", "buckets"],
 )
 def test_a_life_is_the_same_on_cpus(world_size: int, changes: dict[str, Any]) -> None:
-    given, weights = config(**changes), world_size != 1
-    theirs = on_cpus(world_size, given, weights=weights)
-    ours = on_stand_ins(world_size, given, weights=weights)
-    for mine, wanted in zip(ours, theirs, strict=True):
-        assert len(mine) == len(wanted)
-        for out, exact in zip(mine, wanted, strict=True):
-            torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-5)
+    given, life = config(**changes), bare if world_size == 1 else live
+    assert_right(on_stand_ins(world_size, given, life), given, life)
+
+
+def test_a_head_that_errs_too_much_is_told() -> None:
+    def short(runtime: Runtime) -> list[Tensor]:
+        life = Life(runtime)
+        life.add("a", 4 * B, seed=1)
+        life.drawn(1, 2, "auto", ["a"])
+        return life.outs
+
+    given = config(layout=WIDE, dtype=BF16)
+    ours = on_stand_ins(1, given, short)
+    assert_right(ours, given, short)
+    ours[0][0][1, 3] *= 1.06
+    with pytest.raises(AssertionError, match=r"output 0 of rank 0 errs [2-4]\.\d\d times"):
+        assert_right(ours, given, short)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -324,10 +337,9 @@ def test_a_life_with_leases_that_come_and_go(world_size: int) -> None:
         admit(gpu.pool, least=1)
         admitted.append(int((gpu.pool.leases.key_of != before).sum()))
 
-    theirs = on_cpus(world_size, given, weights=False)
     with patch.object(GpuRank, "keep_leases", keep):
-        ours = on_stand_ins(world_size, given, weights=False)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        ours = on_stand_ins(world_size, given, bare)
+    assert_right(ours, given, bare)
     assert sum(admitted) > 3 * world_size  # so some made room for others
 
 
