@@ -10,6 +10,7 @@ measures is not recorded.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,9 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from record import commit
 
 ONE = (("attend",), ("plan", "merge", "gather", "codec"))  # of either GPU; they take about as long
 TWO = ("latency", "exchange", "fetch", "step", "auto")
+COMPILING_S = 150.0
 
 
 def run(names: Sequence[str], gpu: int | None = None) -> list[str]:
@@ -40,24 +43,41 @@ def run(names: Sequence[str], gpu: int | None = None) -> list[str]:
 
 
 def compile_first(names: Sequence[str]) -> None:
-    """What fails here says so when its turn comes."""
+    """Run all of them quickly at once. One that does not end in time here compiles at its turn."""
+    print(f"== compiling: {', '.join(names)}", flush=True)
     started = time.perf_counter()
-    running = [
-        subprocess.Popen(
+    running = {
+        name: subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name(f"{name}.py")), "--quick"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )
         for name in names
-    ]  # fmt: skip
-    for child in running:
-        child.wait()
-    print(f"== compiled for two GPUs: {time.perf_counter() - started:.0f} s", flush=True)
+    }  # fmt: skip
+    try:
+        for name, child in running.items():
+            left = COMPILING_S - (time.perf_counter() - started)
+            try:
+                child.wait(timeout=max(left, 0))
+            except subprocess.TimeoutExpired:
+                continue
+            took = time.perf_counter() - started
+            print(f"== {name}: compiled after {took:.0f} s, exit {child.returncode}", flush=True)
+    finally:
+        for name, child in running.items():
+            if child.poll() is None:
+                print(f"== {name}: stopped compiling after {COMPILING_S:.0f} s", flush=True)
+                os.killpg(child.pid, signal.SIGKILL)  # with its ranks
+                child.wait()
 
 
 def main() -> int:
     started, two = time.perf_counter(), torch.cuda.device_count() > 1
+    quick = "--quick" in sys.argv
+    if not quick:
+        commit()  # refuses a tree with changes before anything runs
     if two:
-        compile_first(TWO)
+        if not quick:
+            compile_first(TWO)
         with ThreadPoolExecutor() as pool:
             failed = [name for half in pool.map(run, ONE, range(2)) for name in half]
         failed += run(TWO)

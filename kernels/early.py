@@ -30,6 +30,6 @@ def wait(EARLY: tl.constexpr):
 
 @triton.jit
 def let_next_begin(EARLY: tl.constexpr):
-    """Whatever this kernel still waits for, it has the SMs that it needs."""
+    """This kernel has the SMs that it needs; the next one may hold the others until this one ends."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()

@@ -171,7 +171,8 @@ def _exchange_kernel(
 ):  # fmt: skip
     """Every CTA takes its units of each role, role after role; it has sent before it waits."""
     wait(EARLY)
-    let_next_begin(EARLY)
+    if ACCEPTS == 0:
+        let_next_begin(EARLY)
     cta, ctas = tl.program_id(0), tl.num_programs(0)
     epoch = tl.load(epoch_ptr) + 1
     if SENDS > 0:
@@ -190,6 +191,8 @@ def _exchange_kernel(
         if ACCEPTS > 0:
             counts, code = headers(epoch, lane, rank, arena, peers, status, budget_ns, W, WP, CHUNKS,
                                     QUERY_SIGNALS, ABORT, ROWS)  # fmt: skip
+            # Not sooner: if somebody is late, those SMs are for what needs nobody.
+            let_next_begin(EARLY)
         else:
             counts, code = known_headers(
                 epoch, lane, rank, arena, W, WP, CHUNKS, QUERY_SIGNALS, ABORT, ROWS
@@ -262,8 +265,6 @@ def exchange(
     wide = 1 if ctas is None else _WIDE
     tile, chunks = wide * _TILE, others * wire.chunks
     resident = ctas or _multiprocessors(device) * _CTAS_OF_SM
-    # Few CTAs take their turns evenly if all chunks have as many parts as make up whole rounds.
-    most = ctas // math.gcd(ctas, chunks) if ctas else min(max(resident // chunks, 1), _MOST_PARTS)
     most_heads = wide * _HEADS
     # Who receives does not read ahead, and has the registers for twice as many.
     heads = _heads_of(items, wire.heads, resident, 2 * most_heads)
@@ -273,13 +274,15 @@ def exchange(
     row_tiles = 1 + triton.cdiv(wire.answer_words, tile)
     if parts is not None:
         row_tiles = triton.cdiv(wire.heads, answer_heads)
-    send_parts = _even(wire.chunk_rows * (list_tiles + query_tiles), most)
-    answer_parts = _even(wire.chunk_rows * row_tiles, most)
+    # Of what this rank can have to send; others may send up to the wire's rows.
+    sent, sent_rows = others * triton.cdiv(items, wire.chunk), min(items, wire.chunk)
+    send_parts = _even(sent_rows * (list_tiles + query_tiles), _most_parts(sent, ctas, resident))
+    answer_parts = _even(wire.chunk_rows * row_tiles, _most_parts(chunks, ctas, resident))
     group = 1
     while ctas and wire.chunk % (2 * group) == 0 and others * wire.rows >= 2 * group * ctas:
         group *= 2  # rows that a CTA accepts together: else some would have several turns
     units = (
-        chunks * send_parts if send is not None else 0,
+        sent * send_parts if send is not None else 0,
         others * triton.cdiv(wire.rows, group) if accept is not None else 0,
         chunks * answer_parts if answer is not None else 0,
         items * groups if receive is not None else 0,
@@ -333,6 +336,14 @@ def exchange(
         TILE=tile, HEADS=heads, GROUPS=groups, PUT=ends.put is not None, num_warps=threads // 32,
         **options,
     )  # fmt: skip
+
+
+def _most_parts(chunks: int, ctas: int | None, resident: int) -> int:
+    """Into how many a chunk may be cut. Few CTAs take their turns evenly if all chunks have as many
+    parts as make up whole rounds."""
+    if ctas:
+        return ctas // math.gcd(ctas, chunks)
+    return min(max(resident // chunks, 1), _MOST_PARTS)
 
 
 def _heads_of(rows: int, heads: int, ctas: int, most: int) -> int:

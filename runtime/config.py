@@ -96,12 +96,12 @@ class RuntimeConfig:
         for name in ("private_blocks", "lease_entries"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        sizes_of_step = (0, *self.buckets, self.max_queries)
-        whole = all(type(size) is int for size in sizes_of_step)
-        if not whole or any(a >= b for a, b in pairwise(sizes_of_step)):
+        listed = self.buckets if type(self.buckets) is tuple else (None,)
+        steps = (0, *listed, self.max_queries)
+        if any(type(size) is not int for size in steps) or any(a >= b for a, b in pairwise(steps)):
             raise ValueError(
-                f"buckets must be whole numbers that ascend to below max_queries={self.max_queries}, "
-                f"got {self.buckets!r}"
+                "buckets must be a tuple of whole numbers that ascend to below "
+                f"max_queries={self.max_queries}, got {self.buckets!r}"
             )
         if self.mode not in MODES:
             raise ValueError(f"unknown mode {self.mode!r}; known: {', '.join(MODES)}")

@@ -186,14 +186,16 @@ BROKEN: dict[str, tuple[Changes, str]] = {
     ),
     "another kernel let begin before the wait": (
         {"exchange.py": [
-            ("    wait(EARLY)\n    let_next_begin(EARLY)", "    let_next_begin(EARLY)\n    wait(EARLY)")
+            ("    wait(EARLY)\n    if ACCEPTS == 0:\n        let_next_begin(EARLY)",
+             "    let_next_begin(EARLY)\n    wait(EARLY)")
         ]},
         "begins before the kernel ahead has ended",
     ),
     "a load before the wait": (
         {"exchange.py": [
-            ("    wait(EARLY)\n", ""),
-            ("tl.load(epoch_ptr) + 1\n", "tl.load(epoch_ptr) + 1\n    wait(EARLY)\n"),
+            ("    wait(EARLY)\n    if ACCEPTS == 0:\n        let_next_begin(EARLY)\n", ""),
+            ("tl.load(epoch_ptr) + 1\n",
+             "tl.load(epoch_ptr) + 1\n    wait(EARLY)\n    let_next_begin(EARLY)\n"),
         ]},
         "begins before the kernel ahead has ended",
     ),

@@ -53,6 +53,7 @@ def attend(
     fp8: bool = False,
     tables: bool = False,
     dtype: torch.dtype = _BF16,
+    combined: bool = True,
 ) -> None:
     from qroam.kernels.attend import Tables, Workspace, attend, parts_of
 
@@ -78,6 +79,7 @@ def attend(
         query_of=on_gpu(rows),
         tables=Tables(on_gpu(4096), on_gpu(4096), on_gpu(4096), 64) if tables else None,
         rotation=on_gpu(rows, 64, dtype=_F32) if tables else None,
+        combined=combined,
     )
 
 
@@ -221,6 +223,7 @@ def launch(run: Callable[..., None], *kernels: str, spilled: int = 0, **options:
 
 LAUNCHES = {
     "attend 128 heads": launch(attend, "_attend", "_combine", heads=128),
+    "attend 128 heads, in parts": launch(attend, "_attend", heads=128, combined=False),
     "attend 16 heads": launch(attend, "_attend", "_combine", heads=16),
     "attend 128 heads of a pool, rotated": launch(attend, "_attend", heads=128, tables=True),
     "attend units of 64": launch(attend, "_attend", heads=128, unit_tokens=64),
@@ -393,7 +396,14 @@ _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuo
 
 
 def planned(
-    items: int, listed: int, world: int, forms: int, mode: Mode, monkeypatch: pytest.MonkeyPatch
+    items: int,
+    listed: int,
+    world: int,
+    forms: int,
+    mode: Mode,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    clusters: bool = True,
 ) -> list[tuple[str, int]]:
     """Kernels, and threads of an SM, that a call of `plan` launches on 132 SMs."""
     launched: list[tuple[str, int]] = []
@@ -406,7 +416,7 @@ def planned(
     monkeypatch.setattr(cuda, "load", lambda *arguments: None)
     monkeypatch.setattr(plan_module, "num_sms", lambda device: 132)
     monkeypatch.setattr(plan_module, "shared_of_sm", lambda device: 228 << 10)
-    monkeypatch.setattr(plan_module, "has_clusters", lambda device: True)
+    monkeypatch.setattr(plan_module, "has_clusters", lambda device: clusters)
     with StandIn():
         prices = PriceTable(on_gpu(world, 16, dtype=torch.float64), forms, 2)
         directory = Directory(on_gpu(4096, 4), block_tokens=64, num_branches=1)
@@ -443,6 +453,14 @@ def test_cuda_compiles_for_hopper(
         # Without contraction, as the definition on the host computes.
         assert "DFMA" not in told
         assert "DMUL" in told or mode == "given"
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100"])
+def test_the_plan_compiles_for(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clusters = arch != "sm_80"
+    ((kernel, _),) = planned(8, 2048, 2, 1, "auto", monkeypatch, clusters=clusters)
+    code, _ = compiled(SOURCE, kernel, arch=arch)
+    assert code
 
 
 def test_a_cuda_kernel_that_does_not_compile_says_why(tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ def test_a_life_alone(layout: Layout, dtype: torch.dtype) -> None:
         {"layout": WIDE, "dtype": BF16},
         {"lease_entries": 4 * B},
         {"buckets": (1, 2)},
+        {"buckets": (1, 2), "layout": WIDE, "dtype": BF16},
     ],
     ids=[
         "cyclic",
@@ -80,6 +81,7 @@ def test_a_life_alone(layout: Layout, dtype: torch.dtype) -> None:
         "fp8",
         "leases",
         "buckets",
+        "buckets, fp8",
     ],
 )
 def test_a_life_of_two(tmp_path: Path, changes: dict[str, Any]) -> None:

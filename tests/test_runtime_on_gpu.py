@@ -85,6 +85,7 @@ def opened_alone(given: RuntimeConfig) -> Runtime:
         ({"buckets": (0,)}, r"got \(0,\)"),
         ({"buckets": (2, 1)}, r"got \(2, 1\)"),
         ({"buckets": (1.0,)}, r"whole numbers .* got \(1.0,\)"),
+        ({"buckets": [1, 2]}, r"a tuple of .* got \[1, 2\]"),
     ],
     ids=lambda value: None if isinstance(value, str) else next(iter(value)),
 )

@@ -263,12 +263,13 @@ def taken(step: GpuStep) -> Iterator[Mode]:
 
 
 class Soak:
-    """A step of form A that takes the next of its turns by itself: its queries, selection and ways, random
-    mixes of both, are changed on the device, and what comes is compared bit by bit with the first time.
+    """A step of form A that takes the next of its turns by itself: its queries, selection and, if they are
+    given, ways, random mixes of both, are changed on the device, and what comes is compared bit by bit
+    with the first time.
     """
 
-    def __init__(self, step: GpuStep, corpus: Corpus, rank: int) -> None:
-        device = corpus.entries.device
+    def __init__(self, step: GpuStep, corpus: Corpus, rank: int, mode: Mode) -> None:
+        device, self._mode = corpus.entries.device, mode
         turns = [Turn.draw(corpus, rank, n, LATENT + ROPE) for n in range(VARIANTS)]
         self._query = torch.stack([turn.query for turn in turns])
         self._units = torch.stack([turn.units for turn in turns]).to(device)
@@ -285,7 +286,7 @@ class Soak:
         step.query.copy_(self._query.index_select(0, at)[0])
         step.units.copy_(self._units.index_select(0, at)[0])
         step.plan.way.copy_(self._way.index_select(0, at)[0])
-        step.run(0, "given")
+        step.run(0, self._mode)
         for found, first in ((step.out, self._out), (step.lse, self._lse)):
             bits = torch.int16 if found.dtype == BF16 else torch.int32
             differs = found.view(bits) != first.index_select(0, at)[0].view(bits)
@@ -299,7 +300,7 @@ class Soak:
         self._lse[number].copy_(self._step.lse)
 
 
-def soaked(transport: Transport) -> list[str]:
+def soaked(transport: Transport, mode: Mode) -> list[str]:
     """Turns one by one against fp64; then replays back to back, one rank late at first and both now and
     then, that must leave the same bits. What was wrong."""
     assert isinstance(transport, TorchTransport)
@@ -312,7 +313,7 @@ def soaked(transport: Transport) -> list[str]:
     )  # fmt: skip
     pool = corpus.pool(rank, peers.heap, peers.heaps)
     step = step_of(corpus, pool, "A", ends=peers.ends(), rank=rank, world=2)
-    soak = Soak(step, corpus, rank)
+    soak = Soak(step, corpus, rank, mode)
     torch.cuda.synchronize()
     found: list[str] = []
     for number, turn in enumerate(soak.turns):
@@ -341,9 +342,10 @@ def soaked(transport: Transport) -> list[str]:
     return found[:6]
 
 
-def test_replays_leave_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["given", "always-route", "auto"])
+def test_replays_leave_the_same_bits(tmp_path: Path, mode: Mode) -> None:
     with RankPool(2, tmp_path, deadline_s=LATE_S, patience_s=400.0) as pool:
-        assert pool.run(soaked) == [[], []]
+        assert pool.run(soaked, mode) == [[], []]
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,7 @@ def _compiled_steps(
         device=pool.memory.device,
     )
 
-    def step(rows: int, ends: Ends | None) -> GpuStep:
+    def step(rows: int, ends: Ends | None, larger: GpuStep | None = None) -> GpuStep:
         return GpuStep(
             pool,
             config.model.layers,
@@ -230,6 +230,7 @@ def _compiled_steps(
             rows=rows,
             listed=config.max_units,
             dtype=config.dtype,
+            larger=larger,
         )
 
     sizes = (*config.buckets, config.max_queries)
@@ -244,7 +245,8 @@ def _compiled_steps(
         if peers is not None:
             peers.check()
         del first
-    return [step(rows, ends) for rows in sizes]
+    largest = step(config.max_queries, ends)
+    return [*(step(rows, ends, largest) for rows in config.buckets), largest]
 
 
 def _agreed_device(transport: Transport) -> torch.device:

@@ -62,6 +62,7 @@ class GpuStep:
         listed: int,
         dtype: torch.dtype,
         weights: Weights | None = None,
+        larger: GpuStep | None = None,
     ) -> None:
         """Allocate for N = `rows` and K = `listed`; nothing is launched.
 
@@ -70,6 +71,8 @@ class GpuStep:
             prices: what decides, of `world_size` ranks and of the step's payload form.
             ends: this rank's end of a channel; None in a world of one.
             weights: W_UK and W_UV of each layer, equal on all ranks; with them the form is B.
+            larger: a step of as many rows or more, equal otherwise, in whose memory this one plans and
+                attends what others ask; so only one of them is under way at a time.
         Raises: ValueError for sizes that do not fit one another.
         """
         if (ends is None) != (world_size == 1):
@@ -103,12 +106,16 @@ class GpuStep:
             num_items=rows, num_listed=listed, world_size=world_size,
             num_forms=prices.num_forms, device=device,
         )  # fmt: skip
-        self._plan_space = PlanWorkspace.make(
-            num_items=rows,
-            num_branches=1,
-            num_units=len(pool.directory.records) * pool.directory.block_tokens,
-            world_size=world_size,
-            device=device,
+        self._plan_space: PlanWorkspace = (
+            larger._plan_space
+            if larger
+            else PlanWorkspace.make(
+                num_items=rows,
+                num_branches=1,
+                num_units=len(pool.directory.records) * pool.directory.block_tokens,
+                world_size=world_size,
+                device=device,
+            )
         )
         self._came = ints(rows * listed, 2)
         self._own_units, self._own_lengths = ints(rows, listed), ints(rows)
@@ -133,8 +140,11 @@ class GpuStep:
             self._routes = Routes(
                 made.items[0], made.units_of[0], made.route_units[0], made.pairs[0], made.expected
             )
-            self._accepted = Accepted.make(ends.wire, device)
-            self._others = attended((world_size - 1) * ends.wire.rows, parts)
+            if larger is None:
+                self._accepted = Accepted.make(ends.wire, device)
+                self._others = attended((world_size - 1) * ends.wire.rows, parts)
+            else:
+                self._accepted, self._others = larger._accepted, larger._others
             self._inbox = ends.inbox.view(dtype).view(-1, heads, columns)
 
     def run(self, layer: int, mode: Mode) -> None:
@@ -175,7 +185,7 @@ class GpuStep:
         exchange(ends, self._routes, answer=self._others.partials, receive=merge)
 
     def replay(self, layer: int, mode: Mode) -> None:
-        """`run` from a graph, captured at first use after a run outside, as all ranks then do."""
+        """`run` from a graph, captured at first use after a run outside, at which others may replay."""
         key = (layer, mode)
         if key not in self._graphs:
             self.run(layer, mode)
