@@ -55,12 +55,15 @@ class Call:
         step.units.copy_(self.units)
         step.query.normal_()
         self.query, self.out, self.lse = step.query, step.out, step.lse
-        # Of own entries [0], and of what the other rank asked here or answered [1].
-        self.outs = torch.empty(2, batch, HEADS, VALUE, dtype=BF16, device=device)
-        self.lses = torch.empty(2, batch, HEADS, device=device)
+        # Of own entries [0], and what the other rank answered [1]; and what is answered to it.
+        self.home = torch.empty(2, batch, HEADS, VALUE, dtype=BF16, device=device)
+        self.home_lse = torch.empty(2, batch, HEADS, device=device)
+        self.out_there, self.lse_there = (
+            torch.empty_like(self.home[0]),
+            torch.empty_like(self.home_lse[0]),
+        )
         self.covered = torch.zeros(2, batch, 2, dtype=torch.int32, device=device)
         self.arrived, self.arrived_units = torch.empty_like(self.query), torch.empty_like(remote)
-        self.home, self.home_lse = torch.empty_like(self.outs), torch.empty_like(self.lses)
         self.workspace = Workspace.make(
             rows=batch, heads=HEADS, value_dim=VALUE, parts=parts_of(HEADS, device), device=device
         )
@@ -96,18 +99,16 @@ class Call:
         asked = swap((self.query, self.arrived), (lists, self.arrived_units))
         attend(
             self.query, pool.entries(0), made.local_units, lengths=made.local_lengths,
-            out=self.outs[0], lse=self.lses[0], covered=self.covered[0], **options,
+            out=self.home[0], lse=self.home_lse[0], covered=self.covered[0], **options,
         )  # fmt: skip
         for work in asked:
             work.wait()
         attend(
             self.arrived, pool.entries(0), self.arrived_units, tables=pool.tables(0),
-            out=self.outs[1], lse=self.lses[1], covered=self.covered[1], **options,
+            out=self.out_there, lse=self.lse_there, covered=self.covered[1], **options,
         )  # fmt: skip
-        for work in swap((self.outs[1], self.home[1]), (self.lses[1], self.home_lse[1])):
+        for work in swap((self.out_there, self.home[1]), (self.lse_there, self.home_lse[1])):
             work.wait()
-        self.home[0].copy_(self.outs[0])
-        self.home_lse[0].copy_(self.lses[0])
         merge(self.home, self.home_lse, out=self.out, lse=self.lse)
         return self.out, self.lse
 

@@ -36,6 +36,7 @@ _OLDEST, _NEWEST = (3, 4), (3, 7)  # of libnvshmem: from the first up to below t
 _MAX_LANE = 1 << 16
 _UNIQUE_ID_BYTES = 128
 _MOST_SAID = 1 << 14  # bytes that a rank says at once
+_MOST_REASON = 2000
 _BY_LIBRARY = {"NVSHMEM_DISABLE_NVLS": "1", "NVSHMEM_DISABLE_NCCL": "1", "NVSHMEM_MAX_TEAMS": "7"}
 
 
@@ -92,7 +93,7 @@ def refusal(facts: Sequence[Facts], num_bytes: int) -> str | None:
             if value != facts[0].shared[name]:
                 return (
                     f"rank {rank} has {name}={value}, rank 0 has {facts[0].shared[name]}: all ranks "
-                    "must open the same wire with the same packages"
+                    "must open equal wires, heaps, incarnations and ways to send, with equal packages"
                 )
     found = tuple(int(part) for part in facts[0].libnvshmem.split(".")[:2])
     if not _OLDEST <= found < _NEWEST:
@@ -106,8 +107,15 @@ def refusal(facts: Sequence[Facts], num_bytes: int) -> str | None:
             return (
                 f"rank {rank} has {fact.free_bytes} bytes of device memory free, arena and pool take "
                 f"{num_bytes} and {_RESERVE} must remain: open fewer channels, a wire of fewer rows, or "
-                "a pool of fewer slots"
+                "a pool of fewer slots (of a Runtime: max_queries, max_units, max_blocks, corpus_slots)"
             )
+    for rank, fact in enumerate(facts):
+        for peer, other in enumerate(facts[:rank]):
+            if (other.host, other.device) == (fact.host, fact.device):
+                return (
+                    f"ranks {peer} and {rank} have the same GPU, {fact.device} of {fact.host}: each must "
+                    "open with one of its own"
+                )
     if facts[0].put:
         return None
     for rank, fact in enumerate(facts):
@@ -115,7 +123,8 @@ def refusal(facts: Sequence[Facts], num_bytes: int) -> str | None:
             if peer != rank and (other.host != fact.host or other.device not in fact.reaches):
                 return (
                     f"rank {rank} ({fact.device} of {fact.host}) cannot store to the memory of rank "
-                    f"{peer} ({other.device} of {other.host}): open with put=True"
+                    f"{peer} ({other.device} of {other.host}): let every rank see all GPUs of its host "
+                    "(CUDA_VISIBLE_DEVICES); for GPUs that cannot be stored to, open with put=True"
                 )
     return None
 
@@ -151,59 +160,55 @@ class NvshmemTransport:
             ring: epochs whose time stamps are kept, 0 for none.
             heap: bytes that the others can read beside the channels, for a pool of blocks.
         Raises:
-            ValueError: naming what does not fit, before NVSHMEM is entered: on every rank alike what
-                ranks differ in, or lack; at once, before any rank is asked, arguments that cannot be.
+            ValueError: on every rank alike, before NVSHMEM is entered: naming the rank and what does
+                not fit, is missing there, or differs. Also if memory of a rank turns out not to be mapped.
         """
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.device, self.deadline_s = device, deadline_s
         self._group, self._put = group, put
         self._closed = False
         self._hook: _ModuleHook | None = None
-        channels = len(wires)
-        for wire in wires:
-            if wire.world_size != self.world_size or wire.staged != put:
-                raise ValueError(
-                    f"a wire of {wire.world_size} ranks, staged {wire.staged}: here are "
-                    f"{self.world_size}, and wires are staged exactly if messages are put"
-                )
-        if not channels or incarnation < 1 or (incarnation + 1) * channels > _MAX_LANE:
-            raise ValueError(
-                f"incarnation {incarnation} of {channels} channels: both must be positive, and "
-                f"{_MAX_LANE} lanes are all there are"
+        channels, facts, reason, bitcode = len(wires), None, "", None
+        try:
+            self._check(wires, incarnation=incarnation, heap=heap)
+            if not torch.cuda.is_available():
+                raise ValueError(f"{device} was asked for, and torch finds no CUDA device here")
+            torch.cuda.set_device(device)
+            torch.cuda.init()
+            self._library = _library()
+            bitcode = str(_device_library()) if put else None
+            facts = _facts(
+                self._library, wires, device, heap=heap, incarnation=incarnation, put=put
             )
-        if device.type != "cuda" or device.index is None or not deadline_s > 0:
-            raise ValueError(
-                f"needs a CUDA device with its index and a deadline, got {device}, {deadline_s} s"
-            )
-        if heap < 0:
-            raise ValueError(f"heap must not be negative, got {heap}")
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        for rank, why in enumerate(gather(reason.encode()[:_MOST_REASON], group)):
+            if why:
+                raise ValueError(f"rank {rank}: {why.decode(errors='replace')}")
+        assert facts is not None
         sizes = [
             -(-size // _ALIGNMENT) * _ALIGNMENT for size in (*(w.num_bytes for w in wires), heap)
         ]
         starts, num_bytes = [sum(sizes[:channel]) for channel in range(channels + 1)], sum(sizes)
-        torch.cuda.set_device(device)
-        torch.cuda.init()
-        import nvshmem.bindings as bindings  # only here: the package needs a GPU's libraries
-        from cuda.pathfinder import load_nvidia_dynamic_lib
-
-        load_nvidia_dynamic_lib("nvshmem_host")
-        self._library = bindings
-        bitcode = str(_device_library()) if put else None
-        ours = _facts(bindings, wires, device, heap=heap, incarnation=incarnation, put=put)
-        said = gather(ours.encoded(), group)
-        if reason := refusal([ours.read(rank, text) for rank, text in enumerate(said)], num_bytes):
-            raise ValueError(reason)
+        said = gather(facts.encoded(), group)
+        if refused := refusal(
+            [facts.read(rank, text) for rank, text in enumerate(said)], num_bytes
+        ):
+            raise ValueError(refused)
         self._start(num_bytes)
-        self._base = int(bindings.malloc(num_bytes))
+        self._base = int(self._library.malloc(num_bytes))
         bases = [
-            0 if put and peer != self.rank else int(bindings.ptr(self._base, peer))
+            0 if put and peer != self.rank else int(self._library.ptr(self._base, peer))
             for peer in range(self.world_size)
         ]
-        if not put and 0 in bases:
-            self.close(abort=True)
-            raise ValueError(
-                f"rank {bases.index(0)} cannot be stored to though its device can: open with put=True"
-            )
+        unmapped = "" if put or 0 not in bases else str(bases.index(0))
+        for rank, peer in enumerate(gather(unmapped.encode(), group)):
+            if peer:
+                self.close(abort=True)
+                raise ValueError(
+                    f"memory of rank {peer.decode()} is not mapped at rank {rank}, though its device "
+                    "can be reached: open with put=True"
+                )
         memory = _view(self._base, num_bytes, device)
         memory.zero_()
         own = starts[channels]
@@ -211,7 +216,7 @@ class NvshmemTransport:
         self.heaps = torch.tensor([base and base + own for base in bases], device=device)
         self._status = torch.zeros(channels, dtype=torch.int64, pin_memory=True)
         if put:
-            self._hook = _ModuleHook(bindings)
+            self._hook = _ModuleHook(self._library)
         self._ends = [
             Ends(
                 wire=wire,
@@ -235,6 +240,27 @@ class NvshmemTransport:
         ]
         torch.cuda.synchronize(device)
         gather(b"", group)  # nobody writes to an arena that is not zero yet
+
+    def _check(self, wires: Sequence[Wire], *, incarnation: int, heap: int) -> None:
+        """Raise ValueError for arguments that cannot be."""
+        for wire in wires:
+            if wire.world_size != self.world_size or wire.staged != self._put:
+                raise ValueError(
+                    f"a wire of {wire.world_size} ranks, staged {wire.staged}: here are "
+                    f"{self.world_size}, and wires are staged exactly if messages are put"
+                )
+        if not wires or incarnation < 1 or (incarnation + 1) * len(wires) > _MAX_LANE:
+            raise ValueError(
+                f"incarnation {incarnation} of {len(wires)} channels: both must be positive, and "
+                f"{_MAX_LANE} lanes are all there are"
+            )
+        device, deadline_s = self.device, self.deadline_s
+        if device.type != "cuda" or device.index is None or not deadline_s > 0:
+            raise ValueError(
+                f"needs a CUDA device with its index and a deadline, got {device}, {deadline_s} s"
+            )
+        if heap < 0:
+            raise ValueError(f"heap must not be negative, got {heap}")
 
     def ends(self, channel: int = 0) -> Ends:
         """What `exchange` works with on this channel."""
@@ -325,6 +351,15 @@ def gather(said: bytes, group: dist.ProcessGroup) -> list[bytes]:
     dist.all_gather(everyone, ours, group=group)
     texts = [heard.numpy().tobytes() for heard in everyone]
     return [text[4 : 4 + int.from_bytes(text[:4], "little")] for text in texts]
+
+
+def _library() -> Any:
+    """NVSHMEM's raw bindings, their host library loaded."""
+    import nvshmem.bindings as bindings  # only here: the package needs a GPU's libraries
+    from cuda.pathfinder import load_nvidia_dynamic_lib
+
+    load_nvidia_dynamic_lib("nvshmem_host")
+    return bindings
 
 
 def _facts(
