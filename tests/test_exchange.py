@@ -13,9 +13,10 @@ import triton.language as tl
 from triton.runtime.errors import InterpreterError
 from wires import asked, connected, due, partials_of, room, target
 
-from qroam.kernels import signals
+from qroam.kernels import roles, signals
 from qroam.kernels.attend import Workspace
 from qroam.kernels.exchange import Accepted, Ends, Merge, Partials, exchange
+from qroam.kernels.roles import STAMPS
 from qroam.kernels.signals import SILENT, UNTRUE, blame
 from qroam.kernels.wire import Wire
 
@@ -221,6 +222,19 @@ def test_a_wrong_coverage_becomes_nan_and_is_named() -> None:
         assert not bool(merge.out[~faulty].isnan().any())
 
 
+def test_time_stamps_of_the_last_epochs_are_kept_in_order(clock: None) -> None:
+    ends = connected(small_wire(2), [DEVICE] * 2, ring=2)
+    for epoch in range(1, 4):
+        run(ends)
+        for end in ends:
+            assert end.ring is not None
+            stamps = end.ring[epoch % 2].tolist()  # begun, sent, arrived, answered, merged
+            assert stamps == sorted(stamps)
+            assert 0 < stamps[0] < stamps[-1]
+            before = end.ring[(epoch - 1) % 2].tolist()
+            assert before[-1] < stamps[0] if epoch > 1 else before == [0] * len(STAMPS)
+
+
 class Clock:
     """For the interpreter, which has none: every look at it is a quarter of an hour later."""
 
@@ -236,6 +250,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE.type == "cpu":
         monkeypatch.setattr(signals, "cuda", Clock)
+        monkeypatch.setattr(roles, "cuda", Clock)
 
 
 def test_other_tables_are_refused(clock: None) -> None:
