@@ -30,7 +30,7 @@ _LINE = 32  # words of 128 bytes: regions begin at multiples of it
 
 
 def chunk_of(rows: int) -> int:
-    """Queries of a chunk where a bucket has `rows`: a quarter, so that four can be under way at once."""
+    """Queries of a chunk where the largest bucket has `rows`: a quarter, so that four can be under way."""
     return min(max(rows // 4, 1), MAX_CHUNK)
 
 
