@@ -59,12 +59,19 @@ def record(
         "versions": _versions("qroam", "torch", "triton", "flashinfer-python", "nvidia-cuda-nvrtc"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": measured,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command(sys.argv),
     }
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{name}.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
     return line
+
+
+def command(argv: list[str]) -> str:
+    """How to run it again from the root of a checkout, wherever this one is."""
+    script, root = Path(argv[0]).resolve(), Path(__file__).parent.parent.resolve()
+    name = script.relative_to(root) if script.is_relative_to(root) else Path(script.name)
+    return shlex.join(["python", name.as_posix(), *argv[1:]])
 
 
 def cpu() -> str:

@@ -180,7 +180,7 @@ class NvshmemTransport:
             facts = _facts(
                 self._library, wires, device, heap=heap, incarnation=incarnation, put=put
             )
-        except (ImportError, OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever it is, the others must hear of it
             reason = f"{type(error).__name__}: {error}"
         for rank, why in enumerate(gather(reason.encode()[:_MOST_REASON], group)):
             if why:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from wires import asked, due, partials_of, room, target
+from wires import asked, due, partials_of, replay_unevenly, room, target
 
 from qroam.kernels.exchange import Accepted, Ends, Merge, Partials, Routes, exchange
 from qroam.kernels.pool_map import PoolMap
@@ -203,22 +203,12 @@ class Replay:
 def soak(
     rank: int, *, put: bool, replays: int, idle_rank: int, deadline_s: float
 ) -> dict[str, Any]:
-    """Back-to-back replays without a host synchronisation; rank 1 is late by a whole step at first,
-    and both stop for a while now and then."""
+    """`replay_unevenly`; what was wrong, or who was named."""
     transport = opened(rank, wire_of(8, chunk=4, put=put), deadline_s=deadline_s)
     replay = Replay(transport.ends(), rank, rows=8, idle=rank == idle_rank)
     graph = replay.captured()
     dist.barrier()
-    pauses = torch.randint(
-        1_000, 100_000, (replays,), generator=torch.Generator().manual_seed(rank)
-    )
-    if rank == 1:
-        torch.cuda._sleep(20_000_000)
-    for turn, cycles in enumerate(pauses.tolist()):
-        if turn % 61 == 7 * rank:
-            torch.cuda._sleep(cycles)
-        graph.replay()
-    torch.cuda.synchronize()
+    replay_unevenly(graph, rank, replays)
     try:
         transport.check()
     except PeerError as error:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from ranks import RankPool
 from torch import Tensor
+from wires import replay_unevenly
 
 from qroam.kernels import reference
 from qroam.kernels.decide import FETCH, LOCAL, ROUTE, Mode
@@ -325,16 +326,7 @@ def soaked(transport: Transport, mode: Mode) -> list[str]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         soak.take()
-    pauses = torch.randint(
-        1_000, 100_000, (REPLAYS,), generator=torch.Generator().manual_seed(rank)
-    )
-    if rank == 1:
-        torch.cuda._sleep(20_000_000)
-    for turn_number, cycles in enumerate(pauses.tolist()):
-        if turn_number % 61 == 7 * rank:
-            torch.cuda._sleep(cycles)
-        graph.replay()
-    torch.cuda.synchronize()
+    replay_unevenly(graph, rank, REPLAYS)
     peers.check()
     if int(soak.wrong):
         found.append(f"{int(soak.wrong)} results differ in {REPLAYS} replays")

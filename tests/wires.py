@@ -48,6 +48,19 @@ def connected(
     ]
 
 
+def replay_unevenly(graph: torch.cuda.CUDAGraph, rank: int, count: int) -> None:
+    """Back-to-back replays without a host synchronisation; rank 1 is late by a whole step at first, and
+    both stop for a while now and then."""
+    pauses = torch.randint(1_000, 100_000, (count,), generator=torch.Generator().manual_seed(rank))
+    if rank == 1:
+        torch.cuda._sleep(20_000_000)
+    for turn, cycles in enumerate(pauses.tolist()):
+        if turn % 61 == 7 * rank:
+            torch.cuda._sleep(cycles)
+        graph.replay()
+    torch.cuda.synchronize()
+
+
 class Asked(NamedTuple):
     """One rank's exchange: who is asked what, its queries, and own partials."""
 

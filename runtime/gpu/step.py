@@ -84,6 +84,8 @@ class GpuStep:
                 f"{rows} rows of {listed} entries do not fit a wire of {ends.wire.rows} rows of "
                 f"{ends.wire.units}"
             )
+        if larger is not None and rows > len(larger.query):
+            raise ValueError(f"{rows} rows do not fit the memory of a step of {len(larger.query)}")
         layout, device = layouts[0], pool.memory.device
         form: Form = "A" if weights is None else "B"
         columns, out_columns = layout.routed_dims(form)
@@ -97,7 +99,7 @@ class GpuStep:
         def ints(*shape: int, value: int = 0) -> Tensor:
             return torch.full(shape, value, dtype=torch.int32, device=device)
 
-        self.query = torch.zeros(rows, heads, columns, dtype=dtype, device=device)
+        self.query: Tensor = torch.zeros(rows, heads, columns, dtype=dtype, device=device)
         self.units, self.hidden = ints(rows, listed, value=-1), ints(rows, 2)
         self.out = torch.empty(rows, heads, out_columns, dtype=dtype, device=device)
         self.lse = torch.empty(rows, heads, device=device)
