@@ -20,7 +20,7 @@ bench: install
 	$(BIN)/python benchmarks/snapshot.py
 
 fuzz: install
-	$(BIN)/python tests/fuzz.py
+	PYTHONPATH=tests/support $(BIN)/python tests/fuzz/fuzz.py
 
 lint: install
 	$(BIN)/ruff format --check .

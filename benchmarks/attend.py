@@ -19,8 +19,9 @@ import torch
 from gpu import DEVICE, Bench, Variant, as_good_as_eager, host_us
 from torch import Tensor
 
-from qroam.kernels import flashinfer, flashmla, reference
+from qroam.kernels import reference
 from qroam.kernels.attend import Workspace, attend, parts_of
+from qroam.kernels.library import flashinfer, flashmla
 from qroam.partition.codec import make_codec
 
 CORPUS, ENTRIES, LATENT, ROPE = 262144, 2048, 512, 64

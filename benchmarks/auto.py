@@ -23,7 +23,7 @@ from torch import Tensor
 from qroam.kernels import reference
 from qroam.kernels.decide import FETCH, ROUTE, Mode
 from qroam.runtime.gpu.step import GpuStep
-from qroam.runtime.transport_nvshmem import NvshmemTransport
+from qroam.runtime.gpu.symmetric_memory import NvshmemTransport
 
 QUERIES = (1, 4, 8, 16, 64)
 UNITS = (32, 128, 512, 1024, 2048)

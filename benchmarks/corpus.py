@@ -8,18 +8,18 @@ from torch import Tensor
 
 from qroam.kernels.codec import encode_latent
 from qroam.kernels.decide import PriceTable
+from qroam.kernels.exchange.layout import Wire, chunk_of
 from qroam.kernels.plan import Directory
-from qroam.kernels.pool_map import PoolMap
-from qroam.kernels.wire import Wire, chunk_of
+from qroam.kernels.pool_layout import PoolMap
 from qroam.partition.codec import make_codec
 from qroam.partition.layout import Form, Layout, named_layout
 from qroam.runtime import load_profile
 from qroam.runtime.cost.model import CostModel, LayerFacts
 from qroam.runtime.cost.prices import prices_of
-from qroam.runtime.gpu.forms import Weights
+from qroam.runtime.gpu.payload import Weights
 from qroam.runtime.gpu.pool import GpuPool
 from qroam.runtime.gpu.step import GpuStep
-from qroam.runtime.transport_nvshmem import NvshmemTransport
+from qroam.runtime.gpu.symmetric_memory import NvshmemTransport
 
 HEADS, QUERY, VALUE, ENTRIES, BLOCK = 128, 576, 512, 262144, 64
 BF16 = torch.bfloat16

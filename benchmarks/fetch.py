@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qroam.kernels.codec import encode_latent
 from qroam.kernels.gather import gather
-from qroam.runtime.transport_nvshmem import NvshmemTransport
+from qroam.runtime.gpu.symmetric_memory import NvshmemTransport
 
 BATCHES, LISTED = (1, 8, 64), 1024
 ROWS = {"bf16": 2 * QUERY, "fp8_v32": 656}

@@ -1,4 +1,4 @@
-"""Merge of partials (`kernels/merge.py`): P partials of every item, or lists of them.
+"""Merge of partials (`kernels/library/merge.py`): P partials of every item, or lists of them.
 
 Partials are bf16, 128 heads of 512 columns, coverage compared as in a step. The bar is the copy
 bandwidth measured in the same run; beside it stand the same sum as three torch operations, and a
@@ -18,7 +18,7 @@ from gpu import DEVICE, Bench, Variant, as_good_as_eager, copy_of
 from torch import Tensor
 
 from qroam.kernels import reference
-from qroam.kernels.merge import merge
+from qroam.kernels.library.merge import merge
 
 COLUMNS = 512
 

@@ -3,7 +3,7 @@
 Units are single entries of a corpus of 262144 in blocks of 64, dealt at random to 8 ranks of which
 this is one. Prices are those of NVLink peers, so small batches fetch and large ones route; the
 modes that do only one of it show what its lists cost. Beside it stands the plain-torch definition
-(`runtime/plan.py`), captured on the device with the ways given: without the decision.
+(`runtime/cpu/plan.py`), captured on the device with the ways given: without the decision.
 
     python benchmarks/plan.py [--quick] [--cases REGEX]
 """
@@ -23,11 +23,11 @@ from qroam.kernels.decide import FETCH, ROUTE, Mode
 from qroam.kernels.plan import Directory, Plan, Workspace, plan
 from qroam.partition.layout import named_layout
 from qroam.runtime import load_profile
-from qroam.runtime import plan as definition
 from qroam.runtime.cost import predicate
 from qroam.runtime.cost.model import CostModel, LayerFacts
 from qroam.runtime.cost.predicate import Demand
 from qroam.runtime.cost.prices import prices_of
+from qroam.runtime.cpu import plan as definition
 
 CORPUS, LISTED, WORLD, RANK, BLOCK_TOKENS = 262144, 2048, 8, 3, 64
 _DEFINED_CALLS = 4
@@ -62,7 +62,7 @@ def cost_model() -> CostModel:
 
 
 class Tables(NamedTuple):
-    """What `runtime/plan.py` reads, and `Directory.of` takes."""
+    """What `runtime/cpu/plan.py` reads, and `Directory.of` takes."""
 
     owners: Tensor
     generations: Tensor
@@ -86,7 +86,7 @@ def tables() -> Tables:
 
 
 def wanted(units: Tensor, tables: Tables) -> definition.Wanted:
-    """`runtime/plan.py` up to the demand; nothing is hidden and every entry exists."""
+    """`runtime/cpu/plan.py` up to the demand; nothing is hidden and every entry exists."""
     hidden = torch.zeros(len(units), 2, dtype=torch.int32)
     entries, visible = definition.unit_entries(
         units, hidden, unit_tokens=1, block_tokens=BLOCK_TOKENS, num_branches=1

@@ -29,11 +29,11 @@ from torch import Tensor
 from qroam.kernels import reference
 from qroam.kernels.attend import Workspace, attend, parts_of
 from qroam.kernels.decide import Mode
-from qroam.kernels.merge import merge
+from qroam.kernels.library.merge import merge
 from qroam.partition.layout import Form
-from qroam.runtime.gpu.forms import absorb, project
+from qroam.runtime.gpu.payload import absorb, project
 from qroam.runtime.gpu.step import GpuStep
-from qroam.runtime.transport_nvshmem import NvshmemTransport
+from qroam.runtime.gpu.symmetric_memory import NvshmemTransport
 
 SELECTED = 2048
 SCALE = LAYOUT.softmax_scale

@@ -1,8 +1,8 @@
 """Which units a query wants: index scores where the keys live, exact top-k across holders."""
 
+from ..partition.rope import apply_rope, deinterleave, rope_tables
 from .dsa import hadamard, head_weights, index_key, index_query, scores
-from .rope import apply_rope, deinterleave, rope_tables
-from .select import local_topk, merge_topk, select_blocks, unit_scores, visible
+from .topk import local_topk, merge_topk, select_blocks, unit_scores, visible
 
 __all__ = [
     "apply_rope",

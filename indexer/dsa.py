@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..partition.codec import act_quant
 from ..partition.layout import IndexLayout, Rope
-from .rope import apply_rope, rotate
+from ..partition.rope import apply_rope, rotate
 
 # Queries are also tiled rather than let a tile get narrower than this many entries.
 _MIN_TILE_ENTRIES = 512

@@ -9,7 +9,7 @@ one part an SM, so rows of any length balance. A row that lies in one part is fi
 row that is cut, every part leaves a partial in the workspace, and `_combine` merges them. All
 counts stay on the device.
 
-`hopper.py` has the sm_90 kernel, of the same schedule; the one here runs wherever Triton does, and
+`attend_sm90.py` has the sm_90 kernel, of the same schedule; the one here runs wherever Triton does, and
 in its interpreter.
 """
 
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import hopper
+from . import attend_sm90
 from .checks import check_ids, check_tensor
 from .mix import mix_of
 
@@ -88,7 +88,7 @@ def parts_of(heads: int, device: torch.device | str) -> int:
     if device.type != "cuda":
         return 2
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return int(sms) // -(-heads // hopper.HEADS)
+    return int(sms) // -(-heads // attend_sm90.HEADS)
 
 
 def attend(
@@ -230,7 +230,7 @@ def attend(
     }
     if on_hopper:
         words = (torch.bfloat16, torch.float32) if is_fp8 else (entries.dtype, entries.dtype)
-        hopper.launch(
+        attend_sm90.launch(
             **arguments, entry_ropes=entries.view(words[0]), entry_scales=entries.view(words[1]),
             COMBINED=combined,
         )  # fmt: skip

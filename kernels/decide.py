@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from . import cuda
+from . import nvrtc
 from .checks import check_tensor
 
 Mode = Literal["auto", "always-route", "always-fetch", "given"]
@@ -149,7 +149,7 @@ def decide(
         "way": out,
         "demand": torch.empty(world, num_items, 2, dtype=torch.int64, device=device),
     }
-    cuda.launch(
+    nvrtc.launch(
         SOURCE,
         fixed.name("decide"),
         step_of(tensors, prices, rank=rank, num_items=num_items),

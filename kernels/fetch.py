@@ -19,10 +19,10 @@ from torch import Tensor
 
 from .checks import check_tensor
 from .decide import FETCH
+from .exchange.layout import MAX_WORLD
 from .mix import mix_of
 from .plan import Plan, num_sms
-from .pool_map import PoolMap
-from .wire import MAX_WORLD
+from .pool_layout import PoolMap
 
 _FETCH: tl.constexpr = tl.constexpr(FETCH)
 # A program is one warp: its threads need no barrier, and a tile waits for nobody else's tables.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cuda
+from . import nvrtc
 from .checks import check_tensor
 from .decide import (
     COLUMN_BYTES,
@@ -293,7 +293,7 @@ def plan(
     )
 
     def launch(fixed: Fixed) -> None:
-        cuda.launch(
+        nvrtc.launch(
             SOURCE,
             fixed.name("plan"),
             step,
@@ -313,7 +313,7 @@ def plan(
         for stages in ((_COUNT, _SHARE, _FIRST, _LIST, _PLACE) if shared else (_COUNT, _LIST))
     ]
     for one in each:  # a stage that does not compile must not follow one that has run
-        cuda.load(SOURCE, one.name("plan"), device)
+        nvrtc.load(SOURCE, one.name("plan"), device)
     for one in each:
         launch(one)
     return out

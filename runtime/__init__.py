@@ -2,12 +2,12 @@
 
 from .config import RuntimeConfig
 from .cost.profile import FabricProfile, load_profile
+from .cpu.step import Selection
 from .errors import BlocksLostError, CoverageError, PeerError, SnapshotError
-from .requests import Request, Scope
 from .runtime import Runtime
-from .service import Service
-from .step import Selection
-from .transport import LoopbackTransport
+from .scope import Request, Scope
+from .service.server import Service
+from .transport.base import LoopbackTransport
 
 __all__ = [
     "BlocksLostError",

@@ -13,13 +13,28 @@ from torch import Tensor
 
 from ..partition.directory import Document, with_pin, with_quota, without_document
 from ..partition.eviction import POLICIES, Policy
-from ..partition.hashes import block_hashes
 from ..partition.layout import Layout
-from . import life
-from .block_check import BlockCheck, check_blocks
+from ..partition.prefix_hash import block_hashes
 from .config import RuntimeConfig
+from .corpus import documents
+from .corpus.document_copy import lease
+from .corpus.rejoin import Former, rejoin
+from .corpus.restore import RestoreReport, restore
+from .corpus.snapshot import PendingSnapshot, SnapshotReport, begin_snapshot, finish_snapshot
+from .corpus.verify import BlockCheck, check_blocks
 from .cost.predicate import MODES, Mode
-from .door import (
+from .cpu.answer import MAX_TOP_K
+from .cpu.copies import lost_blocks
+from .cpu.step import Selection, attend_step, select_step
+from .errors import CoverageError, PeerError, SnapshotError
+from .gpu.host_step import attend_on_gpu
+from .gpu.limits import check_on_cpu, check_step
+from .observe.explain import DecisionLine, explain_last, predicted_last
+from .scope import Attached, Request, Scope, scope_of, stacked
+from .service.server import Service, start_service
+from .transport.base import Transport
+from .transport.tensor_parallel import joined_lane, lane_number
+from .validate import (
     check_attachment,
     check_disjoint,
     check_name,
@@ -30,21 +45,6 @@ from .door import (
     check_tensor,
     check_writable,
 )
-from .errors import CoverageError, PeerError, SnapshotError
-from .explain import DecisionLine, explain_last, predicted_last
-from .failover import lost_blocks
-from .gpu.attend import attend_on_gpu
-from .gpu.limits import check_on_cpu, check_step
-from .holder import MAX_TOP_K
-from .lanes import joined_lane, lane_number
-from .lease import lease
-from .rejoin import Former, rejoin
-from .requests import Attached, Request, Scope, scope_of, stacked
-from .restore import RestoreReport, restore
-from .service import Service, start_service
-from .snapshot import PendingSnapshot, SnapshotReport, begin_snapshot, finish_snapshot
-from .step import Selection, attend_step, select_step
-from .transport import Transport
 from .world import LayerWeights, World, default_group
 
 T = TypeVar("T")
@@ -250,7 +250,7 @@ class Runtime:
         self._check_not_serving()
         world = self._world
         tokens, hashes = self._content(name, tokens, token_ids, salt, position, group)
-        directory = life.added(
+        directory = documents.added(
             world,
             world.directory,
             name,
@@ -327,7 +327,7 @@ class Runtime:
             if isinstance(source, Document)
         }
         with self._in_world_step():
-            return life.make_room(
+            return documents.make_room(
                 self._world,
                 name,
                 tokens=tokens,
@@ -364,13 +364,13 @@ class Runtime:
                 raise ValueError("only a request's own private tokens can be published")
             if token_ids is not None and len(token_ids) != request.length:
                 raise ValueError(f"{len(token_ids)} token ids for {request.length} tokens")
-            missing = life.unwritten(self._world, request)
+            missing = documents.unwritten(self._world, request)
             if missing is not None:
                 raise ValueError(f"the request cannot be published: {missing} is not written")
             start = request.position - request.length
             _, hashes = self._content(name, request.length, token_ids, salt, start, group)
         with self._in_world_step():
-            return life.publish(self._world, name, request, hashes, group)
+            return documents.publish(self._world, name, request, hashes, group)
 
     def load_document(
         self, name: str, layer: int, entries: Tensor, index_keys: Tensor | None = None

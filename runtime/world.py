@@ -20,21 +20,21 @@ from ..partition.codec import Codec, make_codec
 from ..partition.directory import Directory, empty_directory
 from ..partition.layout import Form, Layout
 from ..partition.pool import BlockStore
-from ..partition.records import BlockHashes
-from ..partition.snapshot import KINDS, Kind
+from ..partition.snapshot.format import KINDS, Kind
+from ..partition.snapshot.record import BlockHashes
 from .config import RuntimeConfig
 from .cost.model import LayerFacts
 from .cost.predicate import Decision, Demand, Way
-from .messages import Header
-from .plan import chosen_copy
-from .ranges import named_range
-from .transport import Column, LoopbackTransport, Sent, Transport
-from .transport_torch import TorchTransport
+from .cpu.plan import chosen_copy
+from .observe.profiling import named_range
+from .transport.base import Column, LoopbackTransport, Sent, Transport
+from .transport.gloo import TorchTransport
+from .transport.messages import Header
 from .usage import Usage
 
 if TYPE_CHECKING:
-    from .gpu.rank import GpuRank
-    from .service import Service
+    from .gpu.backend import GpuRank
+    from .service.server import Service
 
 
 def connect(deadline_s: float) -> Transport:
@@ -172,7 +172,7 @@ class World:
         self.settled = self.directory  # the tables of the last step of all: every rank had these
         self.gpu: GpuRank | None = None
         if config.device == "cuda":
-            from .gpu.rank import open_gpu  # only here: it needs Triton
+            from .gpu.backend import open_gpu  # only here: it needs Triton
 
             self.gpu = open_gpu(config, transport)
         private = config.private_blocks

@@ -1,5 +1,6 @@
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +8,11 @@ from ranks import RankPool
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before any is imported
+
+# Tests that run themselves as a script find what they share.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH", "")])
+)
 
 torch.set_num_threads(1)
 # In this mode torch.empty and its kin come filled with NaN (integers: the largest value), so what

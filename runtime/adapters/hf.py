@@ -25,9 +25,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ...indexer import head_weights, index_key, index_query
 from ...partition.layout import IndexLayout, Layout, ModelLayout, Pairing, Yarn, mla
-from ..requests import Request, Scope
+from ..cpu.step import Selection
 from ..runtime import Runtime
-from ..step import Selection
+from ..scope import Request, Scope
 
 MODEL_TYPES = ("deepseek_v32", "glm_moe_dsa")
 IMPLEMENTATION = "qroam"

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ...kernels.fetch import fetch
-from ...kernels.pool_map import PoolMap
+from ...kernels.pool_layout import PoolMap
 from ...kernels.reference import mix
 from ...partition.directory import Directory
 from ...partition.pool import BlockStore
-from ..holder import to_int32
+from ..cpu.answer import to_int32
 
 if TYPE_CHECKING:
     from .pool import GpuPool

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
-from ...kernels.wire import MAX_UNITS
+from ...kernels.exchange.layout import MAX_UNITS
 from ..cost.predicate import Mode
 
 if TYPE_CHECKING:
     from ..config import RuntimeConfig
-    from ..step import Selection
+    from ..cpu.step import Selection
 
 Device = Literal["cpu", "cuda"]
 GpuMode = Literal["auto", "always-route", "always-fetch"]

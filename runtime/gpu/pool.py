@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...kernels.attend import Tables
 from ...kernels.plan import Directory as Records
-from ...kernels.pool_map import PoolMap
+from ...kernels.pool_layout import PoolMap
 from ...partition.codec import Codec, PlainCodec
 from ...partition.directory import Directory
 from ...partition.pool import BlockStore

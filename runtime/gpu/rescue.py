@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels.pool_map import PoolMap
+from ...kernels.pool_layout import PoolMap
 
 
 class Rescued(NamedTuple):

@@ -3,7 +3,7 @@
 Letters: N items of this rank (a query each), K listed entries, H heads, D query columns, V output
 columns, W ranks. Everything between the selection and the merged output is launched without a look
 at the device, so a step is captured in one CUDA graph and replayed with new queries and selections;
-`runtime/step.py` tells the same story on CPUs.
+`runtime/cpu/step.py` tells the same story on CPUs.
 
     main stream    plan   send, accept    others' rows   answer, receive
     own stream          \\ pull, own rows             /
@@ -23,12 +23,12 @@ from torch import Tensor
 
 from ...kernels.attend import parts_of
 from ...kernels.decide import ROUTE, Mode, PriceTable
-from ...kernels.exchange import Accepted, Ends, Merge, Routes, exchange
+from ...kernels.exchange.launch import Accepted, Ends, Merge, Routes, exchange
 from ...kernels.fetch import compose, fetch
 from ...kernels.plan import Plan, num_sms, plan
 from ...kernels.plan import Workspace as PlanWorkspace
 from ...partition.layout import Form, Layout
-from .forms import Absorbed, Unabsorbed, Weights, check_weights
+from .payload import Absorbed, Unabsorbed, Weights, check_weights
 from .pool import GpuPool
 
 SENDERS = 16  # SMs that move queries while the others attend

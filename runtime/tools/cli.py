@@ -148,7 +148,7 @@ def explain(
 ) -> None:
     """Show the decisions of a hypothetical step, and why."""
     from ...partition.codec import make_codec
-    from ...partition.lanes import lane_layout
+    from ...partition.head_split import lane_layout
     from ...partition.layout import named_layout
     from ..cost.profile import load_profile
     from .explain import explain_step, render, render_lines
@@ -185,7 +185,7 @@ def verify(
     path: Annotated[Path, typer.Argument(help="The folder of a snapshot.")], as_json: Json = False
 ) -> None:
     """Read a snapshot and compare every block with its hash; name the blocks that are lost."""
-    from ...partition.snapshot_verify import verify as verify_snapshot
+    from ...partition.snapshot.verify import verify as verify_snapshot
     from .verify import render_verified
 
     result = verify_snapshot(path)

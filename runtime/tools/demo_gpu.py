@@ -23,8 +23,8 @@ from ..cost.profile import load_profile
 from ..errors import CoverageError, PeerError
 from ..gpu.limits import GPU_MODES, GpuMode
 from ..runtime import Runtime
-from ..transport import LoopbackTransport, Transport
-from ..transport_torch import TorchTransport
+from ..transport.base import LoopbackTransport, Transport
+from ..transport.gloo import TorchTransport
 from ..world import World, entry_codec
 
 CODECS = ("bf16", "fp8_v32")

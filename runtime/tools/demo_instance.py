@@ -21,10 +21,10 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 from ..adapters.hf import Chunk, HFEngine
 from ..config import RuntimeConfig
 from ..cost.predicate import Mode
+from ..cpu.step import Selection
 from ..errors import CoverageError, PeerError
-from ..requests import Request
 from ..runtime import Runtime
-from ..step import Selection
+from ..scope import Request
 from .demo_model import CHUNK_TOKENS, build_model
 from .memory import peak_bytes, reset_peak
 from .near_ties import NearTies, TieReview

@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from ..adapters.hf import Batch
-from ..requests import Request
-from ..step import Selection
+from ..cpu.step import Selection
+from ..scope import Request
 
 NEAR_TIE = 1e-5
 CORPUS = -1

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..messages import Header
-from ..transport_torch import TorchTransport
+from ..transport.gloo import TorchTransport
+from ..transport.messages import Header
 
 Sabotage = Literal["drop-holder", "wrong-row", "double-answer"]
 

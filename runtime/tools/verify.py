@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from ...partition.snapshot_verify import Verified
+from ...partition.snapshot.verify import Verified
 
 
 def render_verified(result: Verified) -> str:

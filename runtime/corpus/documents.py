@@ -1,0 +1,244 @@
+"""The life of documents: added, published out of a request, made room for.
+
+What changes the directory is decided by every rank alike, from the directory and from what all ranks
+said in one exchange; so it is refused on all ranks or on none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...partition.directory import Directory, Document, with_document
+from ...partition.eviction import Policy, Use, evicted, ranked
+from ...partition.placement import place, place_at
+from ...partition.prefix_hash import CONTENT_BYTES, split_contents
+from ..cpu.move import broadcast, settle
+from ..scope import Request
+from ..transport.messages import Message
+from ..world import World
+
+
+def added(
+    world: World,
+    directory: Directory,
+    name: str,
+    *,
+    tokens: int,
+    position: int,
+    load: Tensor | None = None,
+    home: int | None = None,
+    hashes: Sequence[bytes] = (),
+    group: str = "",
+) -> Directory:
+    """The directory with one more document, placed by the world's policy, or at the rank `home`.
+
+    Raises: ValueError if it cannot be added.
+    """
+    config, shared = world.config, len(directory.prefix(hashes))
+    num_blocks = -(-tokens // config.block_tokens)
+    if load is not None and load.shape != (num_blocks,):
+        raise ValueError(f"load must have shape ({num_blocks},), got {tuple(load.shape)}")
+    fresh = directory.free_blocks(name, num_blocks - shared)
+    if home is None:
+        ranks = place(
+            config.placement,
+            fresh,
+            num_branches=config.num_branches,
+            world_size=world.world_size,
+            used=directory.used,
+            load=None if load is None else load[shared:],
+        )
+    else:
+        ranks = place_at(
+            home,
+            len(fresh),
+            num_branches=config.num_branches,
+            copies=config.placement.copies,
+            world_size=world.world_size,
+        )
+    grown = with_document(
+        directory,
+        name,
+        tokens=tokens,
+        position=position,
+        ranks=ranks,
+        capacity=world.corpus_slots,
+        hashes=hashes,
+        group=group,
+    )
+    _check_index_room(world, grown, name)
+    return grown
+
+
+def publish(
+    world: World,
+    name: str,
+    request: Request | None,
+    hashes: Sequence[bytes],
+    group: str,
+) -> Document:
+    """One rank's request becomes a document: its own tokens, copied bit for bit; a step of the world.
+
+    The new blocks stay at that rank, as the owner.
+
+    Raises: ValueError on every rank if the document cannot be added, or not just one rank has a
+    request.
+    """
+    facts = torch.empty(0, dtype=torch.int64)
+    if request is not None:
+        facts = torch.tensor([request.length, request.position - request.length])
+    content = torch.tensor(list(b"".join(hashes)), dtype=torch.uint8)
+    columns = [broadcast("publish", facts, world), broadcast("hashes", content, world)]
+    visitors = settle(world, world.header("publish", layer=0), columns)
+    said = [(facts, content) if m is None else _said(world, r, m) for r, m in enumerate(visitors)]
+    homes = [rank for rank, (theirs, _) in enumerate(said) if len(theirs)]
+    if len(homes) != 1:
+        raise ValueError(f"one rank publishes its request, the others none; got ranks {homes}")
+    (home,) = homes
+    tokens, position = said[home][0].tolist()
+    raw = said[home][1].numpy().tobytes()
+    world.adopt(
+        added(
+            world,
+            world.directory,
+            name,
+            tokens=tokens,
+            position=position,
+            home=home,
+            hashes=split_contents(raw),
+            group=group,
+        )
+    )
+    document = world.directory.documents[name]
+    if request is not None:
+        _copy_tail(world, request, document)
+    for layer in range(len(world.config.model.layers)):
+        settle(world, world.header("publish", layer=layer))  # copies elsewhere have it now
+    return document
+
+
+def unwritten(world: World, request: Request) -> str | None:
+    """Which of a request's own tokens is not written at some layer, in words; None if all are."""
+    ids = request.ids(0, request.length)
+    for layer, codec in enumerate(world.index.codecs):
+        _, here = world.entries.resolve(layer, world.stored_ids(ids))
+        written = here.view(len(ids), -1).all(1)
+        if codec is not None:
+            written &= world.index.resolve(layer, ids)[1]
+        if not bool(written.all()):
+            return f"token {int((~written).nonzero()[0, 0])} at layer {layer}"
+    return None
+
+
+def make_room(
+    world: World,
+    name: str,
+    *,
+    tokens: int,
+    policy: Policy,
+    group: str,
+    hashes: Sequence[bytes],
+    in_use: frozenset[str],
+) -> list[str]:
+    """Remove documents until `name` can be added; returns their names. A step of the world.
+
+    How much each is used, and whether it is `in_use` by an open request, is what all ranks say
+    together.
+
+    Raises: ValueError on every rank, and nothing changes, if there cannot be enough room.
+    """
+    directory = world.directory
+    uses = [world.usage.of(d.serial, world.epoch) for d in directory.documents.values()]
+    columns = {
+        "last": torch.tensor([use.last for use in uses], dtype=torch.int64),
+        "heat": torch.tensor([use.heat for use in uses], dtype=torch.float64),
+        "held": torch.tensor([name in in_use for name in directory.documents], dtype=torch.int32),
+    }
+    visitors = settle(
+        world,
+        world.header("evict", layer=0),
+        [broadcast(name, rows, world) for name, rows in columns.items()],
+    )
+    said = [columns if m is None else _uses(world, r, m, columns) for r, m in enumerate(visitors)]
+    last = torch.stack([theirs["last"] for theirs in said]).amax(0).tolist()
+    heat = torch.stack([theirs["heat"] for theirs in said]).sum(0).tolist()
+    held = torch.stack([theirs["held"] for theirs in said]).amax(0).tolist()
+    names = list(directory.documents)
+    together = {name: Use(last[at], heat[at]) for at, name in enumerate(names)}
+
+    def lacking(directory: Directory) -> str | None:
+        try:
+            added(world, directory, name, tokens=tokens, position=0, hashes=hashes, group=group)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    smaller, removed = evicted(
+        directory,
+        ranked(directory, together, policy),
+        frozenset(name for at, name in enumerate(names) if held[at]),
+        lacking=lacking,
+        group=group,
+        blocks=-(-tokens // world.config.block_tokens),
+    )
+    world.adopt(smaller)
+    return removed
+
+
+def _copy_tail(world: World, request: Request, document: Document) -> None:
+    """Write a request's own rows once more, as those of the document, where it is stored anew."""
+    first = document.shared * world.config.block_tokens
+    source, target = request.ids(first, document.tokens), document.ids(first)
+    if len(target) == 0:
+        return
+    for layer, codec in enumerate(world.index.codecs):
+        index, _ = world.entries.resolve(layer, world.stored_ids(source))
+        keys = None
+        if codec is not None:
+            keys = world.index.rows(layer, world.index.resolve(layer, source)[0])
+        world.keep(layer, target, world.entries.rows(layer, index), keys)
+
+
+def _check_index_room(world: World, directory: Directory, name: str) -> None:
+    """Index keys live with the copies of a block's first branch; refused if a rank has no room."""
+    if not world.has_index or world.config.index_placement == "replicated":
+        return
+    first = directory.owners[:: directory.num_branches]
+    held = torch.bincount(first[first >= 0].long(), minlength=world.world_size)
+    if int(held.max()) > world.index_slots:
+        rank = int(held.argmax())
+        raise ValueError(
+            f"document {name!r} does not fit: rank {rank} would hold the index keys of "
+            f"{int(held[rank])} blocks, its pool has {world.index_slots}"
+        )
+
+
+def _said(world: World, rank: int, message: Message) -> tuple[Tensor, Tensor]:
+    """What a peer says it publishes: (tokens, position) or nothing, and its blocks' hashes."""
+    nothing = torch.empty(0, dtype=torch.int64)
+    facts = message.columns.get("publish", nothing)
+    content = message.columns.get("hashes", torch.empty(0, dtype=torch.uint8))
+    well_formed = facts.dtype == torch.int64 and facts.shape in ((0,), (2,))
+    well_formed &= content.dtype == torch.uint8 and content.dim() == 1
+    most = world.config.request_blocks * world.config.block_tokens
+    if well_formed and len(facts):
+        tokens, position = facts.tolist()
+        full = tokens // world.config.block_tokens * CONTENT_BYTES
+        well_formed = 0 < tokens <= most and 0 <= position < 2**31 and len(content) in (0, full)
+    if not well_formed:
+        raise world.transport.accuse(rank, "says malformed things about what it publishes")
+    return facts, content
+
+
+def _uses(world: World, rank: int, message: Message, ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A peer's use of the documents, of the shapes and dtypes of our own."""
+    theirs = {name: message.columns.get(name, rows[:0]) for name, rows in ours.items()}
+    for name, rows in ours.items():
+        if theirs[name].shape != rows.shape or theirs[name].dtype != rows.dtype:
+            raise world.transport.accuse(rank, f"says malformed things about {name!r} use")
+    if not bool(theirs["heat"].isfinite().all()):
+        raise world.transport.accuse(rank, "says that a document has no finite heat")
+    return theirs

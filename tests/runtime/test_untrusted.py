@@ -1,0 +1,222 @@
+"""A peer whose messages are wrong is named, whatever it sent; nothing of it reaches an output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+import torch
+from ranks import run_loopback
+from torch import Tensor
+
+from qroam.partition.layout import named_layout, uniform_model
+from qroam.runtime import PeerError, Runtime, RuntimeConfig
+from qroam.runtime.transport.base import LoopbackTransport, Transport
+from qroam.runtime.transport.messages import Header
+
+Spoil = Callable[[str, str, Tensor], Tensor]  # (kind of message, column, rows) -> rows
+
+
+def spoiling(spoil: Spoil) -> type[LoopbackTransport]:
+    class Spoiling(LoopbackTransport):
+        def post_shares(self, header: Header, shares: Sequence[Mapping[str, Tensor]]) -> None:
+            if self.rank == 1:
+                shares = [
+                    {name: spoil(header.kind, name, rows) for name, rows in share.items()}
+                    for share in shares
+                ]
+            super().post_shares(header, shares)
+
+    return Spoiling
+
+
+def said(
+    spoil: Spoil, mode: str, *, unit_tokens: int = 1, position: int | None = None
+) -> list[str]:
+    """What each of two ranks says when rank 1 spoils what it sends in a select and an attend."""
+    config = RuntimeConfig(
+        model=uniform_model(named_layout("mla-tiny"), 1),
+        max_blocks=8,
+        mode=mode,  # type: ignore[arg-type]
+        deadline_s=10.0,
+    )
+
+    def work(end: Transport) -> str:
+        generator = torch.Generator().manual_seed(1)
+        with Runtime.open(config, end) as runtime:
+            runtime.add_document("a", tokens=500)
+            entries = torch.randn(500, 80, generator=generator)
+            runtime.load_document("a", 0, entries, torch.randn(500, 32, generator=generator))
+            index_query = torch.randn(3, 4, 32, generator=generator)
+            query = torch.randn(3, 4, 80, generator=generator)
+            attached = ["a"] if position is None else [("a", position)]
+            try:
+                chosen = runtime.select(
+                    0, index_query, torch.ones(3, 4), documents=attached, top_k=200,
+                    unit_tokens=unit_tokens,
+                )  # fmt: skip
+                runtime.attend(0, query, chosen)
+            except PeerError as error:
+                return str(error)
+        return "nothing"
+
+    kind = spoiling(spoil)
+    return run_loopback(2, work, transports=kind.world(2, deadline_s=10.0))
+
+
+def on(kind: str, column: str, change: Callable[[Tensor], Tensor]) -> Spoil:
+    return lambda k, name, rows: change(rows) if (k, name) == (kind, column) else rows
+
+
+@pytest.mark.parametrize(
+    ("spoil", "mode"),
+    [
+        (on("select-answer", "id", lambda ids: ids + 4096), "auto"),
+        (on("select-answer", "id", torch.zeros_like), "auto"),
+        (on("select-answer", "score", lambda rows: rows * torch.nan), "auto"),
+        (on("select", "index.query", lambda rows: rows * torch.nan), "auto"),
+        (on("select", "index.runs", lambda rows: -rows), "auto"),
+        (on("attend", "A.count", lambda rows: rows * 2**24), "always-route"),
+        (on("attend", "A.count", torch.zeros_like), "always-route"),
+        (on("attend", "A.query", lambda rows: rows[:, :2]), "always-route"),
+        (on("attend", "A.query", lambda rows: rows.double()), "always-route"),
+        (on("attend-answer", "A.out", lambda rows: rows * torch.inf), "always-route"),
+        (on("attend-answer", "A.out", lambda rows: rows[1:]), "always-route"),
+        (on("attend-answer", "fetch.rows", lambda rows: rows[:, 1:]), "always-fetch"),
+        (on("attend", "fetch", torch.zeros_like), "always-fetch"),
+        (on("attend-answer", "fetch.rows", lambda rows: rows * 0 + 255), "always-fetch"),
+        (on("attend", "A.query", lambda rows: rows * torch.nan), "always-route"),
+        (on("attend", "A.units", lambda rows: rows + 2**20), "always-route"),
+        (on("attend", "A.item", lambda rows: -rows - 1), "always-route"),
+        (on("attend", "fetch", lambda rows: -rows - 1), "always-fetch"),
+        (on("select-answer", "id", lambda ids: (ids + 64).clamp(max=499)), "auto"),
+    ],
+    ids=[
+        "foreign candidates", "repeated candidates", "NaN scores", "NaN index queries",
+        "negative runs", "absurd counts", "zero counts", "too few heads", "another dtype",
+        "infinite output", "a row short", "short rows", "units fetched twice",
+        "fetched NaN", "NaN queries", "units beyond the corpus", "negative items",
+        "negative units to fetch", "another rank's candidates",
+    ],
+)  # fmt: skip
+def test_a_wrong_message_names_its_sender(spoil: Spoil, mode: str) -> None:
+    told, by_itself = said(spoil, mode)
+    assert told.startswith("rank 1: "), told
+    assert by_itself.startswith("rank 1: ") or by_itself == "nothing"  # its own step had ended
+
+
+def test_a_malformed_span_names_its_sender() -> None:
+    spoil = on("attend", "A.hidden", lambda rows: rows[:, :1])
+    for told in said(spoil, "always-route", unit_tokens=4):
+        assert told.startswith("rank 1: "), told
+
+
+@pytest.mark.parametrize(
+    ("kind", "column", "change"),
+    [
+        ("attend", "A.offsets", lambda rows: torch.arange(len(rows), dtype=torch.int32)),
+        ("attend", "A.offsets", lambda rows: rows[1:]),
+        ("attend", "A.offsets", lambda rows: rows.long()),
+        ("select", "index.offsets", lambda rows: rows[:, :0]),
+        ("select", "index.offsets", lambda rows: rows.long()),
+    ],
+    ids=["too many", "one short", "another dtype", "none for a run", "index, another dtype"],
+)
+def test_wrong_offsets_name_their_sender(
+    kind: str, column: str, change: Callable[[Tensor], Tensor]
+) -> None:
+    told, by_itself = said(on(kind, column, change), "always-route", position=7)
+    assert told.startswith("rank 1: "), told
+    assert by_itself.startswith("rank 1: ") or by_itself == "nothing"
+
+
+def test_an_honest_peer_is_not_accused() -> None:
+    for mode in ("always-route", "always-fetch"):
+        for position in (None, 7):
+            assert said(lambda _kind, _name, rows: rows, mode, position=position) == [
+                "nothing",
+                "nothing",
+            ]
+
+
+SPOILED_LIFE: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "publish": ("publish", lambda rows: rows * 0 - 1),
+    "publish-hashes": ("hashes", lambda rows: rows[1:]),
+    "evict-heat": ("heat", lambda rows: rows * torch.nan),
+    "evict-last": ("last", lambda rows: rows[1:]),
+    "lease": ("lease", lambda rows: rows + 4096),
+    "lease-twice": ("lease", torch.zeros_like),
+    "lease-answer": ("lease.rows", lambda rows: rows[:, 1:]),
+    "lease-marks": ("lease.marks", lambda rows: rows.long()),
+    "lease-NaN": ("lease.rows", lambda rows: rows * 0 + 255),
+    "lease-index-NaN": ("lease_index.rows", lambda rows: rows * 0 + 255),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED_LIFE)
+def test_whoever_spoils_the_life_of_documents_is_named(case: str) -> None:
+    column, change = SPOILED_LIFE[case]
+
+    def spoil(kind: str, name: str, rows: Tensor) -> Tensor:
+        return change(rows) if name == column else rows
+
+    def work(end: Transport) -> str:
+        config = RuntimeConfig(
+            model=uniform_model(named_layout("mla-tiny"), 1),
+            max_blocks=8,
+            block_tokens=16,
+            deadline_s=10.0,
+        )
+        with Runtime.open(config, end) as runtime:
+            runtime.add_document("a", tokens=64)
+            runtime.load_document("a", 0, torch.ones(64, 80), torch.ones(64, 32))
+            request = runtime.request()
+            runtime.write(0, runtime.append(request, 16), torch.ones(16, 80), torch.ones(16, 32))
+            try:
+                mine = request if runtime.rank == 1 else None
+                runtime.publish("b", mine, token_ids=range(16) if mine else None)
+                runtime.make_room("c", tokens=16)
+                runtime.lease(request, "a")
+            except PeerError as error:
+                return str(error)
+        return "nothing"
+
+    told, by_itself = run_loopback(2, work, transports=spoiling(spoil).world(2, deadline_s=10.0))
+    assert told.startswith("rank 1: "), told
+    assert by_itself.startswith("rank 1: ") or by_itself == "nothing"
+
+
+def test_weights_that_differ_are_noticed() -> None:
+    """Form B projects at the holder, with its own weights: they must be the requester's."""
+    config = RuntimeConfig(
+        model=uniform_model(named_layout("mla-tiny"), 1), max_blocks=8, deadline_s=10.0
+    )
+
+    def work(end: Transport) -> str:
+        with Runtime.open(config, end) as runtime:
+            generator = torch.Generator().manual_seed(end.rank)
+            w_uk = torch.randn(1, 4, 32, 64, generator=generator)
+            runtime.load_weights(0, w_uk, torch.randn(1, 4, 64, 32, generator=generator))
+            with pytest.raises(PeerError, match="load_weights") as caught:
+                runtime.idle_attend(0)
+            return str(caught.value)
+
+    assert all("tables" in told for told in run_loopback(2, work))
+
+
+def test_a_column_nobody_reads_names_its_sender() -> None:
+    class Adding(LoopbackTransport):
+        def post_shares(self, header: Header, shares: Sequence[Mapping[str, Tensor]]) -> None:
+            if self.rank == 1 and header.kind == "attend":
+                shares = [{**share, "C.query": torch.ones(1)} for share in shares]
+            super().post_shares(header, shares)
+
+    config = RuntimeConfig(model=uniform_model(named_layout("mla-tiny"), 1), max_blocks=8)
+
+    def work(end: Transport) -> str:
+        with Runtime.open(config, end) as runtime, pytest.raises(PeerError) as caught:
+            runtime.idle_attend(0)
+        return str(caught.value)
+
+    told, _ = run_loopback(2, work, transports=Adding.world(2, deadline_s=10.0))
+    assert told == "rank 1: sent what cannot be: 'attend' messages have no column C.query"
