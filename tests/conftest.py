@@ -4,14 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import RankPool
+
+SUPPORT = Path(__file__).parent / "support"
+pytest.register_assert_rewrite(*(path.stem for path in SUPPORT.glob("*.py")))  # before any import
+
+from ranks import RankPool  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before any is imported
 
 # Tests that run themselves as a script find what they share.
 os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH", "")])
+    filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH", "")])
 )
 
 torch.set_num_threads(1)

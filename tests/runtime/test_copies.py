@@ -13,17 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import faults
 import pytest
-import test_faults
 import torch
 from cases import Case, make_config
+from faults import VICTIM, Fault, Progress, die, strike
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_loopback
-from test_central import EVERYWHERE, cases
-from test_faults import VICTIM, Progress
-from test_service import ServedPlayer, Small, serving, small, small_config, until
-from test_service_faults import Fault, strike
+from served import ServedPlayer, serving, until
+from small_world import Small, small, small_config
+from strategies import EVERYWHERE, cases
 from torch import Tensor
 
 from qroam.partition.layout import named_layout, uniform_model
@@ -68,13 +68,6 @@ def struck(victim: int, after: int, way: Way) -> Iterator[threading.Event]:
             yield over
         finally:
             over.set()
-
-
-def die(transport: Transport) -> None:
-    """Say nothing more; the carrier tells the others that the connection is gone."""
-    assert isinstance(transport, LoopbackTransport)
-    transport.close()
-    transport._send = transport._send_abort = lambda *_: None  # type: ignore[assignment]
 
 
 class LonePlayer(ServedPlayer):
@@ -172,7 +165,7 @@ def ask_on(rank: int, progress: Progress, fault: Fault) -> None:
 
 @pytest.mark.parametrize("fault", ["is killed", "is stopped", "closes its sockets"])
 def test_requests_go_on_within_the_deadline_when_a_rank(fault: Fault, tmp_path: Path) -> None:
-    outcomes = test_faults.run(tmp_path, ask_on, fault, stopped=True)
+    outcomes = faults.run(tmp_path, ask_on, fault, stopped=True)
     met = 0
     for rank, outcome in enumerate(outcomes):
         if rank != VICTIM:

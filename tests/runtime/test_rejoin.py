@@ -14,19 +14,21 @@ from dataclasses import fields, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from cases import Case, Player, make_config
+from faults import die, die_after
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import _connect, run_loopback
+from incarnations import Lives, broken_world, known, threads
+from ranks import _connect
+from served import until
+from small_world import small, small_config
 from snapshots import RestoredPlayer
-from test_central import EVERYWHERE, cases
-from test_copies import die
-from test_service import Small, small, small_config, until
+from strategies import EVERYWHERE, cases
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from qroam.partition.directory import empty_directory, with_document, without_document
@@ -38,31 +40,6 @@ from qroam.runtime.service import server as service
 from qroam.runtime.transport.base import LoopbackTransport, Purpose, Transport
 from qroam.runtime.transport.messages import Header, Message
 from qroam.runtime.world import World
-
-T = TypeVar("T")
-
-
-class Lives:
-    """The incarnations of a loopback world: who is there in each, and as which rank."""
-
-    def __init__(self, deadline_s: float = 20.0) -> None:
-        self._deadline_s = deadline_s
-        self._lock = threading.Lock()
-        self._ends: dict[int, list[LoopbackTransport]] = {}
-
-    def end(self, incarnation: int, rank: int, world_size: int) -> LoopbackTransport:
-        """The rank's end in that incarnation; all ranks ask for the same size."""
-        with self._lock:
-            if incarnation not in self._ends:
-                ends = LoopbackTransport.world(world_size, deadline_s=self._deadline_s)
-                self._ends[incarnation] = ends
-            return self._ends[incarnation][rank]
-
-
-def threads(works: Sequence[Callable[[], T]]) -> list[T]:
-    """Each in a thread of its own."""
-    ends = LoopbackTransport.world(len(works))  # for the numbers alone
-    return run_loopback(len(works), lambda end: works[end.rank](), transports=ends)
 
 
 class Survivor(Player):
@@ -124,21 +101,6 @@ def play_on(case: Case, victim: int, replaced: bool, breath: int) -> None:
     works: list[Callable[[], None]]
     works = [partial(survivor, rank) for rank in range(case.world)]
     threads([*works, newcomer] if replaced else works)
-
-
-def die_after(end: LoopbackTransport, messages: int) -> None:
-    """The rank dies, and learns of it, when it has sent so many more messages."""
-    send, left = end._send, messages
-
-    def dying(*args: Any, **named: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            die(end)
-            raise PeerError((end.rank,), "it died")
-        send(*args, **named)
-
-    end._send = dying  # type: ignore[method-assign]
 
 
 @given(
@@ -371,39 +333,6 @@ def test_what_nobody_has_is_not_shared_with_new_documents(tmp_path: Path) -> Non
 
     works: list[Callable[[], None]] = [partial(survivor, r) for r in range(3)]
     threads([*works, newcomer])
-
-
-def known(runtime: Runtime) -> Small:
-    """The small world's questions and answers, of a runtime that has its document already."""
-    layout = runtime.config.model.layers[0]
-    with Runtime.open(replace(runtime.config, placement=Placement())) as alone:
-        world = small(alone)
-    ids = runtime._world.directory.document("doc").ids().repeat(2, 1)
-    selection = runtime.selection(ids, runtime.scope(documents=["doc"], queries=2))
-    assert world.query.shape[1] == layout.heads
-    return world._replace(runtime=runtime, selection=selection)
-
-
-def broken_world(
-    size: int, victim: int, then: Callable[[Runtime, Lives], None], **changes: Any
-) -> Lives:
-    """A small world with replicas whose `victim` died; what the survivors do `then`."""
-    lives = Lives(deadline_s=changes.pop("deadline_s", 20.0))
-
-    def survivor(rank: int) -> None:
-        config = small_config(**{"placement": Placement(copies=2), "max_blocks": 16} | changes)
-        with Runtime.open(config, lives.end(0, rank, size)) as runtime:
-            world = small(runtime)
-            world.check()
-            if rank == victim:
-                die(lives.end(0, rank, size))
-                return
-            with pytest.raises(PeerError):
-                world.check()
-            then(runtime, lives)
-
-    threads([partial(survivor, r) for r in range(size)])
-    return lives
 
 
 def test_a_world_can_lose_rank_after_rank_while_copies_are_made_anew() -> None:

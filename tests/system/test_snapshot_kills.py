@@ -31,7 +31,7 @@ from lives import (
     tokens_of,
 )
 from ranks import run_loopback
-from test_snapshot import add, world
+from snapshot_world import add, world
 
 from qroam.partition.snapshot.folder import read_manifest
 from qroam.partition.snapshot.verify import verify
