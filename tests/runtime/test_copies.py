@@ -17,6 +17,7 @@ import faults
 import pytest
 import torch
 from cases import Case, make_config
+from effort import examples
 from faults import VICTIM, Fault, Progress, die, strike
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -114,7 +115,7 @@ def outlive(case: Case, victim: int, after: int, way: Way, *, deadline_s: float 
     after=st.integers(0, 12),
     select=st.booleans(),
 )
-@settings(EVERYWHERE, max_examples=30)
+@settings(EVERYWHERE, max_examples=examples(30, quick=8))
 def test_a_decode_outlives_a_holder_that_dies_at_any_moment(
     case: Case, copies: int, victim: int, after: int, select: bool
 ) -> None:
@@ -163,6 +164,8 @@ def ask_on(rank: int, progress: Progress, fault: Fault) -> None:
         raise PeerError((), f"{count} failovers")
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("fault", ["is killed", "is stopped", "closes its sockets"])
 def test_requests_go_on_within_the_deadline_when_a_rank(fault: Fault, tmp_path: Path) -> None:
     outcomes = faults.run(tmp_path, ask_on, fault, stopped=True)

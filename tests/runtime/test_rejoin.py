@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import Case, Player, make_config
+from effort import examples, slow_between
 from faults import die, die_after
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -109,7 +110,7 @@ def play_on(case: Case, victim: int, replaced: bool, breath: int) -> None:
     replaced=st.booleans(),
     breath=st.integers(0, 40),
 )
-@settings(EVERYWHERE, max_examples=25)
+@settings(EVERYWHERE, max_examples=examples(25, quick=20))
 def test_a_decode_goes_on_exactly_after_a_death_at_any_moment(
     case: Case, victim: int, replaced: bool, breath: int
 ) -> None:
@@ -357,7 +358,7 @@ def test_a_world_can_lose_rank_after_rank_while_copies_are_made_anew() -> None:
     broken_world(4, 3, then, corpus_slots=16)
 
 
-@pytest.mark.parametrize("breath", range(14))
+@pytest.mark.parametrize("breath", slow_between(4, range(14)))
 def test_a_rank_that_dies_while_the_others_rejoin_is_left_out_next_time(breath: int) -> None:
     """After so many messages: some may have taken the new tables by then and some not."""
 
@@ -470,7 +471,7 @@ def test_survivors_of_different_documents_are_refused() -> None:
     broken_world(4, 3, then)
 
 
-@pytest.mark.parametrize("breath", range(5))
+@pytest.mark.parametrize("breath", slow_between(2, range(5)))
 @pytest.mark.parametrize("change", ["add", "remove", "replace"])
 def test_who_is_ahead_goes_back_to_the_documents_that_all_have(breath: int, change: str) -> None:
     """Rank 2 dies so many messages into a step after which the others change documents; rank 0 may see
@@ -686,6 +687,8 @@ def connected(rank: int, size: int, folder: Path, incarnation: int) -> Transport
     return _connect(rank, size, folder / f"life-{incarnation}", DEADLINE_S)
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP])
 def test_processes_go_on_without_a_rank_and_with_it_started_again(
     signal_number: signal.Signals, tmp_path: Path

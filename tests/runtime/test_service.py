@@ -13,6 +13,7 @@ import dense
 import pytest
 import torch
 from cases import Case, Picks, make_config
+from effort import examples
 from hypothesis import given, settings
 from ranks import RankPool, run_loopback
 from served import Gate, ServedPlayer, in_work, serving, until
@@ -51,13 +52,13 @@ def play(transport: Transport, case: Case) -> list[Tensor]:
 
 
 @given(case=cases(worlds=(2, 3, 4)))
-@settings(EVERYWHERE, max_examples=10)
+@settings(EVERYWHERE, max_examples=examples(10, quick=5))
 def test_service_equals_dense_attention(case: Case) -> None:
     run_loopback(case.world, lambda transport: play(transport, case))
 
 
 @given(case=cases(worlds=(4,)))
-@settings(EVERYWHERE, max_examples=5)
+@settings(EVERYWHERE, max_examples=examples(5, quick=2))
 def test_service_equals_dense_attention_on_four_processes(four_ranks: RankPool, case: Case) -> None:
     four_ranks.run(play, case)
 

@@ -72,6 +72,8 @@ def without(world: Small, rank: int) -> Small:
     return world._replace(selection=world.selection._replace(ids=ids), expected=expected)
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "fault",
     ["is killed", "is stopped", "closes its sockets", "answers late", "answers wrongly"],

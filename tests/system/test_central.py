@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, Player, make_config, run_case
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import RankPool, RanksFailedError, run_loopback
@@ -31,19 +32,19 @@ def play(case: Case) -> list[torch.Tensor]:
 
 
 @given(case=cases(worlds=(4,)))
-@settings(EVERYWHERE, max_examples=170)
+@settings(EVERYWHERE, max_examples=examples(170, quick=20))
 def test_step_equals_dense_attention_on_four_processes(four_ranks: RankPool, case: Case) -> None:
     four_ranks.run(run_case, case)
 
 
 @given(case=cases(worlds=(1, 2, 3)))
-@settings(EVERYWHERE, max_examples=130)
+@settings(EVERYWHERE, max_examples=examples(130, quick=36))
 def test_step_equals_dense_attention(case: Case) -> None:
     play(case)
 
 
 @given(case=cases(worlds=(8,)))
-@settings(EVERYWHERE, max_examples=10)
+@settings(EVERYWHERE, max_examples=examples(10, quick=4))
 def test_step_equals_dense_attention_on_eight_ranks(case: Case) -> None:
     play(case)
 
@@ -64,7 +65,7 @@ def test_thousands_of_queries_beside_idle_ranks(facts: dict[str, Any]) -> None:
 
 
 @given(case=cases(worlds=(1, 3, 4)), stranger=st.integers(0, 3))
-@settings(EVERYWHERE, max_examples=20)
+@settings(EVERYWHERE, max_examples=examples(20, quick=5))
 def test_unattached_document_changes_nothing(case: Case, stranger: int) -> None:
     documents = (9, *case.documents)
     loaded = len(documents) - case.prefilled  # a document being prefilled is attended
@@ -138,6 +139,8 @@ def test_transport_that_was_given_outlives_its_runtimes() -> None:
         run_case(end, Case(seed=seed, world=1))
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_example_checks_a_layout_on_its_own_ranks(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "examples" / "dense_check.py"
     options = {"layout": "mlra-4", "ranks": 2, "mode": "random", "codec": "fp64", "tokens": 70}

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from effort import slow_after
 from faults import VICTIM, Progress, run
 
 from qroam.partition.layout import named_layout, uniform_model
@@ -73,14 +74,17 @@ def struck(fault: str) -> Callable[..., Any]:
 
 @pytest.mark.parametrize(
     ("fault", "where"),
-    [
-        ("raises", "answer_attend"),
-        ("raises", "attend_local"),
-        ("is killed", "attend_local"),
-        ("is killed", "answer_attend"),
-        ("is stopped", "attend_local"),
-        ("is stopped", "decide"),
-    ],
+    slow_after(
+        1,
+        [
+            ("raises", "answer_attend"),
+            ("raises", "attend_local"),
+            ("is killed", "attend_local"),
+            ("is killed", "answer_attend"),
+            ("is stopped", "attend_local"),
+            ("is stopped", "decide"),
+        ],
+    ),
 )
 def test_the_others_name_a_rank_that(fault: str, where: str, tmp_path: Path) -> None:
     outcomes = run(tmp_path, decode_steps, where, fault, stopped=fault == "is stopped")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from effort import slow_after
 from ranks import run_loopback
 
 from qroam.partition.layout import named_layout, uniform_model
@@ -90,7 +91,7 @@ def measure(world: int) -> dict[str, int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", slow_after(1, [1, 2]))
 def test_a_full_pool_at_work_stays_within_its_budget(world: int) -> None:
     done = subprocess.run(
         [sys.executable, __file__, str(world)], capture_output=True, text=True, timeout=300

@@ -49,6 +49,8 @@ def test_qroam_commands_run(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_the_example_runs() -> None:
     (args,) = commands("python")
     assert args[0] == "examples/dense_check.py"
