@@ -2,7 +2,7 @@
 
 - `pytest` (and `make test`, which spreads it over two workers) runs the quick tests.
 - `pytest --full` (and `make test-all`) adds those marked `slow`, and draws more examples: see
-  `support/effort.py`. A test named on the command line (`file.py::test`) runs in any case.
+  `support/effort.py`. Tests named on the command line (`file.py::test` or `-k NAME`) run in any case.
 - Tests that start processes with deadlines, and so suffer beside one another, are marked
   `processes`; with several workers they all run on the same one. So do those of `four_ranks`.
 """
@@ -49,7 +49,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item, "fixturenames", ()
         ):
             item.add_marker(pytest.mark.xdist_group("processes"))
-    if effort.full or any("::" in argument for argument in config.args):
+    named = config.option.keyword or any("::" in argument for argument in config.args)
+    if effort.full or named:
         return
     slow = [item for item in items if item.get_closest_marker("slow")]
     if slow:

@@ -431,7 +431,7 @@ def named(case: Case) -> str:
 @pytest.mark.parametrize(
     ("case", "mode"),
     slow_after(
-        4,
+        2,
         [
             *(
                 (case, mode)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from effort import slow_after
 from ranks import run_loopback
 from torch import Tensor
 
@@ -89,7 +90,7 @@ def on_all(worker: Callable[[Ranks], Any], **changes: Any) -> list[Any]:
     return run_loopback(WORLD, lambda transport: worker(Ranks(transport, **changes)))
 
 
-@pytest.mark.parametrize("index_placement", ["with-blocks", "replicated"])
+@pytest.mark.parametrize("index_placement", slow_after(1, ["with-blocks", "replicated"]))
 @pytest.mark.parametrize("mode", ["always-fetch", "always-route"])
 def test_what_comes_into_the_same_slots_is_never_mistaken(mode: str, index_placement: str) -> None:
     """Owners, replicas and leases all held the removed document; none of it is ever read again."""

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case
+from effort import slow_between
 from ranks import RankPool, run_loopback
 from snapshot_world import B, add, attended, config, contents, late_writer, refused, world
 from snapshots import restore, save
@@ -48,7 +49,9 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("case", "changes"), PAIRS, ids=[str(c.seed) for c, _ in PAIRS])
+@pytest.mark.parametrize(
+    ("case", "changes"), slow_between(2, PAIRS), ids=[str(c.seed) for c, _ in PAIRS]
+)
 def test_what_was_saved_is_restored_onto_another_world(
     case: Case, changes: dict[str, Any], tmp_path: Path
 ) -> None:

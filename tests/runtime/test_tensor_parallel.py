@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import Architecture, Case, Player, make_config
+from effort import slow_after, slow_between
 from ranks import RankPool, run_loopback
 from torch import Tensor
 
@@ -253,7 +254,7 @@ PLAYS = {
 }
 
 
-@pytest.mark.parametrize("play", PLAYS.values(), ids=PLAYS.keys())
+@pytest.mark.parametrize("play", slow_between(2, PLAYS.values()), ids=PLAYS.keys())
 def test_lanes_equal_the_single_lane(play: Play) -> None:
     played = run_loopback(INSTANCES * len(play.lanes), lambda end: in_lanes(end, play))
     check_against_one_lane(play, by_lane(play, played))
@@ -275,7 +276,7 @@ def test_lanes_equal_the_single_lane_on_four_processes(four_ranks: RankPool) -> 
         check_against_one_lane(play, by_lane(play, played))
 
 
-@pytest.mark.parametrize("play", [PLAYS["form B"], PLAYS["uneven"], PLAYS["mlra-2"]])
+@pytest.mark.parametrize("play", slow_after(1, [PLAYS["form B"], PLAYS["uneven"], PLAYS["mlra-2"]]))
 def test_a_lane_is_a_world_of_its_own(play: Play) -> None:
     """Bit by bit, byte by byte, and in what it decides and predicts."""
     play = replace(play, mode="auto")
@@ -377,7 +378,9 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.architecture}-{case.seed}")
+@pytest.mark.parametrize(
+    "case", slow_between(2, CASES), ids=lambda case: f"{case.architecture}-{case.seed}"
+)
 def test_every_lane_equals_dense_attention_of_its_heads(case: Case) -> None:
     case = replace(case, world=INSTANCES)
     config = make_config(case)

@@ -38,13 +38,13 @@ def test_step_equals_dense_attention_on_four_processes(four_ranks: RankPool, cas
 
 
 @given(case=cases(worlds=(1, 2, 3)))
-@settings(EVERYWHERE, max_examples=examples(130, quick=40))
+@settings(EVERYWHERE, max_examples=examples(130, quick=42))
 def test_step_equals_dense_attention(case: Case) -> None:
     play(case)
 
 
 @given(case=cases(worlds=(8,)))
-@settings(EVERYWHERE, max_examples=examples(10, quick=4))
+@settings(EVERYWHERE, max_examples=examples(10, quick=2))
 def test_step_equals_dense_attention_on_eight_ranks(case: Case) -> None:
     play(case)
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import dense
 import pytest
 import torch
+from effort import examples
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -34,7 +35,7 @@ WORLD, LAYERS, B = 3, 2, 4
 LAYOUT = with_codec(named_layout("mla-tiny"), "fp64", "fp64")
 H, D, HI, DI, TOP_K = LAYOUT.heads, LAYOUT.key_dim, 4, 32, 9
 MAX_BLOCKS, REQUEST_BLOCKS, QUOTA = 10, 4, 3
-SEQUENCES = int(os.environ.get("QROAM_STATEFUL_SEQUENCES", "20"))
+SEQUENCES = int(os.environ.get("QROAM_STATEFUL_SEQUENCES", examples(20, quick=8)))
 NAMES = st.sampled_from("abcdef")
 RANKS = st.integers(0, WORLD - 1)
 OPENED: dict[str, st.SearchStrategy[Any]] = {
