@@ -113,7 +113,7 @@ def device_decide(
     return out.cpu()
 
 
-@pytest.mark.parametrize("name", PROFILE_NAMES)
+@pytest.mark.parametrize("name", slow_after(1, PROFILE_NAMES))
 @pytest.mark.parametrize("forms", [("A",), ("B",), ("A", "B")], ids="".join)
 def test_ways_are_the_predicates(name: str, forms: tuple[Form, ...]) -> None:
     profile, seen = load_profile(name), set()

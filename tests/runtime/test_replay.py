@@ -8,7 +8,6 @@ from itertools import product
 
 import pytest
 import torch
-from effort import slow_after
 from torch import Tensor
 
 from qroam.partition.layout import named_layout
@@ -89,8 +88,9 @@ def replay(
     return seconds, ways
 
 
-@pytest.mark.parametrize("leases", slow_after(1, [False, True]))
-@pytest.mark.parametrize("fabric", slow_after(1, ["ibgda-ndr200", "nvlink4"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("leases", [False, True])
+@pytest.mark.parametrize("fabric", ["ibgda-ndr200", "nvlink4"])
 def test_auto_is_within_two_percent_of_the_cheaper_fixed_mode(fabric: str, leases: bool) -> None:
     """With leases, `reuse` is what the trace has: a unit is listed 1 / (1 - kept) times in a row."""
     profile = load_profile(fabric)

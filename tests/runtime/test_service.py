@@ -13,7 +13,7 @@ import dense
 import pytest
 import torch
 from cases import Case, Picks, make_config
-from effort import examples
+from effort import examples, slow_after
 from hypothesis import given, settings
 from ranks import RankPool, run_loopback
 from served import Gate, ServedPlayer, in_work, serving, until
@@ -85,7 +85,7 @@ def decode_alone(transport: Transport, case: Case) -> dict[str, Any]:
         return {**runtime.stats(), "offsets": shifted}
 
 
-@pytest.mark.parametrize("offsets", [False, True], ids=["in place", "at offsets"])
+@pytest.mark.parametrize("offsets", slow_after(1, [False, True]), ids=["in place", "at offsets"])
 @pytest.mark.parametrize("picks", ["random", "select"])
 def test_one_rank_decodes_while_the_others_only_serve(
     four_ranks: RankPool, picks: Picks, offsets: bool

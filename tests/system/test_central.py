@@ -33,13 +33,13 @@ def play(case: Case) -> list[torch.Tensor]:
 
 
 @given(case=cases(worlds=(4,)))
-@settings(EVERYWHERE, max_examples=examples(170, quick=20))
+@settings(EVERYWHERE, max_examples=examples(170, quick=16))
 def test_step_equals_dense_attention_on_four_processes(four_ranks: RankPool, case: Case) -> None:
     four_ranks.run(run_case, case)
 
 
 @given(case=cases(worlds=(1, 2, 3)))
-@settings(EVERYWHERE, max_examples=examples(130, quick=36))
+@settings(EVERYWHERE, max_examples=examples(130, quick=40))
 def test_step_equals_dense_attention(case: Case) -> None:
     play(case)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from effort import slow_after
 from ranks import run_loopback
 
 from qroam.partition.layout import named_layout, uniform_model
@@ -90,8 +89,9 @@ def measure(world: int) -> dict[str, int]:
     return {"pools": sum(pools), "beyond": peak_bytes() - before}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("world", slow_after(1, [1, 2]))
+@pytest.mark.parametrize("world", [1, 2])
 def test_a_full_pool_at_work_stays_within_its_budget(world: int) -> None:
     done = subprocess.run(
         [sys.executable, __file__, str(world)], capture_output=True, text=True, timeout=300
