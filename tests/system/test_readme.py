@@ -62,6 +62,11 @@ def test_the_sample_runs_as_written(tmp_path: Path) -> None:
     assert done.stdout == "torch.Size([1, 4, 64])\n"
 
 
+def test_the_sample_uses_public_names_alone() -> None:
+    modules = set(re.findall(r"^from (qroam[\w.]*) import", README, re.MULTILINE))
+    assert modules == {"qroam.partition", "qroam.runtime"}
+
+
 def test_qroam_commands_run(capsys: pytest.CaptureFixture[str]) -> None:
     given = commands("qroam")
     assert {"explain", "doctor"} <= {args[0] for args in given}
