@@ -6,10 +6,17 @@ PACKAGES := $(addprefix -p qroam.,partition indexer kernels runtime)
 # Folders are listed too: their time stamp tells of a deleted file.
 SOURCES := $(shell find partition indexer kernels runtime -not -path '*__pycache__*')
 
-.PHONY: test demo bench fuzz lint types install clean
+# Two workers; tests that start processes with deadlines stay on one of them.
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
 
+.PHONY: test test-all demo bench fuzz lint types install clean
+
+# The quick tests: at most 5 minutes on two cores. tests/conftest.py says what that leaves out.
 test: install
-	$(BIN)/pytest
+	$(PYTEST)
+
+test-all: install
+	$(PYTEST) --full
 
 demo: install
 	$(BIN)/qroam demo

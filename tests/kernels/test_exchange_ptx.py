@@ -152,10 +152,12 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return compiled(tmp_path_factory.mktemp("shipped"), {})
 
 
+@pytest.mark.slow
 def test_publishing_alone(shipped: dict[str, str]) -> None:
     assert breaches(shipped[_PROBE]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_order_of_what_is_shipped(launch: str, shipped: dict[str, str]) -> None:
     ptx, (roles, _, in_parts) = shipped[launch], LAUNCHES[launch]
@@ -211,6 +213,7 @@ BROKEN: dict[str, tuple[Changes, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_order_is_found(name: str, tmp_path: Path) -> None:
     changes, says = BROKEN[name]

@@ -65,12 +65,14 @@ def breaches(ptx: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_what_is_shipped(tmp_path: Path) -> None:
     for ptx in compiled(tmp_path, {}).values():
         assert breaches(ptx) == []
         assert "bar.sync" not in ptx  # a program is one warp: nobody waits for another
 
 
+@pytest.mark.slow
 def test_a_lost_alignment_is_found(tmp_path: Path) -> None:
     said = "tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)"
     too_early = "tl.multiple_of(address, 16).to(tl.pointer_type(tl.int32))"

@@ -369,6 +369,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_compiles_for_hopper(name: str, reports: dict[str, str]) -> None:
     assert _FAILED not in reports[name], reports[name]
@@ -431,6 +432,7 @@ def planned(
     return launched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_cuda_compiles_for_hopper(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -455,6 +457,7 @@ def test_cuda_compiles_for_hopper(
         assert "DMUL" in told or mode == "given"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100"])
 def test_the_plan_compiles_for(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     clusters = arch != "sm_80"

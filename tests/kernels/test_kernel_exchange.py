@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from effort import slow_after
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -65,7 +66,7 @@ def full(wire: Wire, answer: Partials) -> Partials:
     return Partials(out, lse, covered)
 
 
-@pytest.mark.parametrize(("world", "items"), [(2, 5), (2, 1), (3, 5), (4, 2)])
+@pytest.mark.parametrize(("world", "items"), slow_after(1, [(2, 5), (2, 1), (3, 5), (4, 2)]))
 def test_every_row_arrives_and_every_answer_returns(world: int, items: int) -> None:
     wire = small_wire(world)
     ends = connected(wire, [DEVICE] * world)
@@ -151,6 +152,7 @@ def cut(answer: Partials, rows: int, *, parts: int, seed: int) -> Partials:
     return whole
 
 
+@pytest.mark.slow
 def test_cut_rows_are_merged_as_they_leave() -> None:
     """And own rows as they are received; and few wide CTAs do the same."""
     wire = small_wire(2)

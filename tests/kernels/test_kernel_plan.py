@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from effort import slow_after
 from on_cpu import COMPILER, Launcher
 from torch import Tensor
 
@@ -112,7 +113,7 @@ def device_decide(
     return out.cpu()
 
 
-@pytest.mark.parametrize("name", PROFILE_NAMES)
+@pytest.mark.parametrize("name", slow_after(1, PROFILE_NAMES))
 @pytest.mark.parametrize("forms", [("A",), ("B",), ("A", "B")], ids="".join)
 def test_ways_are_the_predicates(name: str, forms: tuple[Form, ...]) -> None:
     profile, seen = load_profile(name), set()
@@ -429,11 +430,17 @@ def named(case: Case) -> str:
 
 @pytest.mark.parametrize(
     ("case", "mode"),
-    [
-        *((case, mode) for case, mode in zip(CASES, ["auto", "always-fetch"] * 6, strict=False)),
-        (CASES[3], "always-fetch"),
-        (CASES[4], "always-route"),
-    ],
+    slow_after(
+        4,
+        [
+            *(
+                (case, mode)
+                for case, mode in zip(CASES, ["auto", "always-fetch"] * 6, strict=False)
+            ),
+            (CASES[3], "always-fetch"),
+            (CASES[4], "always-route"),
+        ],
+    ),
     ids=lambda value: value if isinstance(value, str) else named(value),
 )
 def test_plan(case: Case, mode: predicate.Mode) -> None:
@@ -450,7 +457,9 @@ def test_plan(case: Case, mode: predicate.Mode) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [*(CASES[i] for i in (1, 4, 5, 6, 8)), Case(queries=33, listed=6, world=3)], ids=named
+    "case",
+    slow_after(1, [*(CASES[i] for i in (1, 4, 5, 6, 8)), Case(queries=33, listed=6, world=3)]),
+    ids=named,
 )
 def test_any_ways(case: Case) -> None:
     """Ways that no closed form would choose, so that every holder is split."""
@@ -466,7 +475,7 @@ def test_any_ways(case: Case) -> None:
     check(case, drawn, got, forms, fill=False)
 
 
-@pytest.mark.parametrize("case", SPREAD, ids=named)
+@pytest.mark.parametrize("case", slow_after(1, SPREAD), ids=named)
 @pytest.mark.parametrize("mode", ["given", "auto"])
 def test_items_over_several_blocks(case: Case, mode: Mode) -> None:
     drawn, prices = case.draw(), table_of(load_profile("nvlink4"), world=case.world)
@@ -494,6 +503,7 @@ BARRIERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="the order of turns is drawn on a CPU only")
 @pytest.mark.parametrize("launcher", ["one launch"], indirect=True)
 @pytest.mark.parametrize("name", BARRIERS)

@@ -7,9 +7,9 @@ from functools import partial
 
 import pytest
 import torch
-from test_copies import die
-from test_rejoin import Lives, threads
-from test_service import small, small_config
+from faults import die
+from incarnations import Lives, threads
+from small_world import small, small_config
 
 from qroam.partition.placement import Placement
 from qroam.runtime import BlocksLostError, PeerError, Runtime

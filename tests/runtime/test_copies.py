@@ -13,17 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import faults
 import pytest
-import test_faults
 import torch
 from cases import Case, make_config
+from effort import examples
+from faults import VICTIM, Fault, Progress, die, strike
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_loopback
-from test_central import EVERYWHERE, cases
-from test_faults import VICTIM, Progress
-from test_service import ServedPlayer, Small, serving, small, small_config, until
-from test_service_faults import Fault, strike
+from served import ServedPlayer, serving, until
+from small_world import Small, small, small_config
+from strategies import EVERYWHERE, cases
 from torch import Tensor
 
 from qroam.partition.layout import named_layout, uniform_model
@@ -70,13 +71,6 @@ def struck(victim: int, after: int, way: Way) -> Iterator[threading.Event]:
             over.set()
 
 
-def die(transport: Transport) -> None:
-    """Say nothing more; the carrier tells the others that the connection is gone."""
-    assert isinstance(transport, LoopbackTransport)
-    transport.close()
-    transport._send = transport._send_abort = lambda *_: None  # type: ignore[assignment]
-
-
 class LonePlayer(ServedPlayer):
     """Asks while the others only serve; how often, and of whom, is up to the faults."""
 
@@ -121,7 +115,7 @@ def outlive(case: Case, victim: int, after: int, way: Way, *, deadline_s: float 
     after=st.integers(0, 12),
     select=st.booleans(),
 )
-@settings(EVERYWHERE, max_examples=30)
+@settings(EVERYWHERE, max_examples=examples(30, quick=8))
 def test_a_decode_outlives_a_holder_that_dies_at_any_moment(
     case: Case, copies: int, victim: int, after: int, select: bool
 ) -> None:
@@ -170,9 +164,11 @@ def ask_on(rank: int, progress: Progress, fault: Fault) -> None:
         raise PeerError((), f"{count} failovers")
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("fault", ["is killed", "is stopped", "closes its sockets"])
 def test_requests_go_on_within_the_deadline_when_a_rank(fault: Fault, tmp_path: Path) -> None:
-    outcomes = test_faults.run(tmp_path, ask_on, fault, stopped=True)
+    outcomes = faults.run(tmp_path, ask_on, fault, stopped=True)
     met = 0
     for rank, outcome in enumerate(outcomes):
         if rank != VICTIM:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -566,7 +567,7 @@ def test_no_items() -> None:
         assert decision.predicted.tolist() == [0, 0, 0]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150, quick=40))
 @given(
     case=selections(),
     name=st.sampled_from(PROFILE_NAMES),

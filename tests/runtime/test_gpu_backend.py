@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from effort import slow_after, slow_between
 from gpu_world import (
     BF16,
     HEADS,
@@ -296,16 +297,19 @@ def on_stand_ins(
 
 @pytest.mark.parametrize(
     ("world_size", "changes"),
-    [
-        (1, {}),
-        (2, {}),
-        (3, {"placement": Placement(copies=2)}),
-        (2, {"placement": Placement(policy="document-affine"), "corpus_slots": 24}),
-        (2, {"index_placement": "replicated"}),
-        (2, {"layout": WIDE, "dtype": BF16}),
-        (1, {"layout": with_codec(WIDE, "bf16"), "dtype": BF16}),
-        (2, {"buckets": (1, 2)}),
-    ],
+    slow_between(
+        2,
+        [
+            (1, {}),
+            (2, {}),
+            (3, {"placement": Placement(copies=2)}),
+            (2, {"placement": Placement(policy="document-affine"), "corpus_slots": 24}),
+            (2, {"index_placement": "replicated"}),
+            (2, {"layout": WIDE, "dtype": BF16}),
+            (1, {"layout": with_codec(WIDE, "bf16"), "dtype": BF16}),
+            (2, {"buckets": (1, 2)}),
+        ],
+    ),
     ids=["alone", "two", "three, copies", "affine", "replicated index", "fp8", "bf16", "buckets"],
 )
 def test_a_life_is_the_same_on_cpus(world_size: int, changes: dict[str, Any]) -> None:
@@ -328,7 +332,7 @@ def test_a_head_that_errs_too_much_is_told() -> None:
         assert_right(ours, given, short)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", slow_after(1, [2, 3]))
 def test_a_life_with_leases_that_come_and_go(world_size: int) -> None:
     """After every step whatever was fetched in it is leased, as far as there is room."""
     given, admitted = config(lease_entries=3 * B), list[int]()

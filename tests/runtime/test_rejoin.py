@@ -14,19 +14,22 @@ from dataclasses import fields, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from cases import Case, Player, make_config
+from effort import examples, slow_between
+from faults import die, die_after
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import _connect, run_loopback
+from incarnations import Lives, broken_world, known, threads
+from ranks import _connect
+from served import until
+from small_world import small, small_config
 from snapshots import RestoredPlayer
-from test_central import EVERYWHERE, cases
-from test_copies import die
-from test_service import Small, small, small_config, until
+from strategies import EVERYWHERE, cases
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from qroam.partition.directory import empty_directory, with_document, without_document
@@ -38,31 +41,6 @@ from qroam.runtime.service import server as service
 from qroam.runtime.transport.base import LoopbackTransport, Purpose, Transport
 from qroam.runtime.transport.messages import Header, Message
 from qroam.runtime.world import World
-
-T = TypeVar("T")
-
-
-class Lives:
-    """The incarnations of a loopback world: who is there in each, and as which rank."""
-
-    def __init__(self, deadline_s: float = 20.0) -> None:
-        self._deadline_s = deadline_s
-        self._lock = threading.Lock()
-        self._ends: dict[int, list[LoopbackTransport]] = {}
-
-    def end(self, incarnation: int, rank: int, world_size: int) -> LoopbackTransport:
-        """The rank's end in that incarnation; all ranks ask for the same size."""
-        with self._lock:
-            if incarnation not in self._ends:
-                ends = LoopbackTransport.world(world_size, deadline_s=self._deadline_s)
-                self._ends[incarnation] = ends
-            return self._ends[incarnation][rank]
-
-
-def threads(works: Sequence[Callable[[], T]]) -> list[T]:
-    """Each in a thread of its own."""
-    ends = LoopbackTransport.world(len(works))  # for the numbers alone
-    return run_loopback(len(works), lambda end: works[end.rank](), transports=ends)
 
 
 class Survivor(Player):
@@ -126,28 +104,13 @@ def play_on(case: Case, victim: int, replaced: bool, breath: int) -> None:
     threads([*works, newcomer] if replaced else works)
 
 
-def die_after(end: LoopbackTransport, messages: int) -> None:
-    """The rank dies, and learns of it, when it has sent so many more messages."""
-    send, left = end._send, messages
-
-    def dying(*args: Any, **named: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            die(end)
-            raise PeerError((end.rank,), "it died")
-        send(*args, **named)
-
-    end._send = dying  # type: ignore[method-assign]
-
-
 @given(
     case=cases(worlds=(3, 4)),
     victim=st.integers(0, 3),
     replaced=st.booleans(),
     breath=st.integers(0, 40),
 )
-@settings(EVERYWHERE, max_examples=25)
+@settings(EVERYWHERE, max_examples=examples(25, quick=20))
 def test_a_decode_goes_on_exactly_after_a_death_at_any_moment(
     case: Case, victim: int, replaced: bool, breath: int
 ) -> None:
@@ -373,39 +336,6 @@ def test_what_nobody_has_is_not_shared_with_new_documents(tmp_path: Path) -> Non
     threads([*works, newcomer])
 
 
-def known(runtime: Runtime) -> Small:
-    """The small world's questions and answers, of a runtime that has its document already."""
-    layout = runtime.config.model.layers[0]
-    with Runtime.open(replace(runtime.config, placement=Placement())) as alone:
-        world = small(alone)
-    ids = runtime._world.directory.document("doc").ids().repeat(2, 1)
-    selection = runtime.selection(ids, runtime.scope(documents=["doc"], queries=2))
-    assert world.query.shape[1] == layout.heads
-    return world._replace(runtime=runtime, selection=selection)
-
-
-def broken_world(
-    size: int, victim: int, then: Callable[[Runtime, Lives], None], **changes: Any
-) -> Lives:
-    """A small world with replicas whose `victim` died; what the survivors do `then`."""
-    lives = Lives(deadline_s=changes.pop("deadline_s", 20.0))
-
-    def survivor(rank: int) -> None:
-        config = small_config(**{"placement": Placement(copies=2), "max_blocks": 16} | changes)
-        with Runtime.open(config, lives.end(0, rank, size)) as runtime:
-            world = small(runtime)
-            world.check()
-            if rank == victim:
-                die(lives.end(0, rank, size))
-                return
-            with pytest.raises(PeerError):
-                world.check()
-            then(runtime, lives)
-
-    threads([partial(survivor, r) for r in range(size)])
-    return lives
-
-
 def test_a_world_can_lose_rank_after_rank_while_copies_are_made_anew() -> None:
     """Of four ranks, with room for all copies on two: each that dies is made up for by the rest."""
 
@@ -428,7 +358,7 @@ def test_a_world_can_lose_rank_after_rank_while_copies_are_made_anew() -> None:
     broken_world(4, 3, then, corpus_slots=16)
 
 
-@pytest.mark.parametrize("breath", range(14))
+@pytest.mark.parametrize("breath", slow_between(4, range(14)))
 def test_a_rank_that_dies_while_the_others_rejoin_is_left_out_next_time(breath: int) -> None:
     """After so many messages: some may have taken the new tables by then and some not."""
 
@@ -541,7 +471,7 @@ def test_survivors_of_different_documents_are_refused() -> None:
     broken_world(4, 3, then)
 
 
-@pytest.mark.parametrize("breath", range(5))
+@pytest.mark.parametrize("breath", slow_between(2, range(5)))
 @pytest.mark.parametrize("change", ["add", "remove", "replace"])
 def test_who_is_ahead_goes_back_to_the_documents_that_all_have(breath: int, change: str) -> None:
     """Rank 2 dies so many messages into a step after which the others change documents; rank 0 may see
@@ -757,6 +687,8 @@ def connected(rank: int, size: int, folder: Path, incarnation: int) -> Transport
     return _connect(rank, size, folder / f"life-{incarnation}", DEADLINE_S)
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP])
 def test_processes_go_on_without_a_rank_and_with_it_started_again(
     signal_number: signal.Signals, tmp_path: Path

@@ -88,6 +88,7 @@ def replay(
     return seconds, ways
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leases", [False, True])
 @pytest.mark.parametrize("fabric", ["ibgda-ndr200", "nvlink4"])
 def test_auto_is_within_two_percent_of_the_cheaper_fixed_mode(fabric: str, leases: bool) -> None:

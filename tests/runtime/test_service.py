@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import dense
 import pytest
 import torch
-from cases import Case, Picks, Player, make_config
+from cases import Case, Picks, make_config
+from effort import examples, slow_after
 from hypothesis import given, settings
 from ranks import RankPool, run_loopback
-from test_central import EVERYWHERE, cases
+from served import Gate, ServedPlayer, in_work, serving, until
+from small_world import ONE_HOLDER, TOKENS, Small, small, small_config
+from strategies import EVERYWHERE, cases
 from torch import Tensor
 
 from qroam.partition import codec as codec_module
@@ -24,37 +27,12 @@ from qroam.partition.codec import make_codec
 from qroam.partition.layout import named_layout, uniform_model
 from qroam.partition.placement import Placement
 from qroam.partition.pool import BlockStore
-from qroam.runtime import PeerError, Request, Runtime, RuntimeConfig
-from qroam.runtime.cpu.step import Selection
+from qroam.runtime import PeerError, Request, Runtime
 from qroam.runtime.service import server as service
 from qroam.runtime.service.server import Service
 from qroam.runtime.transport.base import LoopbackTransport, Purpose, Transport
 from qroam.runtime.transport.messages import Message
 from qroam.runtime.world import World
-
-T = TypeVar("T")
-TOKENS = 64
-
-
-class ServedPlayer(Player):
-    """A rank that asks without the others: messages are sent only to whom something is asked."""
-
-    serves = False
-
-    def _lease(self) -> None:
-        if not self.serves:  # leases of documents are steps of the whole world
-            super()._lease()
-
-    def _check_counters(
-        self, before: dict[str, Any], selection: Selection, visible: Tensor
-    ) -> None:
-        if not self.serves:
-            super()._check_counters(before, selection, visible)
-            return
-        after = self.runtime.stats()
-        asked = {line.holder for line in self.runtime.explain() if line.way != "LOCAL"}
-        sent = [stats["messages_sent"].get("attend", 0) for stats in (before, after)]
-        assert sent[1] - sent[0] == len(asked)
 
 
 def play(transport: Transport, case: Case) -> list[Tensor]:
@@ -74,13 +52,13 @@ def play(transport: Transport, case: Case) -> list[Tensor]:
 
 
 @given(case=cases(worlds=(2, 3, 4)))
-@settings(EVERYWHERE, max_examples=10)
+@settings(EVERYWHERE, max_examples=examples(10, quick=5))
 def test_service_equals_dense_attention(case: Case) -> None:
     run_loopback(case.world, lambda transport: play(transport, case))
 
 
 @given(case=cases(worlds=(4,)))
-@settings(EVERYWHERE, max_examples=5)
+@settings(EVERYWHERE, max_examples=examples(5, quick=2))
 def test_service_equals_dense_attention_on_four_processes(four_ranks: RankPool, case: Case) -> None:
     four_ranks.run(play, case)
 
@@ -105,7 +83,7 @@ def decode_alone(transport: Transport, case: Case) -> dict[str, Any]:
         return {**runtime.stats(), "offsets": shifted}
 
 
-@pytest.mark.parametrize("offsets", [False, True], ids=["in place", "at offsets"])
+@pytest.mark.parametrize("offsets", slow_after(1, [False, True]), ids=["in place", "at offsets"])
 @pytest.mark.parametrize("picks", ["random", "select"])
 def test_one_rank_decodes_while_the_others_only_serve(
     four_ranks: RankPool, picks: Picks, offsets: bool
@@ -132,116 +110,6 @@ def test_one_rank_decodes_while_the_others_only_serve(
 
 
 # A small world, in which every rank knows the answers ------------------------------------------
-
-
-class Small(NamedTuple):
-    """A runtime over one document, two queries over all of it, and their answers by layer."""
-
-    runtime: Runtime
-    query: Tensor
-    selection: Selection
-    expected: list[Tensor]
-    entries: Tensor  # of layer 0
-
-    @property
-    def rank(self) -> int:
-        return self.runtime.rank
-
-    def check(self, layer: int = 0) -> None:
-        out = self.runtime.attend(layer, self.query, self.selection)
-        assert float((out - self.expected[layer]).abs().max()) <= 1e-12
-
-
-def small_config(**changes: Any) -> RuntimeConfig:
-    layout = replace(named_layout("mla-tiny"), codec="fp64", projection=None, index=None)
-    facts: dict[str, Any] = {
-        "dtype": torch.float64,
-        "max_blocks": 8,
-        "block_tokens": 8,
-        "mode": "random",
-    }
-    facts |= {"deadline_s": 10.0, "layers": 1} | changes
-    return RuntimeConfig(model=uniform_model(layout, facts.pop("layers")), **facts)
-
-
-def small(runtime: Runtime) -> Small:
-    layout = runtime.config.model.layers[0]
-    g = torch.Generator().manual_seed(5)
-    runtime.add_document("doc", tokens=TOKENS)
-    query = torch.randn(2, layout.heads, layout.key_dim, generator=g, dtype=torch.float64)
-    everything = torch.ones(2, 1, TOKENS, dtype=torch.bool)
-    layers = len(runtime.config.model.layers)
-    shape = (layers, TOKENS, 1, layout.entry_dim)
-    entries = torch.randn(shape, generator=g, dtype=torch.float64)
-    for layer in range(layers):
-        runtime.load_document("doc", layer, entries[layer])
-    expected = [dense.attend(layout, query, of_layer, everything) for of_layer in entries]
-    ids = torch.arange(TOKENS, dtype=torch.int32).repeat(2, 1)
-    scope = runtime.scope(documents=["doc"], queries=2)
-    return Small(runtime, query, runtime.selection(ids, scope), expected, entries[0])
-
-
-def serving(
-    world_size: int,
-    work: Callable[[Small, Service], T],
-    *,
-    bounds: Mapping[str, int] | None = None,
-    transports: Sequence[Transport] | None = None,
-    **changes: Any,
-) -> list[T]:
-    """`work` of every rank of a loopback world; each then serves until all are done."""
-    config = small_config(**changes)
-
-    def rank(end: Transport) -> T:
-        with Runtime.open(config, end) as runtime:
-            world = small(runtime)
-            with runtime.serve(**(bounds or {})) as service:
-                result = work(world, service)
-                assert service.wait(20.0)
-        return result
-
-    return run_loopback(world_size, rank, deadline_s=config.deadline_s, transports=transports)
-
-
-class Gate:
-    """Holds the server of rank 0 at its requests until it is opened; notes whom it answered."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, kind: str = "attend") -> None:
-        self.opened = threading.Event()
-        self.order: list[int] = []
-        answer, turn = service.ANSWERS[kind], Service._answer
-
-        def held(world: World, message: Message) -> Mapping[str, Tensor]:
-            assert world.rank != 0 or self.opened.wait(20.0)
-            return answer(world, message)
-
-        def noted(server: Service, peer: int, buffer: Tensor) -> None:
-            if server._world.rank == 0:
-                self.order.append(peer)
-            turn(server, peer, buffer)
-
-        monkeypatch.setitem(service.ANSWERS, kind, held)
-        monkeypatch.setattr(Service, "_answer", noted)
-
-    def open_when(self, ready: Callable[[], bool]) -> None:
-        """Open once something is so."""
-        until(ready)
-        self.opened.set()
-
-
-def until(ready: Callable[[], bool]) -> None:
-    expiry = time.monotonic() + 20.0
-    while not ready():
-        assert time.monotonic() < expiry, "it never came about"
-        time.sleep(0.001)
-
-
-def in_work(served: Service) -> int:
-    return sum(map(len, served._inbox._in_work))
-
-
-# The document lies at rank 0.
-ONE_HOLDER: dict[str, Any] = {"placement": Placement(policy="document-affine"), "corpus_slots": 8}
 
 
 def test_two_requesters_five_layers_apart(monkeypatch: pytest.MonkeyPatch) -> None:

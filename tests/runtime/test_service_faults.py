@@ -5,23 +5,21 @@ Whoever waits for such a peer names it within the deadline and a second, and goe
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import dense
+import faults
 import pytest
-import test_faults
 import torch
+from faults import DEADLINE_S, VICTIM, Fault, Outcome, Progress, strike
 from ranks import run_loopback
-from test_faults import VICTIM, Outcome, Progress
-from test_service import ONE_HOLDER, TOKENS, Gate, Small, serving, small, small_config, until
+from served import Gate, serving, until
+from small_world import ONE_HOLDER, TOKENS, Small, small, small_config
 from torch import Tensor
 
 from qroam.partition.placement import Placement
@@ -32,10 +30,6 @@ from qroam.runtime.service.server import SERVICE_CHANNEL
 from qroam.runtime.transport.base import Purpose, Transport
 from qroam.runtime.transport.messages import Header, Message, decode
 from qroam.runtime.world import World
-
-Fault = Literal["is killed", "is stopped", "closes its sockets", "answers late", "answers wrongly"]
-DEADLINE_S = 2.0
-
 
 # Processes over gloo ---------------------------------------------------------------------------
 
@@ -78,57 +72,14 @@ def without(world: Small, rank: int) -> Small:
     return world._replace(selection=world.selection._replace(ids=ids), expected=expected)
 
 
-def strike(fault: Fault) -> None:
-    """What happens to the victim once it has answered a few requests."""
-    answer, count = service.ANSWERS["attend"], 0
-
-    def struck(world: World, message: Message) -> Mapping[str, Tensor]:
-        nonlocal count
-        count += 1
-        columns = dict(answer(world, message))
-        if count > 10:
-            match fault:
-                case "is killed":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                case "is stopped":
-                    os.kill(os.getpid(), signal.SIGSTOP)
-                case "closes its sockets":
-                    close_sockets()
-                case "answers late":
-                    time.sleep(2 * DEADLINE_S)
-                case "answers wrongly":
-                    spoilt = {
-                        "A.covered": lambda rows: rows + 1,
-                        "fetch.mark": lambda rows: rows + 1,
-                    }
-                    columns = {n: spoilt.get(n, lambda x: x)(rows) for n, rows in columns.items()}
-        return columns
-
-    service.ANSWERS["attend"] = struck  # type: ignore[index]
-
-
-def close_sockets() -> None:
-    """Shut down every connection of this process, as a network that goes away does."""
-    for number in os.listdir("/proc/self/fd"):
-        try:
-            end = socket.socket(fileno=os.dup(int(number)))
-        except OSError:
-            continue  # not a socket, or gone
-        try:
-            if end.family in (socket.AF_INET, socket.AF_INET6) and end.getpeername():
-                end.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # one that listens
-        finally:
-            end.close()
-
-
+@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "fault",
     ["is killed", "is stopped", "closes its sockets", "answers late", "answers wrongly"],
 )
 def test_all_who_wait_name_a_rank_that(fault: Fault, tmp_path: Path) -> None:
-    outcomes = test_faults.run(tmp_path, ask_around, fault, stopped=True)
+    outcomes = faults.run(tmp_path, ask_around, fault, stopped=True)
     for rank, outcome in enumerate(outcomes):
         if rank != VICTIM:
             check_named(outcome, at_once=fault not in ("is stopped", "answers late"))

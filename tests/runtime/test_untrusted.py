@@ -7,27 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 import pytest
 import torch
 from ranks import run_loopback
+from spoiling import Spoil, on, spoiling
 from torch import Tensor
 
 from qroam.partition.layout import named_layout, uniform_model
 from qroam.runtime import PeerError, Runtime, RuntimeConfig
 from qroam.runtime.transport.base import LoopbackTransport, Transport
 from qroam.runtime.transport.messages import Header
-
-Spoil = Callable[[str, str, Tensor], Tensor]  # (kind of message, column, rows) -> rows
-
-
-def spoiling(spoil: Spoil) -> type[LoopbackTransport]:
-    class Spoiling(LoopbackTransport):
-        def post_shares(self, header: Header, shares: Sequence[Mapping[str, Tensor]]) -> None:
-            if self.rank == 1:
-                shares = [
-                    {name: spoil(header.kind, name, rows) for name, rows in share.items()}
-                    for share in shares
-                ]
-            super().post_shares(header, shares)
-
-    return Spoiling
 
 
 def said(
@@ -62,10 +48,6 @@ def said(
 
     kind = spoiling(spoil)
     return run_loopback(2, work, transports=kind.world(2, deadline_s=10.0))
-
-
-def on(kind: str, column: str, change: Callable[[Tensor], Tensor]) -> Spoil:
-    return lambda k, name, rows: change(rows) if (k, name) == (kind, column) else rows
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_snapshot_format import written
+from snapshot_files import written
 
 from qroam.runtime.tools.cli import main
 

@@ -10,70 +10,19 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
-from cases import STORAGE, Architecture, Case, Picks, Player, make_config, run_case
-from hypothesis import HealthCheck, given, settings
+from cases import Case, Player, make_config, run_case
+from effort import examples
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import RankPool, RanksFailedError, run_loopback
+from strategies import EVERYWHERE, cases
 
-from qroam.partition.placement import POLICIES
-from qroam.runtime.cost.predicate import MODES
 from qroam.runtime.runtime import Runtime
 from qroam.runtime.transport.base import LoopbackTransport, Transport
-
-EVERYWHERE = settings(
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-
-
-@st.composite
-def cases(draw: st.DrawFn, worlds: tuple[int, ...]) -> Case:
-    """Any case of these world sizes, small enough for dense attention."""
-    world = draw(st.sampled_from(worlds))
-    architecture = draw(st.sampled_from(get_args(Architecture)))
-    # An fp8 entry has a latent of whole tiles; the made-up layouts have none.
-    storage = [name for name in STORAGE if architecture != "mixed" or not name.startswith("fp8")]
-    block_tokens = draw(st.sampled_from((4, 8, 16)))
-    picks = draw(st.sampled_from(get_args(Picks)))
-    units = {1, 2, 4, block_tokens} | (set() if picks == "select" else {2 * block_tokens})
-    tokens = st.one_of(st.sampled_from((1, block_tokens, 2 * block_tokens)), st.integers(2, 45))
-    documents = tuple(draw(st.lists(tokens, min_size=1, max_size=4)))
-    return Case(
-        seed=draw(st.integers(0, 2**31 - 1)),
-        world=world,
-        architecture=architecture,
-        heads=draw(st.integers(1, 2)),
-        storage=draw(st.sampled_from(storage)),
-        weights=draw(st.booleans()),
-        layers=draw(st.integers(1, 2)),
-        block_tokens=block_tokens,
-        documents=documents,
-        prefilled=draw(st.integers(0, len(documents))),
-        chunk=draw(st.integers(11, 30)),
-        policy=draw(st.sampled_from(POLICIES)),
-        run=draw(st.integers(1, 3)),
-        copies=draw(st.integers(1, min(world, 3))),
-        index_placement=draw(st.sampled_from(("with-blocks", "replicated"))),
-        mode=draw(st.sampled_from(MODES)),
-        lease_entries=draw(st.sampled_from((0, 3, 40, 400))),
-        reuse=draw(st.sampled_from((1.0, 16.0))),
-        picks=picks,
-        unit_tokens=draw(st.sampled_from(sorted(units))),
-        per_branch=draw(st.booleans()),
-        sink=draw(st.booleans()),
-        steps=draw(st.integers(1, 2)),
-        repeats=draw(st.integers(1, 2)),
-        queries=tuple(draw(st.lists(st.integers(0, 8), min_size=world, max_size=world))),
-        requests=draw(st.integers(0, 2)),
-        stranger=draw(st.none() | st.integers(0, len(documents) - 1)),
-        offsets=draw(st.booleans()),
-    )
 
 
 def play(case: Case) -> list[torch.Tensor]:
@@ -83,19 +32,19 @@ def play(case: Case) -> list[torch.Tensor]:
 
 
 @given(case=cases(worlds=(4,)))
-@settings(EVERYWHERE, max_examples=170)
+@settings(EVERYWHERE, max_examples=examples(170, quick=16))
 def test_step_equals_dense_attention_on_four_processes(four_ranks: RankPool, case: Case) -> None:
     four_ranks.run(run_case, case)
 
 
 @given(case=cases(worlds=(1, 2, 3)))
-@settings(EVERYWHERE, max_examples=130)
+@settings(EVERYWHERE, max_examples=examples(130, quick=40))
 def test_step_equals_dense_attention(case: Case) -> None:
     play(case)
 
 
 @given(case=cases(worlds=(8,)))
-@settings(EVERYWHERE, max_examples=10)
+@settings(EVERYWHERE, max_examples=examples(10, quick=4))
 def test_step_equals_dense_attention_on_eight_ranks(case: Case) -> None:
     play(case)
 
@@ -116,7 +65,7 @@ def test_thousands_of_queries_beside_idle_ranks(facts: dict[str, Any]) -> None:
 
 
 @given(case=cases(worlds=(1, 3, 4)), stranger=st.integers(0, 3))
-@settings(EVERYWHERE, max_examples=20)
+@settings(EVERYWHERE, max_examples=examples(20, quick=5))
 def test_unattached_document_changes_nothing(case: Case, stranger: int) -> None:
     documents = (9, *case.documents)
     loaded = len(documents) - case.prefilled  # a document being prefilled is attended
@@ -190,6 +139,8 @@ def test_transport_that_was_given_outlives_its_runtimes() -> None:
         run_case(end, Case(seed=seed, world=1))
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_example_checks_a_layout_on_its_own_ranks(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "examples" / "dense_check.py"
     options = {"layout": "mlra-4", "ranks": 2, "mode": "random", "codec": "fp64", "tokens": 70}

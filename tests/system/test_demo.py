@@ -27,6 +27,8 @@ def run(sabotage: Sabotage | None = None) -> DemoReport:
     return run_demo(config(sabotage), lambda phase, done, total: None)
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_a_tiny_demo_is_exact() -> None:
     found = run()
     assert found.ok, found.facts["problems"]
@@ -42,6 +44,8 @@ def test_a_tiny_demo_is_exact() -> None:
     assert found.render().splitlines()[-1] == "result      exact"
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_a_dropped_holder_is_found_by_comparing() -> None:
     found = run("drop-holder")
     assert not found.ok

@@ -6,6 +6,7 @@ import multiprocessing as mp
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]
@@ -37,6 +38,7 @@ def engine(rank: int, store: str, pipe: Connection) -> None:
     pipe.send((rank, received.tolist(), out.tolist()))
 
 
+@pytest.mark.processes
 def test_the_engines_own_messages_and_group_are_left_alone(tmp_path: Path) -> None:
     context = mp.get_context("spawn")
     results = []

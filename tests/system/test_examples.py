@@ -32,6 +32,8 @@ def run(example: str, *options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_an_engine_of_ones_own_decodes_what_one_process_does() -> None:
     done = run("embed_in_engine.py", "--tokens", "6", "--corpus", "300", "--mode", "random")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -41,6 +43,8 @@ def test_an_engine_of_ones_own_decodes_what_one_process_does() -> None:
     assert [len(row) for row in tokens] == [6, 6]
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_agents_come_and_go() -> None:
     sizes = ("--steps", "60", "--files", "4", "--file-bytes", "100", "--layers", "1")
     done = run("agents.py", *sizes, "--check", "2", "--log-decisions")

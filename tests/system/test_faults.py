@@ -5,60 +5,24 @@ Every other rank must name exactly that rank within the deadline, and end in pea
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
-from multiprocessing.connection import Connection
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore
+from effort import slow_after
+from faults import VICTIM, Progress, run
 
 from qroam.partition.layout import named_layout, uniform_model
-from qroam.runtime import PeerError, Runtime, RuntimeConfig
+from qroam.runtime import Runtime, RuntimeConfig
 from qroam.runtime.cpu import step
 
-WORLD = 4
-VICTIM = 2
 GOOD_STEPS = 3
 DEADLINE_S = 5.0
-PATIENCE_S = 60.0
 TOKENS = 250
-
-
-class Outcome(NamedTuple):
-    """How a rank ended: what it raised, how long after its last completed step, and its exit code."""
-
-    steps: int
-    error: str
-    culprits: tuple[int, ...]
-    seconds: float
-    exit_code: int | None
-
-
-class Progress:
-    """Completed steps, and how long after the last of them the next one failed."""
-
-    def __init__(self) -> None:
-        self.steps, self.seconds = 0, 0.0
-        self._completed_at = time.monotonic()
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        try:
-            yield
-        except PeerError:
-            self.seconds = time.monotonic() - self._completed_at
-            raise
-        self.steps += 1
-        self._completed_at = time.monotonic()
 
 
 def config(**changes: Any) -> RuntimeConfig:
@@ -70,68 +34,6 @@ def config(**changes: Any) -> RuntimeConfig:
         "mode": "random",
     }
     return RuntimeConfig(model=model, **(sizes | changes))
-
-
-def rank_main(
-    rank: int, store: str, work: Callable[..., None], pipe: Connection, args: Any
-) -> None:
-    """Join the group, do `work`, and report how it ended."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        store=FileStore(store, WORLD),
-        rank=rank,
-        world_size=WORLD,
-        timeout=timedelta(seconds=60),
-    )
-    progress = Progress()
-    try:
-        work(rank, progress, *args)
-    except (PeerError, ArithmeticError) as error:
-        culprits = error.culprits if isinstance(error, PeerError) else ()
-        said = f"{type(error).__name__}: {error}"
-        pipe.send((progress.steps, said, culprits, progress.seconds))
-    else:
-        pipe.send((progress.steps, "", (), 0.0))
-    pipe.close()
-
-
-def run(
-    folder: Path, work: Callable[..., None], *args: Any, stopped: bool = False
-) -> list[Outcome]:
-    """`work(rank, progress, *args)` in four processes; all that were started are ended here."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["qroam.runtime"])  # imported once, not by every rank
-    processes, pipes = [], []
-    for rank in range(WORLD):
-        ours, theirs = context.Pipe(duplex=False)
-        target = (rank, str(folder / "store"), work, theirs, args)
-        process = context.Process(target=rank_main, args=target, daemon=True)
-        process.start()
-        theirs.close()
-        processes.append(process)
-        pipes.append(ours)
-    outcomes: list[Outcome] = []
-    expiry = time.monotonic() + PATIENCE_S
-    try:
-        for rank, (process, pipe) in enumerate(zip(processes, pipes, strict=True)):
-            if stopped and rank == VICTIM:
-                outcomes.append(Outcome(0, "stopped", (), 0.0, None))
-                continue
-            report: tuple[int, str, tuple[int, ...], float] = (0, "no report", (), 0.0)
-            try:
-                if pipe.poll(max(expiry - time.monotonic(), 0)):
-                    report = pipe.recv()
-            except EOFError:
-                pass  # it was killed
-            process.join(max(expiry - time.monotonic(), 0))
-            outcomes.append(Outcome(*report, process.exitcode))
-    finally:
-        for process in processes:
-            if process.exitcode is None:
-                process.kill()  # SIGKILL also ends a stopped process
-            process.join()
-    return outcomes
 
 
 def decode_steps(rank: int, progress: Progress, where: str, fault: str) -> None:
@@ -172,14 +74,17 @@ def struck(fault: str) -> Callable[..., Any]:
 
 @pytest.mark.parametrize(
     ("fault", "where"),
-    [
-        ("raises", "answer_attend"),
-        ("raises", "attend_local"),
-        ("is killed", "attend_local"),
-        ("is killed", "answer_attend"),
-        ("is stopped", "attend_local"),
-        ("is stopped", "decide"),
-    ],
+    slow_after(
+        1,
+        [
+            ("raises", "answer_attend"),
+            ("raises", "attend_local"),
+            ("is killed", "attend_local"),
+            ("is killed", "answer_attend"),
+            ("is stopped", "attend_local"),
+            ("is stopped", "decide"),
+        ],
+    ),
 )
 def test_the_others_name_a_rank_that(fault: str, where: str, tmp_path: Path) -> None:
     outcomes = run(tmp_path, decode_steps, where, fault, stopped=fault == "is stopped")

@@ -89,6 +89,7 @@ def measure(world: int) -> dict[str, int]:
     return {"pools": sum(pools), "beyond": peak_bytes() - before}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_full_pool_at_work_stays_within_its_budget(world: int) -> None:

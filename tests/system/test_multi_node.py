@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = "examples/multi_node_decode.py"
 SIZES = ("--files", "4", "--bytes-per-file", "256", "--tokens", "4", "--layers", "2")
@@ -170,6 +172,8 @@ def counted(text: str, pattern: str) -> list[tuple[int, ...]]:
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_two_nodes_decode_what_one_process_does(tmp_path: Path) -> None:
     with ExitStack() as cleanup:
         try:
@@ -203,6 +207,8 @@ def test_two_nodes_decode_what_one_process_does(tmp_path: Path) -> None:
     assert across < carried < 1.15 * across
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_a_rank_that_differs_fails_every_node(tmp_path: Path) -> None:
     """On two loopback addresses, which is also what runs where namespaces are not permitted."""
     spoiled = tmp_path / "spoiled.py"

@@ -79,6 +79,8 @@ def test_qroam_commands_run(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_the_examples_run() -> None:
     given = commands("python")
     assert {args[0] for args in given} == {"examples/dense_check.py", "examples/embed_in_engine.py"}
@@ -98,8 +100,8 @@ def test_extras_are_those_of_the_package() -> None:
 
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = {args[0] for args in commands("make")}
-    assert {"demo", "test"} <= named <= targets
+    named = {args[0] for args in commands("make")} | set(re.findall(r"`make ([\w-]+)`", README))
+    assert {"demo", "test", "test-all"} <= named <= targets
 
 
 def test_every_sabotage_is_named() -> None:

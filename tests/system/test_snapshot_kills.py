@@ -31,7 +31,7 @@ from lives import (
     tokens_of,
 )
 from ranks import run_loopback
-from test_snapshot import add, world
+from snapshot_world import add, world
 
 from qroam.partition.snapshot.folder import read_manifest
 from qroam.partition.snapshot.verify import verify
@@ -48,6 +48,8 @@ def random_life(rng: random.Random) -> Life:
     return Life(size, policy, rng.randint(1, size))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     rng = random.Random(20)
     context = multiprocessing.get_context("forkserver")

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from effort import slow_after
 from gpu_world import StandIns
 from ranks import run_loopback
 from torch import Tensor
@@ -159,8 +160,8 @@ def decode(
         }
 
 
-@pytest.mark.parametrize("index_placement", ["with-blocks", "replicated"])
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("index_placement", slow_after(1, ["with-blocks", "replicated"]))
+@pytest.mark.parametrize("world_size", slow_after(1, [2, 4]))
 @pytest.mark.parametrize("kind", ["deepseek_v32", "deepseek_v32-yarn", "glm_moe_dsa"])
 def test_decode_equals_the_unsharded_model(
     references: dict[str, tuple[PreTrainedModel, Reference]],
