@@ -19,7 +19,7 @@ import torch
 from gpu import DEVICE, Bench, Variant, as_good_as_eager, host_us
 from torch import Tensor
 
-from qroam.kernels import reference
+from qroam.kernels import coverage, reference
 from qroam.kernels.attend import Workspace, attend, parts_of
 from qroam.kernels.library import flashinfer, flashmla
 from qroam.partition.codec import make_codec
@@ -100,9 +100,7 @@ class Inputs:
                     self._check_row(self.queries[call][row], stored, ids, out[row], natural, empty)
                     if covered:
                         zeros = torch.zeros_like(ids)
-                        want = reference.coverage(
-                            ids, zeros, torch.ones_like(ids, dtype=torch.bool)
-                        )
+                        want = coverage.coverage(ids, zeros, torch.ones_like(ids, dtype=torch.bool))
                         found = covered[0][row].long() & 0xFFFFFFFF
                         assert torch.equal(found, want), f"row {row}: covered {found}, not {want}"
 

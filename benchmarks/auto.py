@@ -23,7 +23,7 @@ from torch import Tensor
 from qroam.kernels import reference
 from qroam.kernels.decide import FETCH, ROUTE, Mode
 from qroam.runtime.gpu.step import GpuStep
-from qroam.runtime.gpu.symmetric_memory import NvshmemTransport
+from qroam.runtime.gpu.symmetric_memory import SymmetricMemory
 
 QUERIES = (1, 4, 8, 16, 64)
 UNITS = (32, 128, 512, 1024, 2048)
@@ -63,7 +63,7 @@ def work(here: Rank) -> None:
     group = dist.group.WORLD
     assert group is not None
     shape = map_of(entry_bytes=2 * QUERY, staged=QUERIES[-1] * UNITS[-1])
-    transport = NvshmemTransport(
+    transport = SymmetricMemory(
         [wire_of(queries, UNITS[-1]) for queries in QUERIES], group=group, device=here.device,
         deadline_s=20.0, heap=shape.num_bytes,
     )  # fmt: skip

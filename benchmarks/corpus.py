@@ -19,7 +19,7 @@ from qroam.runtime.cost.prices import prices_of
 from qroam.runtime.gpu.payload import Weights
 from qroam.runtime.gpu.pool import GpuPool
 from qroam.runtime.gpu.step import GpuStep
-from qroam.runtime.gpu.symmetric_memory import NvshmemTransport
+from qroam.runtime.gpu.symmetric_memory import SymmetricMemory
 
 HEADS, QUERY, VALUE, ENTRIES, BLOCK = 128, 576, 512, 262144, 64
 BF16 = torch.bfloat16
@@ -87,7 +87,7 @@ class Corpus:
 def step_of(
     here: Rank,
     corpus: Corpus,
-    transport: NvshmemTransport,
+    transport: SymmetricMemory,
     channel: int,
     rows: int,
     listed: int,

@@ -1,4 +1,4 @@
-"""Exchange of routed queries and their answers between two GPUs (`kernels/exchange/launch.py`) against NCCL.
+"""Exchange of routed queries and answers between two GPUs (`kernels/exchange/launch.py`) against NCCL.
 
 B queries a rank, 128 heads, bf16, payload form A, all asked of the other rank with 1024 units each;
 partials are given, the merge with the own partial is included. `one kernel` has all four roles in
@@ -24,7 +24,7 @@ from qroam.kernels import reference
 from qroam.kernels.exchange.launch import Accepted, Ends, Merge, Partials, Routes, exchange
 from qroam.kernels.exchange.layout import Wire
 from qroam.kernels.library.merge import merge
-from qroam.runtime.gpu.symmetric_memory import NvshmemTransport
+from qroam.runtime.gpu.symmetric_memory import SymmetricMemory
 
 HEADS, QUERY, VALUE, UNITS = 128, 576, 512, 1024
 BATCHES = (1, 4, 8, 16, 32, 64)
@@ -144,7 +144,7 @@ def work(here: Rank) -> None:
         )
         for batch in BATCHES
     ]  # fmt: skip
-    transport = NvshmemTransport(wires, group=group, device=here.device, deadline_s=10.0)
+    transport = SymmetricMemory(wires, group=group, device=here.device, deadline_s=10.0)
     here.say(
         f"2 x {here.properties.name}, torch {torch.__version__}, NCCL {torch.cuda.nccl.version()}"
     )

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qroam.kernels.codec import encode_latent
 from qroam.kernels.gather import gather
-from qroam.runtime.gpu.symmetric_memory import NvshmemTransport
+from qroam.runtime.gpu.symmetric_memory import SymmetricMemory
 
 BATCHES, LISTED = (1, 8, 64), 1024
 ROWS = {"bf16": 2 * QUERY, "fp8_v32": 656}
@@ -33,7 +33,7 @@ class Call:
     """What one rank fetches, and what it is asked for over NCCL."""
 
     def __init__(
-        self, here: Rank, corpus: Corpus, transport: NvshmemTransport, channel: int, batch: int
+        self, here: Rank, corpus: Corpus, transport: SymmetricMemory, channel: int, batch: int
     ) -> None:
         self.rank, self.corpus = here.rank, corpus
         self.step = step_of(here, corpus, transport, channel, batch, LISTED)
@@ -108,7 +108,7 @@ def work(here: Rank) -> None:
     here.say(
         f"2 x {here.properties.name}, torch {torch.__version__}, NCCL {torch.cuda.nccl.version()}"
     )
-    transport = NvshmemTransport(
+    transport = SymmetricMemory(
         wires, group=group, device=here.device, deadline_s=20.0,
         heap=sum(shape.num_bytes for shape in shapes.values()),
     )  # fmt: skip

@@ -23,7 +23,7 @@ from qroam.kernels.exchange.launch import Ends
 from qroam.kernels.exchange.layout import Wire
 from qroam.kernels.exchange.nvshmem_put import put_and_signal
 from qroam.kernels.exchange.signals import publish, stamp_of, wait_for
-from qroam.runtime.gpu.symmetric_memory import NvshmemTransport
+from qroam.runtime.gpu.symmetric_memory import SymmetricMemory
 
 CASES = ((64, 1), (1024, 1), (16384, 1), (147456, 1), (147456, 8))  # bytes, CTAs that store them
 _ROUNDS = 1000
@@ -60,7 +60,7 @@ def _ping_pong(
 class PingPong:
     """Epochs go on from launch to launch, so no signal is met twice."""
 
-    def __init__(self, here: Rank, transport: NvshmemTransport, ends: Ends) -> None:
+    def __init__(self, here: Rank, transport: SymmetricMemory, ends: Ends) -> None:
         self._here, self._transport, self._ends = here, transport, ends
         self._counter = torch.zeros(1, dtype=torch.int32, device=here.device)
         self._epoch = 1
@@ -117,7 +117,7 @@ def work(here: Rank) -> None:
     wire = Wire(
         world_size=2, rows=8, heads=128, query_words=36864, answer_words=32768, units=64, staged=True
     )  # fmt: skip
-    transport = NvshmemTransport([wire], group=group, device=here.device, deadline_s=10.0, put=True)
+    transport = SymmetricMemory([wire], group=group, device=here.device, deadline_s=10.0, put=True)
     put = transport.ends()
     addresses = [transport.mapped(rank) for rank in range(2)]
     stores = put._replace(put=None, peers=torch.tensor(addresses, device=here.device))

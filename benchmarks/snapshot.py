@@ -90,7 +90,7 @@ def ours(
     clock: Clock, runtime: Runtime, other: Runtime, corpus: dict[str, Tensor], path: Path
 ) -> None:
     """Snapshot one runtime and restore into another. Raises: RuntimeError if the bytes differ."""
-    for storage in other._world.entries._storage:
+    for storage in other._world.stores.entries._storage:
         storage.zero_()
     os.sync()
     with clock.of("snapshot"):
@@ -100,7 +100,7 @@ def ours(
     with clock.of("restore"):
         other.restore(path)
     for layer, tensor in enumerate(corpus.values()):
-        rows = other._world.entries.rows(layer, torch.arange(len(tensor)))
+        rows = other._world.stores.entries.rows(layer, torch.arange(len(tensor)))
         if not torch.equal(rows.view(torch.bfloat16), tensor):
             raise RuntimeError(f"layer {layer} was not restored bitwise; nothing is recorded")
     other.remove_document("corpus")

@@ -33,7 +33,7 @@ from qroam.kernels.library.merge import merge
 from qroam.partition.layout import Form
 from qroam.runtime.gpu.payload import absorb, project
 from qroam.runtime.gpu.step import GpuStep
-from qroam.runtime.gpu.symmetric_memory import NvshmemTransport
+from qroam.runtime.gpu.symmetric_memory import SymmetricMemory
 
 SELECTED = 2048
 SCALE = LAYOUT.softmax_scale
@@ -123,7 +123,7 @@ class Call:
 class Projected:
     """One query and selection in both forms, with weights of its own, as a layer has them."""
 
-    def __init__(self, call: Call, here: Rank, transport: NvshmemTransport, channel: int) -> None:
+    def __init__(self, call: Call, here: Rank, transport: SymmetricMemory, channel: int) -> None:
         batch, device = len(call.query), here.device
         nope, value = LAYOUT.query_dim - LAYOUT.rope_dim, LAYOUT.out_dim
         generator = torch.Generator(device).manual_seed(channel)  # the same on both ranks
@@ -207,7 +207,7 @@ def compare_with_nccl(
     here: Rank,
     case: str,
     calls: Sequence[Call],
-    transport: NvshmemTransport,
+    transport: SymmetricMemory,
     group: dist.ProcessGroup,
 ) -> None:
     check = checked(calls)
@@ -241,7 +241,7 @@ def compare_with_nccl(
 
 
 def compare_forms(
-    here: Rank, case: str, calls: Sequence[Call], transport: NvshmemTransport, channel: int
+    here: Rank, case: str, calls: Sequence[Call], transport: SymmetricMemory, channel: int
 ) -> None:
     both = [Projected(call, here, transport, channel) for call in calls]
     torch.cuda.synchronize()
@@ -263,7 +263,7 @@ def work(here: Rank) -> None:
     group_nccl = dist.new_group(backend="nccl", device_id=here.device)
     assert group_nccl is not None
     shape = map_of(entry_bytes=2 * QUERY, staged=BATCHES[-1] * SELECTED)
-    transport = NvshmemTransport(
+    transport = SymmetricMemory(
         [wire_of(batch, SELECTED, form=form) for form in FORMS for batch in BATCHES], group=group,
         device=here.device, deadline_s=20.0, heap=shape.num_bytes,
     )  # fmt: skip

@@ -3,12 +3,12 @@
     python examples/agents.py --package typer --steps 200
     python examples/agents.py --layers 1 --steps 10000        # a soak: resident memory must stay flat
 
-The text of an installed package lies sharded over the ranks, each file a document. At every step each
-rank lets agents in (a request over some of the files, with a prompt), gives every agent there one
-token of the model of `embed_in_engine.py` (seeded weights: its text is noise), and lets out those
-that are done. Of the first agents to leave, every token is compared with one process. Prints what was
-decided and sent, and memory over time; exits 1 if a token differs, a step was not covered, or, from
-1,000 steps on, resident memory grew by more than 2 % after the first fifth.
+The text of an installed package is sharded over the ranks, each file a document. In every step each
+rank admits agents (a request over some of the files, with a prompt), decodes one token for each of its
+agents with the model of `embed_in_engine.py` (seeded weights: its text is noise), and releases those
+that are done. All tokens of the first agents to leave are compared with one process. Prints what was
+decided and sent, and memory over time. Exits with 1 if a token differs, if a step failed its coverage
+check, or, from 1,000 steps on, if resident memory grew by more than 2 % after the first fifth.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import torch.distributed as dist
 from embed_in_engine import LAYOUT, Model, Plain, Sharded, as_tokens
 from torch import Tensor
 
-from qroam.partition.layout import uniform_model
+from qroam.partition import uniform_model
 from qroam.runtime import Request, Runtime, RuntimeConfig
 
 B = 64
@@ -44,7 +44,7 @@ SAMPLES = 100
 
 @dataclass(slots=True)
 class Agent:
-    """One sub-agent: the files it reads, its prompt, and what it has decoded so far."""
+    """One sub-agent: the files it reads, its prompt, and the tokens it has decoded so far."""
 
     request: Request
     files: list[str]
@@ -55,7 +55,7 @@ class Agent:
 
     @property
     def next_token(self) -> int:
-        """Of the prompt while there is one, then the last that was decoded."""
+        """The next of the prompt, then the last that was decoded."""
         return self.prompt[self.fed] if self.fed < len(self.prompt) else self.tokens[-1]
 
     def take(self, decoded: int) -> None:
@@ -106,7 +106,7 @@ def codebase(package: str, files: int, file_bytes: int) -> dict[str, Tensor]:
 
 
 class Instance:
-    """One rank: an engine with a few seats, and agents who come and go."""
+    """One rank: an engine, and the agents that it decodes for."""
 
     def __init__(self, runtime: Runtime, model: Model, args: argparse.Namespace) -> None:
         self.runtime, self.model, self.args = runtime, model, args
@@ -139,7 +139,7 @@ class Instance:
                 self.plain[name].forward(text, starts[name])
 
     def step(self, names: list[str]) -> None:
-        """Agents join; each that is there is given a token; those that are done leave."""
+        """Admit agents, decode a token for each agent, release those that are done."""
         while len(self.agents) < self.args.agents and self.random.random() < 0.3:
             self.agents.append(self._joined(names))
         self.report.most_at_once = max(self.report.most_at_once, len(self.agents))
@@ -249,7 +249,7 @@ def show(report: Report, steps: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Sub-agents who come and go over one codebase.")
+    parser = argparse.ArgumentParser(description="Sub-agents that come and go over one codebase.")
     whole = partial(parser.add_argument, type=int)
     parser.add_argument("--package", default="typer", help="whose sources are the corpus")
     whole("--ranks", default=2)
@@ -281,7 +281,9 @@ def main() -> int:
     for report in reports:
         show(report, args.steps)
         if report.differing or report.stats["failures"]["coverage"]:
-            problems.append(f"rank {report.rank}: a token differs, or a step was not covered")
+            problems.append(
+                f"rank {report.rank}: a token differs, or a step failed its coverage check"
+            )
         if args.steps >= SOAK_STEPS and report.growth > MAX_GROWTH:
             problems.append(f"rank {report.rank}: resident memory grew by {report.growth:.1%}")
     print(*(problems or ["all well"]), sep="\n")

@@ -1,8 +1,11 @@
-"""One attention step over a corpus sharded over processes, against dense fp64 attention.
+"""One attention step over a corpus sharded over processes, compared with dense fp64 attention.
 
     python examples/dense_check.py --layout mlra-4 --ranks 4 --mode random
 
-Starts its own ranks. Prints what each did and its largest error; exits 1 if one is wrong.
+Takes any layout, codec, placement and mode, and starts its own ranks. Prints each rank's largest error,
+the bytes it sent, and how many (query, branch, holder) it served locally, routed or fetched. Exits with
+1 if an error is larger than allowed.
+
 Letters: Q queries, H heads, G branches, I entries of the corpus, K units of a query.
 """
 
@@ -19,23 +22,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qroam.partition.codec import make_codec
-from qroam.partition.layout import (
+from qroam.partition import (
     LAYOUT_NAMES,
+    POLICIES,
     Form,
     Layout,
+    Placement,
+    make_codec,
     named_layout,
     uniform_model,
     with_codec,
 )
-from qroam.partition.placement import POLICIES, Placement
 from qroam.runtime import Runtime, RuntimeConfig
-from qroam.runtime.cost.predicate import MODES
 
 BLOCK_TOKENS = 16
 F32 = torch.float32
 DTYPES = {"fp64": torch.float64, "fp32": F32, "bf16": torch.bfloat16, "fp8_v32": F32}
 TOLERANCE = {torch.float64: 1e-12, F32: 1e-5}
+MODES = ("auto", "always-route", "always-fetch", "random")
 WAYS = ("local", "route_a", "route_b", "fetch")
 
 

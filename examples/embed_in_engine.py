@@ -1,10 +1,11 @@
-"""The smallest decode loop of one's own over a sharded corpus, checked against one process.
+"""How to embed qroam in an engine: the smallest decode loop, its tokens compared with one process.
 
     python examples/embed_in_engine.py --ranks 2 --tokens 16
 
-A byte-level model with seeded weights (its text is noise) prefills this file on rank 0, and every rank
-then decodes a continuation of a prompt of its own. What an engine has to do is in `Sharded`; `Plain`
-is the same attention over tensors of one process, and all tokens must be equal.
+A byte-level model with seeded weights (its text is noise) prefills this file on rank 0. Then every rank
+decodes a continuation of a prompt of its own. All that an engine has to do is in `Sharded`. `Plain` is
+the same attention over tensors of one process. Prints the tokens of every rank; exits with 1 if they
+differ between the two.
 
 Letters: T new tokens, L layers, H heads, E entries seen, K entries selected.
 """
@@ -26,7 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from qroam.partition.layout import IndexLayout, mla, uniform_model
+from qroam.partition import IndexLayout, mla, uniform_model
 from qroam.runtime import Request, Runtime, RuntimeConfig
 
 VOCAB, HIDDEN, HEADS, LATENT, ROPE, NOPE, VALUE = 256, 64, 4, 32, 8, 16, 16
@@ -146,7 +147,7 @@ class Sharded:
         return logits.view(len(requests), length, VOCAB)[:, -1]
 
     def idle(self, layers: int) -> None:
-        """Take part in the others' forward pass without tokens of one's own."""
+        """Take part in the others' forward pass, without tokens of this rank."""
         for layer in range(layers):
             self.runtime.idle_select(layer)
             self.runtime.idle_attend(layer)
@@ -253,7 +254,7 @@ def corpus_of(args: argparse.Namespace) -> Tensor:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Decode over a sharded corpus, the smallest way.")
+    parser = argparse.ArgumentParser(description="The smallest decode loop over a sharded corpus.")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=16, help="decoded by each rank")
     parser.add_argument("--corpus", type=int, default=1000, help="bytes of this file")

@@ -1,4 +1,4 @@
-"""Decode over a corpus sharded over the ranks of several nodes, checked against one process.
+"""Decode over a corpus sharded over the ranks of several nodes, compared with one process.
 
 On each node, with the same HOST:PORT of one of them:
 
@@ -9,10 +9,10 @@ gloo listens where the host's name resolves to, or on GLOO_SOCKET_IFNAME. Where 
 to the other nodes, torchrun needs `--local-addr ADDRESS` too, and `--rdzv-conf is_host=1` on the node
 of HOST, `is_host=0` on the others.
 
-Every rank builds the same small DeepSeek-V3.2-architecture model (seeded weights: its text is noise),
-prefills its part of a corpus of source text, and decodes a continuation of a prompt of its own. Rank 0
-first does all of it alone with transformers' own unsharded model. Prints what each rank was connected
-by and what it sent inside its node and across; exits 1 on every rank if a token of any differs.
+The text of an installed package is the corpus, each file a document. Every rank builds the model of
+`embed_in_engine.py` (seeded weights: its text is noise), prefills its files, and decodes a continuation
+of a prompt of its own. Rank 0 first decodes all of them alone. Prints over which connections each rank
+sent how many bytes, inside its node and across; exits with 1 on every rank if a token of any differs.
 """
 
 from __future__ import annotations
@@ -31,30 +31,26 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from agents import codebase
+from embed_in_engine import LAYOUT, Model, Plain, Sharded, as_tokens
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from qroam.partition.placement import Placement
+from qroam.partition import uniform_model
 from qroam.runtime import Runtime, RuntimeConfig
-from qroam.runtime.adapters.hf import HFEngine, model_layout
-from qroam.runtime.cost.predicate import MODES
-from qroam.runtime.tools.demo import MAX_LOGIT_ERROR, MAX_SUBSTITUTED
-from qroam.runtime.tools.demo_instance import corpus_chunks
-from qroam.runtime.tools.demo_model import (
-    CHUNK_TOKENS,
-    PROMPT_TOKENS,
-    Reference,
-    build_model,
-    load_corpus,
-    prompts,
-    run_reference,
-)
-from qroam.runtime.tools.near_ties import TieReview
 
 BLOCK_TOKENS = 64
+PROMPT_TOKENS = 24
+MAX_LOGIT_ERROR = 1e-9  # all is in fp64
 SIOCGIFADDR = 0x8915
 
 Endpoint = tuple[str, int]  # address, port
+
+
+class Alone(NamedTuple):
+    """What one process decoded for a rank: its tokens, and the logits (VOCAB,) of each."""
+
+    tokens: list[int]
+    logits: list[Tensor]
 
 
 class Report(NamedTuple):
@@ -64,8 +60,6 @@ class Report(NamedTuple):
     sockets: set[tuple[Endpoint, Endpoint]]
     interfaces: dict[str, str]
     bytes_to: dict[int, int]
-    selections: int
-    substituted: int
     tokens: list[int]
     equal: int
     error: float
@@ -73,67 +67,81 @@ class Report(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        few = self.substituted <= MAX_SUBSTITUTED * self.selections
-        return self.equal == len(self.tokens) and self.error <= MAX_LOGIT_ERROR and few
+        return self.equal == len(self.tokens) and self.error <= MAX_LOGIT_ERROR
+
+
+def prompt_of(rank: int, documents: dict[str, Tensor]) -> Tensor:
+    """A prompt that names the rank and a file."""
+    names = list(documents)
+    return as_tokens(f"{rank}: {names[rank % len(names)]}")[:PROMPT_TOKENS]
+
+
+def decode_alone(
+    model: Model, documents: dict[str, Tensor], ranks: int, tokens: int
+) -> list[Alone]:
+    """What each rank should decode, by one process that has everything."""
+    corpus, end = Plain(model), 0
+    for text in documents.values():  # a file is prefilled by itself, and attached after the others
+        document = Plain(model)
+        document.forward(text, end)
+        corpus, end = corpus.attached(document), end + len(text)
+    decoded = []
+    for rank in range(ranks):
+        plain, prompt = Plain(model).attached(corpus), prompt_of(rank, documents)
+        logits = [plain.forward(prompt, end)]
+        for at in range(tokens - 1):
+            last = logits[-1].argmax().view(1)
+            logits.append(plain.forward(last, end + len(prompt) + at))
+        decoded.append(Alone([int(row.argmax()) for row in logits], logits))
+    return decoded
 
 
 def play_rank(
-    model: PreTrainedModel,
-    documents: dict[str, Tensor],
-    prompt: Tensor,
-    reference: Reference,
-    args: argparse.Namespace,
+    model: Model, documents: dict[str, Tensor], alone: Alone, args: argparse.Namespace
 ) -> Report:
     """One rank: its part of the prefill, then its own request; what came of it."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    blocks = sum(-(-len(document) // BLOCK_TOKENS) for document in documents.values())
-    private = -(-(PROMPT_TOKENS + args.tokens) // BLOCK_TOKENS)
-    run = CHUNK_TOKENS // BLOCK_TOKENS  # whole chunks stay with the rank that prefills them
     config = RuntimeConfig(
-        model=model_layout(model.config),
-        max_blocks=blocks,
+        model=uniform_model(LAYOUT, args.layers),
+        max_blocks=sum(-(-len(text) // BLOCK_TOKENS) for text in documents.values()),
         block_tokens=BLOCK_TOKENS,
-        corpus_slots=min(-(-blocks // (run * world_size)) * run, blocks),
-        private_blocks=private,
-        request_blocks=private,
-        placement=Placement(policy="block-cyclic", run=run),
+        request_blocks=-(-(PROMPT_TOKENS + args.tokens) // BLOCK_TOKENS),
+        dtype=torch.float64,
         mode=args.mode,
         seed=args.seed,
         deadline_s=args.deadline,
     )
-    sequence_of: dict[int, int] = {}
-    review = TieReview(reference.ties, sequence_of)
     with Runtime.open(config) as runtime:
-        engine = HFEngine(model, runtime, review=review)
-        position = 0
+        engine, end = Sharded(runtime, model), 0
         for name, text in documents.items():
-            # Given the tokens, a node that has other text installed is out of step, and named.
-            runtime.add_document(name, token_ids=text.tolist(), position=position)
-            position += len(text)
-        engine.prefill(corpus_chunks(documents))
+            # Given the tokens, a node that has other text installed is named as out of step.
+            runtime.add_document(name, token_ids=text.tolist(), position=end)
+            end += len(text)
+        for first in range(0, len(documents), world_size):  # file f on rank f modulo the world
+            names = list(documents)[first : first + world_size]
+            if rank < len(names):
+                writer = runtime.request(into=names[rank])
+                engine.forward(model, documents[names[rank]][None], [writer])
+                runtime.release(writer)
+            else:
+                engine.idle(args.layers)
 
         started = time.perf_counter()
         request = runtime.request(list(documents))
-        sequence_of[id(request)] = rank
-        cache, current = engine.cache(), prompt[None]
-        tokens, logits = [], []
-        for _ in range(args.tokens):
-            out = engine.forward(current, [request], cache)
-            assert out is not None
-            current = out.argmax(-1, keepdim=True)
+        current, tokens, error = prompt_of(rank, documents)[None], [], 0.0
+        for expected in alone.logits:
+            logits = engine.forward(model, current, [request])[0]
+            current = logits.argmax().view(1, 1)
             tokens.append(int(current))
-            logits.append(out[0])
-        error = (torch.stack(logits) - reference.logits[rank]).abs().max()
+            error = max(error, float((logits - expected).abs().max()))
         return Report(
             node=int(os.environ["GROUP_RANK"]),
             sockets=connections(),
             interfaces=interfaces(),
             bytes_to=runtime.stats()["bytes_to"],
-            selections=review.rows,
-            substituted=review.substituted,
             tokens=tokens,
-            equal=int((torch.tensor(tokens) == reference.tokens[rank]).sum()),
-            error=float(error),
+            equal=sum(map(int.__eq__, tokens, alone.tokens)),
+            error=error,
             decode_s=time.perf_counter() - started,
         )
 
@@ -206,9 +214,6 @@ def print_reports(reports: list[Report], documents: dict[str, Tensor]) -> None:
             f"max logit error {report.error:.1e}, decode {report.decode_s:.1f} s"
         )
     print(f"bytes      {totals['inside']:,} inside nodes, {totals['across']:,} across nodes")
-    rows = sum(report.selections for report in reports)
-    substituted = sum(report.substituted for report in reports)
-    print(f"near-ties  {substituted} of {rows:,} selections taken from the one process")
     print(
         "result     " + ("equal" if all(r.exact for r in reports) else "DIFFERS from one process")
     )
@@ -216,12 +221,12 @@ def print_reports(reports: list[Report], documents: dict[str, Tensor]) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Decode over nodes; start it with torchrun.")
-    parser.add_argument("--corpus", type=Path, help="folder of sources; Python's own by default")
+    parser.add_argument("--package", default="email", help="whose sources are the corpus")
     parser.add_argument("--files", type=int, default=8)
     parser.add_argument("--bytes-per-file", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=16, help="decoded by each rank")
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--mode", choices=MODES, default="auto")
+    parser.add_argument("--mode", default="auto", help="or always-route, always-fetch, random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--deadline", type=float, default=60.0, help="seconds, of any wait")
     args = parser.parse_args()
@@ -237,17 +242,15 @@ def main() -> int:
     # Others wait for rank 0's unsharded decode, so longer than for a peer in a step.
     dist.init_process_group("gloo", timeout=timedelta(seconds=10 * args.deadline))
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    documents = load_corpus(args.corpus, args.files, args.bytes_per_file)
-    asked = prompts(documents, world_size)
-    most = sum(len(text) for text in documents.values()) + PROMPT_TOKENS + args.tokens
-    model = build_model(args.layers, args.seed, most)
+    documents = codebase(args.package, args.files, args.bytes_per_file)
+    model = Model(args.layers, args.seed)
     alone: list[Any] = [None]
-    if rank == 0:
-        chunks = [chunk.tokens for chunk in corpus_chunks(documents)]
-        alone = [run_reference(model, chunks, asked, args.tokens, lambda *_: None)]
-    dist.broadcast_object_list(alone)
-    reports: list[Any] = [None] * world_size
-    dist.all_gather_object(reports, play_rank(model, documents, asked[rank], alone[0], args))
+    with torch.no_grad():
+        if rank == 0:
+            alone = [decode_alone(model, documents, world_size, args.tokens)]
+        dist.broadcast_object_list(alone)
+        reports: list[Any] = [None] * world_size
+        dist.all_gather_object(reports, play_rank(model, documents, alone[0][rank], args))
     if rank == 0:
         print_reports(reports, documents)
     dist.barrier()  # torchrun ends a node's other ranks as soon as one has failed

@@ -140,7 +140,15 @@ class RuntimeConfig:
         if self.device not in get_args(Device):
             raise ValueError(f"device must be one of {get_args(Device)}, got {self.device!r}")
         if self.device == "cuda":
-            check_config(self)
+            check_config(
+                self.model,
+                self.dtype,
+                max_queries=self.max_queries,
+                max_units=self.max_units,
+                lease_entries=self.lease_entries,
+                block_tokens=self.block_tokens,
+                mode=self.mode,
+            )
 
     @property
     def num_branches(self) -> int:
@@ -158,6 +166,16 @@ class RuntimeConfig:
             return self.corpus_slots
         copies = self.max_blocks * self.num_branches * self.placement.copies
         return -(-copies // world_size)
+
+    def check_world(self, world_size: int, incarnation: int) -> None:
+        """Raises: ValueError if a world of that many ranks, in that incarnation, cannot have this
+        config."""
+        if incarnation and self.device == "cuda":
+            raise ValueError("a world with entries on GPUs is not rejoined: its incarnation is 0")
+        if self.placement.copies > world_size:
+            raise ValueError(
+                f"{self.placement.copies} copies need as many ranks, the world has {world_size}"
+            )
 
     def described(self) -> list[str]:
         """A line `name=value` per leaf field that ranks must agree on; compared when they open."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 
 class PeerError(RuntimeError):
@@ -37,14 +38,34 @@ class CoverageError(RuntimeError):
         self.holders = holders
 
 
+class Complaint(NamedTuple):
+    """An item, one (query, branch), that was not served as asked, by whom, and how."""
+
+    item: int
+    holder: int
+    what: str
+
+
+def coverage_error(layer: int, complaints: Sequence[Complaint], *, branches: int) -> CoverageError:
+    """The error that names layer, queries and holders; the first few in words."""
+    listed = [
+        f"query {item // branches} at rank {holder} {what}" for item, holder, what in complaints[:4]
+    ]
+    more = f"; and {len(complaints) - 4} more" if len(complaints) > 4 else ""
+    holders = tuple(sorted({complaint.holder for complaint in complaints}))
+    return CoverageError(f"layer {layer}: {'; '.join(listed)}{more}", holders)
+
+
 class SnapshotError(ValueError):
     """A snapshot that some rank could not write or read. Every rank raises it, with the same words."""
 
 
 def in_words(blocks: Mapping[str, tuple[range, ...]]) -> str:
     """Runs of blocks by document, as errors name them."""
-    return "; ".join(f"{', '.join(map(_said, runs))} of {name!r}" for name, runs in blocks.items())
+    return "; ".join(
+        f"{', '.join(map(_in_words, runs))} of {name!r}" for name, runs in blocks.items()
+    )
 
 
-def _said(run: range) -> str:
+def _in_words(run: range) -> str:
     return f"{run.start}-{run.stop - 1}" if len(run) > 1 else f"{run.start}"

@@ -1,53 +1,56 @@
-"""Runtime: the public face. Input is checked here, at the door (`door.py`), and nowhere deeper."""
+"""Runtime: the public face. Arguments are checked here (`validate.py`), and nowhere deeper."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..partition.directory import Document, with_pin, with_quota, without_document
 from ..partition.eviction import POLICIES, Policy
-from ..partition.layout import Layout
-from ..partition.prefix_hash import block_hashes
 from .config import RuntimeConfig
-from .corpus import documents
-from .corpus.document_copy import lease
-from .corpus.rejoin import Former, rejoin
+from .corpus.document_copy import answer_copies, copy_document
+from .corpus.documents import Wanted, added, content, make_room, publish, published_content
+from .corpus.rejoin import rejoin
 from .corpus.restore import RestoreReport, restore
 from .corpus.snapshot import PendingSnapshot, SnapshotReport, begin_snapshot, finish_snapshot
 from .corpus.verify import BlockCheck, check_blocks
-from .cost.predicate import MODES, Mode
-from .cpu.answer import MAX_TOP_K
+from .cost.predicate import Mode
+from .cpu.answer import answers
+from .cpu.backend import CpuBackend
 from .cpu.copies import lost_blocks
-from .cpu.step import Selection, attend_step, select_step
-from .errors import CoverageError, PeerError, SnapshotError
-from .gpu.host_step import attend_on_gpu
-from .gpu.limits import check_on_cpu, check_step
+from .errors import PeerError, SnapshotError
+from .lockstep import Lockstep, agreed_step, step
+from .membership import Membership
 from .observe.explain import DecisionLine, explain_last, predicted_last
-from .scope import Attached, Request, Scope, scope_of, stacked
+from .requests import Requests
+from .scope import Request, Scope, Selection, scope_of, stacked
 from .service.server import Service, start_service
-from .transport.base import Transport
+from .transport.base import Sent, Transport
 from .transport.tensor_parallel import joined_lane, lane_number
 from .validate import (
-    check_attachment,
+    check_attached,
+    check_attend,
+    check_copy,
+    check_count,
     check_disjoint,
+    check_layer,
     check_name,
-    check_offsets,
-    check_scope,
-    check_selection,
+    check_own_ids,
+    check_rows,
+    check_select,
     check_sources,
     check_tensor,
+    check_weights,
     check_writable,
 )
-from .world import LayerWeights, World, default_group
-
-T = TypeVar("T")
+from .world import LayerWeights, World
 
 
 class Runtime:
@@ -66,17 +69,14 @@ class Runtime:
         whole: RuntimeConfig | None = None,
         heads: tuple[int, int] | None = None,
     ) -> None:
+        """`whole` is the config of all tensor-parallel lanes, if `world` is one of several."""
         self._world = world
-        self._owns_transport = owns_transport
-        self._whole, self._heads = whole or world.config, heads  # of all lanes
-        self._former: Former | None = None  # while it is to rejoin
-        self._default_group = default_group()  # of this life
-        self._closed = False
-        config = world.config
-        self._free_requests = list(range(max(config.private_blocks, 1)))[::-1]
-        self._free_blocks = list(range(config.private_blocks))[::-1]
-        self._open_requests: list[Request] = []
+        self._membership = Membership(
+            world, whole or world.config, heads, owns_transport=owns_transport
+        )
+        self._requests = Requests(world.config, world.stores)
         self._snapshot: PendingSnapshot | None = None
+        self._closed = False
 
     @classmethod
     def open(
@@ -104,10 +104,8 @@ class Runtime:
             rank if the lanes do not cover all heads once, or instances are of unequal sizes; or if
             entries are to be on GPUs, and a rank has none of its own, or a package is missing.
         """
-        if incarnation and config.device == "cuda":
-            raise ValueError("nobody rejoins a world with entries on GPUs: its incarnation is 0")
         with joined_lane(config, transport, heads, incarnation) as joined:
-            world = World(*joined)
+            world = opened_world(*joined)
             if incarnation:
                 rejoin(world, None)
         owns_transport = joined.transport is not transport
@@ -123,17 +121,11 @@ class Runtime:
             this is to be done again; or if entries are on GPUs.
         """
         self._check_open()
-        check_on_cpu(self.config, "leave its world and go on")
-        if self._snapshot is not None:
-            self._snapshot.cancel(self.config.deadline_s)
-            self._snapshot = None
-        if self._world.service is not None:
-            with suppress(PeerError):  # of those that are lost it is known
-                self._world.service.close()
-        if self._former is None:
-            self._former = Former.of(self._world, None)
-        if self._owns_transport:
-            self._world.transport.close()
+        self._world.backend.require("leave its world and go on")
+        self._cancel_snapshot()
+        with suppress(PeerError):  # of those that are lost it is known
+            self._world.exchanger.close()
+        self._membership.leave()
 
     def rejoin(self, transport: Transport | None = None, *, incarnation: int) -> None:
         """Go on in a new incarnation of the world, with those who are there now: survivors, who call
@@ -150,29 +142,14 @@ class Runtime:
                 `init_process_group` with the ranks that there are now.
             incarnation: of the world, above all that this rank has seen.
         Raises: ValueError if it is not. RuntimeError if the default process group is to be used and is
-            that of the former life. PeerError if a rank is lost meanwhile, and this can be done
+            that of the former incarnation. PeerError if a rank is lost meanwhile, and this can be done
             again without it; or if survivors do not have the same documents.
         """
         self._check_open()
-        check_on_cpu(self.config, "rejoin")
-        last = self._world.transport.incarnation
-        if not isinstance(incarnation, int) or incarnation <= last:
-            raise ValueError(f"incarnation must be a number above {last}, got {incarnation!r}")
-        group = default_group()
-        if transport is None and group is not None and group is self._default_group:
-            raise RuntimeError(
-                "the default process group is still that of the former life, and waits for who is gone: "
-                "disconnect, destroy it and initialize one of those who are there now, or give a "
-                "transport"
-            )
+        self._world.backend.require("rejoin")
+        self._membership.check_rejoin(transport, incarnation)
         self.disconnect()
-        with joined_lane(self._whole, transport, self._heads, incarnation) as joined:
-            self._former = Former.of(self._world, self._former)
-            self._world.reconnect(joined.transport, joined.sent_before)
-            self._owns_transport = joined.transport is not transport
-            self._default_group = default_group()
-            rejoin(self._world, self._former)
-        self._former = None
+        self._membership.rejoin(transport, incarnation)
 
     def __enter__(self) -> Runtime:
         return self
@@ -183,45 +160,43 @@ class Runtime:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None and self._world.service is not None:
+        if error is not None:
             with suppress(PeerError):  # the error that ended this is the one to be heard of
-                self._world.service.close()
-        if error is not None and not isinstance(error, (PeerError, SnapshotError)):
-            self._world.transport.abort((self.rank,), f"raised {type(error).__name__}: {error}")
+                self._world.exchanger.close()
+            if not isinstance(error, (PeerError, SnapshotError)):
+                reason = f"raised {type(error).__name__}: {error}"
+                self._world.transport.abort((self.rank,), reason)
         self.close()
 
     def close(self) -> None:
         """Leave the world; idempotent. Peers that still wait for this rank get an error that names it,
         unless the transport was given and stays open. With entries on GPUs it is a step of the world.
         """
-        if not self._closed:
-            self._closed = True
-            if self._snapshot is not None:
-                self._snapshot.cancel(self.config.deadline_s)
-            try:
-                if self._world.service is not None:
-                    self._world.service.close()
-            finally:
-                try:
-                    if self._world.gpu is not None:
-                        self._world.gpu.close(self._world)
-                finally:
-                    if self._owns_transport:
-                        self._world.transport.close()
+        if self._closed:
+            return
+        self._closed = True
+        with ExitStack() as closing:  # last in, first out, whatever one of them raises
+            closing.callback(self._membership.close)
+            closing.callback(self._world.backend.close)
+            closing.callback(self._world.exchanger.close)
+            closing.callback(self._cancel_snapshot)
 
     @property
     def rank(self) -> int:
+        """This rank, of the lane where there are lanes."""
         return self._world.rank
 
     @property
     def world_size(self) -> int:
+        """Ranks of the world; instances, where there are tensor-parallel lanes."""
         return self._world.world_size
 
     @property
     def config(self) -> RuntimeConfig:
+        """The config that this rank was opened with, with the lane's heads where there are lanes."""
         return self._world.config
 
-    # Documents and requests ----------------------------------------------------------------------
+    # Documents and requests ------------------------------------------------------------------------
 
     def add_document(
         self,
@@ -247,10 +222,10 @@ class Runtime:
             group: whose quota its blocks count for.
         Raises: ValueError if the name is taken or a capacity is exhausted; nothing changes then.
         """
-        self._check_not_serving()
+        self._check_tables_may_change()
         world = self._world
-        tokens, hashes = self._content(name, tokens, token_ids, salt, position, group)
-        directory = documents.added(
+        tokens, hashes = content(world.config, name, tokens, token_ids, salt, position, group)
+        directory = added(
             world,
             world.directory,
             name,
@@ -273,17 +248,17 @@ class Runtime:
 
         Raises: ValueError if it is unknown or pinned.
         """
-        self._check_not_serving()
+        self._check_tables_may_change()
         self._world.adopt(without_document(self._world.directory, name))
 
     def pin(self, name: str) -> None:
-        """Keep a document from being removed or evicted."""
-        self._check_not_serving()
+        """Keep a document from being removed or evicted. Raises: ValueError if it is unknown."""
+        self._check_tables_may_change()
         self._world.adopt(with_pin(self._world.directory, name, True))
 
     def unpin(self, name: str) -> None:
-        """Undo `pin`."""
-        self._check_not_serving()
+        """Undo `pin`. Raises: ValueError if the document is unknown."""
+        self._check_tables_may_change()
         self._world.adopt(with_pin(self._world.directory, name, False))
 
     def pinned(self) -> frozenset[str]:
@@ -291,8 +266,11 @@ class Runtime:
         return self._world.directory.pinned
 
     def set_quota(self, group: str, blocks: int | None) -> None:
-        """Bound the blocks of a group's documents, shared ones counted for each; None lifts it."""
-        self._check_not_serving()
+        """Bound the blocks of a group's documents, shared ones counted for each; None lifts it.
+
+        Raises: ValueError for a bound below 0; nothing changes then.
+        """
+        self._check_tables_may_change()
         self._world.adopt(with_quota(self._world.directory, check_name(group, "group"), blocks))
 
     def make_room(
@@ -314,28 +292,16 @@ class Runtime:
 
         Raises: ValueError on every rank, and nothing changes, if that cannot make enough room.
         """
-        self._check_not_serving()
-        tokens, hashes = self._content(name, tokens, token_ids, salt, position, group)
+        self._check_tables_may_change()
+        config, in_use = self.config, self._requests.documents()
+        tokens, hashes = content(config, name, tokens, token_ids, salt, position, group)
         if name in self._world.directory.documents:
             raise ValueError(f"document {name!r} exists already")
         if policy not in POLICIES:
             raise ValueError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
-        in_use = {
-            source.name
-            for request in self._open_requests
-            for source in request.sources
-            if isinstance(source, Document)
-        }
-        with self._in_world_step():
-            return documents.make_room(
-                self._world,
-                name,
-                tokens=tokens,
-                policy=policy,
-                group=group,
-                hashes=hashes,
-                in_use=frozenset(in_use),
-            )
+        wanted = Wanted(name, tokens, group, hashes)
+        with agreed_step(self._world):
+            return make_room(self._world, wanted, policy=policy, in_use=in_use)
 
     def publish(
         self,
@@ -354,23 +320,15 @@ class Runtime:
         Args: token_ids, salt, group: as for `add_document`; the first two where the request is.
         Raises: ValueError if a token is not written yet, or as for `add_document`, on every rank.
         """
-        self._check_not_serving()
+        self._check_tables_may_change()
         check_name(name, "document")
         check_name(group, "group")
         hashes: Sequence[bytes] = ()
         if request is not None:
-            self._check_request(request)
-            if request.into is not None or not request.length:
-                raise ValueError("only a request's own private tokens can be published")
-            if token_ids is not None and len(token_ids) != request.length:
-                raise ValueError(f"{len(token_ids)} token ids for {request.length} tokens")
-            missing = documents.unwritten(self._world, request)
-            if missing is not None:
-                raise ValueError(f"the request cannot be published: {missing} is not written")
-            start = request.position - request.length
-            _, hashes = self._content(name, request.length, token_ids, salt, start, group)
-        with self._in_world_step():
-            return documents.publish(self._world, name, request, hashes, group)
+            self._requests.check(request)
+            hashes = published_content(self._world, name, request, token_ids, salt, group)
+        with agreed_step(self._world):
+            return publish(self._world, name, request, hashes, group)
 
     def load_document(
         self, name: str, layer: int, entries: Tensor, index_keys: Tensor | None = None
@@ -381,15 +339,14 @@ class Runtime:
             entries: (tokens, G, D), or (tokens, D) with one branch, the config's dtype.
             index_keys: (tokens, D_index), if the layer has an indexer of its own.
         Blocks that the document shares are left to the document that stored them first.
+        Raises: ValueError for an unknown document, or rows that are not those of the layer.
         """
+        self._check_open()
         document = self._world.directory.document(name)
-        layout = self._layer(layer)
-        if isinstance(entries, Tensor) and entries.dim() == 2 and layout.num_branches == 1:
-            entries = entries[:, None]
-        self._check_rows(layer, document.tokens, entries, index_keys)
+        entries = check_rows(self._world, layer, document.tokens, entries, index_keys)
         first = document.shared * document.block_tokens
         keys = None if index_keys is None else index_keys[first:]
-        self._world.store(layer, document.ids(first), entries[first:], keys, push=False)
+        self._world.backend.write(layer, document.ids(first), entries[first:], keys, push=False)
 
     def request(
         self,
@@ -405,45 +362,19 @@ class Runtime:
                 position instead of its own. Nothing is written: queries are rotated instead.
             start: with `into`, how many tokens of the document come from other requests; by default
                 those that it shares with other documents.
+        Raises: ValueError for documents that are unknown or cannot be attached together, or if there is
+            no room for another request.
         """
         self._check_open()
-        world, config = self._world, self._world.config
-        attached = self._attached(documents)
-        if into is not None:
-            document = world.directory.document(into)
-            others = [attachment.document for attachment in attached]
-            if document in others:
-                raise ValueError(f"document {into!r} is attached and written by the same request")
-            check_disjoint([*others, document])
-            shared = document.shared * config.block_tokens
-            start = shared if start is None else start
-            if not shared <= start < document.tokens:
-                raise ValueError(
-                    f"start must be in [{shared}, {document.tokens}) of document {into!r}, got {start}"
-                )
-            request = Request(
-                attached=attached,
-                tail=document.blocks,
-                capacity=document.tokens,
-                block_tokens=config.block_tokens,
-                into=document,
-                length=start,
-            )
-        else:
-            if not self._free_requests or not config.private_blocks:
-                raise ValueError(
-                    f"all {config.private_blocks} private blocks or requests are in use"
-                )
-            number = self._free_requests.pop()
-            first = config.max_blocks + number * config.request_blocks
-            request = Request(
-                attached=attached,
-                tail=tuple(range(first, first + config.request_blocks)),
-                capacity=config.request_blocks * config.block_tokens,
-                block_tokens=config.block_tokens,
-            )
-        self._open_requests.append(request)
-        return request
+        attached = check_attached(self._world, documents)
+        if into is None:
+            return self._requests.reader(attached)
+        document = self._world.directory.document(into)
+        others = [attachment.document for attachment in attached]
+        if document in others:
+            raise ValueError(f"document {into!r} is attached and written by the same request")
+        check_disjoint([*others, document])
+        return self._requests.writer(attached, document, start)
 
     def append(self, request: Request, tokens: int) -> Tensor:
         """Make room for the request's next tokens, at home; returns their entry ids (tokens,) int32.
@@ -451,43 +382,19 @@ class Runtime:
         Raises: ValueError if the request, the document or the private pool has no room; nothing
         changes then.
         """
-        self._check_request(request)
-        world, block_tokens = self._world, self._world.config.block_tokens
-        check_sources(world, request.sources)
-        first = request.length
-        if tokens < 1 or first + tokens > request.capacity:
-            raise ValueError(
-                f"cannot append {tokens} tokens: room for {request.capacity - first} is left"
-            )
-        if request.into is None:
-            needed = -(-(request.length + tokens) // block_tokens) - len(request.blocks)
-            if needed > len(self._free_blocks):
-                raise ValueError(
-                    f"cannot append {tokens} tokens: {needed} private blocks needed, "
-                    f"{len(self._free_blocks)} of {world.config.private_blocks} are free"
-                )
-            for _ in range(needed):
-                block = request.tail[len(request.blocks)]
-                request.blocks.append(self._free_blocks.pop())
-                world.assign_private(block, request.blocks[-1])
-        request.length += tokens
-        return request.ids(first, first + tokens)
+        self._check_open()
+        self._requests.check(request)
+        check_sources(self._world, request.sources)
+        return self._requests.append(request, tokens)
 
     def release(self, request: Request) -> None:
-        """Forget a request and free its private blocks."""
-        self._check_request(request)
-        request.is_open = False
-        self._open_requests.remove(request)
-        if request.into is None:
-            for block in request.tail[: len(request.blocks)]:
-                self._world.release_private(block)
-            self._free_blocks.extend(request.blocks)
-            config = self._world.config
-            number = (request.tail[0] - config.max_blocks) // config.request_blocks
-            self._free_requests.append(number)
+        """Forget a request and free its private blocks. Raises: ValueError if it was released."""
+        self._check_open()
+        self._requests.check(request)
+        self._requests.release(request)
 
-    def lease(self, request: Request | None, name: str | None) -> Tensor | None:
-        """Fetch a whole document into the request's own tokens, moved to the request's position.
+    def copy_document(self, request: Request | None, name: str | None) -> Tensor | None:
+        """Copy a whole document into the request's own tokens, moved to the request's position.
 
         For long reuse: entries and index keys of all layers come in one exchange, their rotary
         columns are rotated once, all layers together, and from then on they are the request's own,
@@ -497,22 +404,18 @@ class Runtime:
         Raises: ValueError if there is no room; CoverageError if a token of the document is unwritten,
             or was written at a layer that has had no step since.
         """
-        self._check_not_serving()
+        self._check_tables_may_change()
         if request is None and name is None:
-            with self._in_step():
-                lease(self._world, None, torch.empty(0, dtype=torch.int32), 0)
+            with step(self._world):
+                answer_copies(self._world)
             return None
         if request is None or name is None:
             raise ValueError("give a request and a document's name, or neither")
-        self._check_request(request)
-        if request.into is not None:
-            raise ValueError("a document is leased by requests with private tokens only")
-        document = self._world.directory.document(name)
-        offset = request.position - document.position
-        check_offsets(self.config.model, {offset})
+        self._requests.check(request)
+        document, offset = check_copy(self._world, request, name)
         ids = self.append(request, document.tokens)
-        with self._in_step():
-            lease(self._world, document, ids, offset)
+        with step(self._world):
+            copy_document(self._world, document, ids, offset)
         return ids
 
     def write(
@@ -523,15 +426,13 @@ class Runtime:
 
         Args:
             ids: (n,) int32 entry ids from `append`. entries, index_keys: as for `load_document`.
+        Raises: ValueError for ids that no open request appended, or that were written already.
         """
         self._check_open()
-        layout, world = self._layer(layer), self._world
         check_tensor(ids, "ids", (None,), torch.int32)
-        if isinstance(entries, Tensor) and entries.dim() == 2 and layout.num_branches == 1:
-            entries = entries[:, None]
-        self._check_rows(layer, len(ids), entries, index_keys)
-        check_writable(world, ids, self._open_requests)
-        world.store(layer, ids, entries, index_keys, push=True)
+        entries = check_rows(self._world, layer, len(ids), entries, index_keys)
+        check_writable(self._world, ids, self._requests.open)
+        self._world.backend.write(layer, ids, entries, index_keys, push=True)
 
     def load_weights(self, layer: int, w_uk: Tensor, w_uv: Tensor) -> None:
         """Give this rank a layer's projections, which makes payload form B possible; on every rank.
@@ -539,24 +440,13 @@ class Runtime:
         From then on `attend` takes un-absorbed queries and returns projected outputs.
 
         Args: w_uk (G, h, nope, latent), w_uv (G, h, value, out), h the heads of a branch.
+        Raises: ValueError for other shapes, or a layout without a projection; RuntimeError in service.
         """
-        layout = self._layer(layer)
-        if layout.projection is None:
-            raise ValueError(f"layout {layout.name!r} has no projection")
-        head = (layout.num_branches, layout.branch_heads)
-        check_tensor(w_uk, "w_uk", (*head, layout.projection.nope_dim, layout.absorbed_dim), None)
-        check_tensor(w_uv, "w_uv", (*head, layout.value_dim, layout.projection.out_dim), None)
-        if not w_uk.is_floating_point() or not w_uv.is_floating_point():
-            raise ValueError(f"weights must be floating point, got {w_uk.dtype} and {w_uv.dtype}")
-        if not bool(w_uk.isfinite().all() & w_uv.isfinite().all()):
-            raise ValueError("weights must be finite")
+        self._check_open()
+        check_weights(check_layer(self.config.model, layer), w_uk, w_uv)
         dtype = self._world.compute_dtype
-        self._world.take_weights(
-            layer,
-            LayerWeights(
-                w_uk.detach().to(dtype).contiguous(), w_uv.detach().to(dtype).contiguous()
-            ),
-        )
+        weights = (weight.detach().to(dtype).contiguous() for weight in (w_uk, w_uv))
+        self._world.take_weights(layer, LayerWeights(*weights))
 
     def scope(
         self,
@@ -567,25 +457,25 @@ class Runtime:
     ) -> Scope:
         """What queries may see: `queries` of them see `documents`, given as for `request`; or each
         request's own tokens `(request, ids)` see its documents and its tail up to themselves.
+
+        Raises: ValueError for unknown documents, released requests, or ids that are not theirs.
         """
-        block_tokens = self._world.config.block_tokens
+        block_tokens = self.config.block_tokens
         if (documents is None) == (requests is None):
             raise ValueError("give either documents or requests")
         if documents is not None:
             at = torch.zeros(queries, dtype=torch.int32)
-            return scope_of(self._attached(documents), None, at, block_tokens=block_tokens)
-        assert requests is not None
+            attached = check_attached(self._world, documents)
+            return scope_of(attached, None, at, block_tokens=block_tokens)
         scopes = []
-        for request, ids in requests:
-            self._check_request(request)
+        for request, ids in requests or ():
+            self._requests.check(request)
             check_sources(self._world, request.sources)
-            check_tensor(ids, "ids", (None,), torch.int32)
-            if bool((request.indices(ids) < 0).any()):
-                raise ValueError(f"ids must lie in the request's {request.length} own tokens")
+            check_own_ids(request, ids)
             scopes.append(scope_of(request.attached, request, ids, block_tokens=block_tokens))
         return stacked(scopes) if scopes else self.scope(documents=())
 
-    # Steps ---------------------------------------------------------------------------------------
+    # Steps -----------------------------------------------------------------------------------------
 
     def select(
         self,
@@ -605,41 +495,21 @@ class Runtime:
             documents: what all queries see; or `scope` for each its own.
             top_k: units a query, the layout's by default.
             unit_tokens: 1 selects entries, more selects blocks of that many (scored by their best).
+        Returns: units of each query, ascending, -1 where a query sees fewer than `top_k`.
+        Raises: ValueError; CoverageError if an entry in sight was not scored; PeerError as `attend`.
         """
         self._check_connected()
-        layout = self._layer(layer)
-        index = layout.index
-        if index is None:
-            raise ValueError(f"layer {layer} ({layout.name!r}) has no indexer")
-        check_tensor(query, "index query", (None, index.heads, index.head_dim), self.config.dtype)
-        check_tensor(weights, "index weights", (len(query), index.heads), None)
-        whole = isinstance(unit_tokens, int) and unit_tokens >= 1
-        if not whole or self.config.block_tokens % unit_tokens:
-            raise ValueError(
-                f"unit_tokens must divide block_tokens {self.config.block_tokens}, got {unit_tokens}"
-            )
         if (documents is None) == (scope is None):
             raise ValueError("give either documents or a scope")
         if scope is None:
+            check_tensor(query, "index query", (None, None, None), None)
             scope = self.scope(documents=documents, queries=len(query))
-        check_scope(self._world, scope, len(query))
-        count = index.top_k if top_k is None else top_k
-        if not isinstance(count, int) or not 1 <= count <= MAX_TOP_K:
-            raise ValueError(f"top_k must be in [1, {MAX_TOP_K}], got {count}")
-        if self.config.checked and not bool(query.isfinite().all() & weights.isfinite().all()):
-            raise ValueError("index queries and weights must be finite")
+        world = self._world
+        count = check_select(world, layer, query, weights, scope, top_k, unit_tokens)
         self._touch(scope)
-        return self._answered(
-            lambda: select_step(
-                self._world,
-                layer,
-                query,
-                weights.to(self._world.compute_dtype),
-                scope,
-                top_k=count,
-                unit_tokens=unit_tokens,
-            )
-        )
+        weights = weights.to(world.compute_dtype)
+        select = partial(world.backend.select, layer, query, weights, scope)
+        return world.exchanger.attempt(lambda: select(top_k=count, unit_tokens=unit_tokens))
 
     def selection(self, ids: Tensor, scope: Scope, *, unit_tokens: int = 1) -> Selection:
         """A selection made elsewhere: unit ids (Q, K) or (Q, G, K) int32, -1 padding."""
@@ -665,36 +535,22 @@ class Runtime:
             (Q, H, `layout.out_dim`), or value columns (`layout.value_dim`) without weights. A query
             that selects nothing gets 0.
         Raises:
-            ValueError at the door; CoverageError if an answer is not what was asked; PeerError, or a
+            ValueError for bad arguments; CoverageError if an answer is not what was asked; PeerError, or a
             BlocksLostError that names what nobody has a copy of: of a step it is not told to the
             others, who wait for this rank: it calls `idle_attend`, or attends something else.
         """
         self._check_connected()
-        layout = self._layer(layer)
-        dim = layout.key_dim if self._world.weights[layer] is None else layout.query_dim
-        check_tensor(query, "query", (None, layout.heads, dim), self.config.dtype)
-        if sink is not None:
-            check_tensor(sink, "sink", (layout.heads,), None)
-        if self.config.checked:
-            finite = bool(query.isfinite().all())
-            if not finite or (sink is not None and bool(sink.isnan().any())):
-                raise ValueError("queries must be finite, and sinks not NaN")
-        if mode is not None and mode not in MODES:
-            raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
-        check_selection(self._world, layout, selection, len(query))
-        mode = mode or self.config.mode
-        attend = attend_step
-        if self._world.gpu is not None:
-            check_step(self.config, selection, mode)
-            attend = attend_on_gpu
+        world, way = self._world, mode or self.config.mode
+        check_attend(world, layer, query, selection, sink=sink, mode=way)
+        world.backend.check_attend(selection, way)
         self._touch(selection.scope)
-        return self._answered(
-            lambda: attend(self._world, layer, query, selection, sink=sink, mode=mode)
+        return world.exchanger.attempt(
+            lambda: world.backend.attend(layer, query, selection, sink=sink, mode=way)
         )
 
     def idle_select(self, layer: int) -> None:
         """Take part in the others' `select` without a query of one's own."""
-        index = self._layer(layer).index
+        index = check_layer(self.config.model, layer).index
         if index is None:
             raise ValueError(f"layer {layer} has no indexer")
         nobody = torch.empty(0, index.heads, index.head_dim, dtype=self.config.dtype)
@@ -702,20 +558,20 @@ class Runtime:
 
     def idle_attend(self, layer: int) -> None:
         """Take part in the others' `attend` without a query of one's own."""
-        layout = self._layer(layer)
+        layout = check_layer(self.config.model, layer)
         dim = layout.key_dim if self._world.weights[layer] is None else layout.query_dim
         query = torch.empty(0, layout.heads, dim, dtype=self.config.dtype)
         nothing = torch.empty(0, 0, dtype=torch.int32)
         self.attend(layer, query, Selection(nothing, 1, self.scope(documents=())))
 
-    # Service -------------------------------------------------------------------------------------
+    # Service ---------------------------------------------------------------------------------------
 
     def serve(self, *, max_requests: int = 64, max_bytes: int = 1 << 28) -> Service:
         """Answer the others from a thread until the service is closed, whatever this engine does.
 
         A step of the whole world like `attend`; from then on every rank selects and attends when it
         wants to, or never, and asks only the holders of what it needs. Between services documents
-        are added, removed, published, pinned and leased, and weights loaded; not meanwhile.
+        are added, removed, published, pinned and copied, and weights loaded; not meanwhile.
 
         Args:
             max_requests, max_bytes: requests of others taken in and not answered yet; beyond that
@@ -723,14 +579,11 @@ class Runtime:
         Raises: ValueError; RuntimeError if this rank serves already, or entries are on GPUs; PeerError.
         """
         self._check_connected()
-        check_on_cpu(self.config, "serve")
-        for name, bound in (("max_requests", max_requests), ("max_bytes", max_bytes)):
-            if not isinstance(bound, int) or bound < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {bound!r}")
-        if self._world.service is not None:
-            raise RuntimeError("this rank serves already")
-        with self._in_step():
-            return start_service(self._world, max_requests=max_requests, max_bytes=max_bytes)
+        world = self._world
+        world.backend.require("serve")
+        check_count(max_requests, "max_requests")
+        check_count(max_bytes, "max_bytes")
+        return start_service(world, answers(world), max_requests=max_requests, max_bytes=max_bytes)
 
     def avoid(self, ranks: Collection[int]) -> None:
         """Ask replicas instead of these ranks from the next step on, where there are any. Ranks that
@@ -743,7 +596,7 @@ class Runtime:
             raise ValueError(
                 f"rank {self.rank} cannot avoid {wrong} in a world of {self.world_size}"
             )
-        self._world.avoided = frozenset(ranks)
+        self._world.tables.avoided = frozenset(ranks)
 
     def lost_blocks(self) -> dict[str, tuple[range, ...]]:
         """By document, the runs of its blocks that no rank that can be asked has a copy of, counted
@@ -751,7 +604,7 @@ class Runtime:
         """
         return lost_blocks(self._world.directory, self._world.askable())
 
-    # The corpus on disk --------------------------------------------------------------------------
+    # The corpus on disk ----------------------------------------------------------------------------
 
     def snapshot(self, path: str | Path) -> SnapshotReport:
         """Save all closed blocks of the corpus in the folder `path`, which all ranks share; a step.
@@ -767,21 +620,24 @@ class Runtime:
 
     def begin_snapshot(self, path: str | Path) -> None:
         """The first half of `snapshot`: what is closed now is written beside the following steps, or
-        a service.
+        a service. Raises: as `snapshot`.
         """
-        self._check_not_serving()
+        self._check_tables_may_change()
         if self._snapshot is not None:
             raise ValueError(f"a snapshot to {self._snapshot.folder} is under way: finish it first")
-        with self._in_step():
+        with step(self._world):
             self._snapshot = begin_snapshot(self._world, Path(path))
 
     def finish_snapshot(self) -> SnapshotReport:
-        """The second half: wait until every rank has written its part, and commit."""
-        self._check_not_serving()
+        """The second half: wait until every rank has written its part, and commit.
+
+        Raises: as `snapshot`.
+        """
+        self._check_tables_may_change()
         if self._snapshot is None:
             raise ValueError("no snapshot is under way: begin one first")
         pending, self._snapshot = self._snapshot, None
-        with self._in_step():
+        with step(self._world):
             return finish_snapshot(self._world, pending)
 
     def restore(
@@ -799,40 +655,36 @@ class Runtime:
         model, names, room or the size of a file is found before anything changes; a block whose
         bytes are damaged is found later, and the world refuses further steps then.
         """
-        self._check_not_serving()
-        with self._in_step():
-            return restore(
-                self._world, Path(path), None if documents is None else frozenset(documents)
-            )
+        self._check_tables_may_change()
+        only = None if documents is None else frozenset(documents)
+        with step(self._world):
+            return restore(self._world, Path(path), only)
 
-    def verify(self, sample: int | None = None) -> list[BlockCheck]:
+    def verify_copies(self, sample: int | None = None) -> list[BlockCheck]:
         """Compare the hashes of a block's copies, of `sample` random closed blocks or all; a step.
 
         Returns: a check for each, the same on every rank; those that are not `is_sound` have copies
         that differ, are missing, or are not what they were in a snapshot.
         """
-        self._check_not_serving()
-        if sample is not None and (not isinstance(sample, int) or sample < 1):
-            raise ValueError(f"sample must be a whole number of at least 1, got {sample!r}")
-        with self._in_step():
+        self._check_tables_may_change()
+        if sample is not None:
+            check_count(sample, "sample")
+        with step(self._world):
             return check_blocks(self._world, sample)
 
-    # Insight -------------------------------------------------------------------------------------
+    # Insight ---------------------------------------------------------------------------------------
 
     def explain(self) -> list[DecisionLine]:
         """Why the last `attend` asked whom for what: a line per (query, holder)."""
-        return explain_last(self._world)
+        return explain_last(self._world.backend.last_step())
 
     def predicted_s(self) -> float:
         """Seconds the cost model predicts for the last `attend`, as decided; 0 before the first."""
-        return predicted_last(self._world)
+        return predicted_last(self._world.backend.last_step())
 
     def drop_leases(self) -> None:
         """Forget every fetched copy."""
-        world = self._world
-        world.leases = [world.entries.leases(layer) for layer in range(len(world.leases))]
-        if world.gpu is not None:
-            world.gpu.pool.leases.drop()
+        self._world.backend.drop_leases()
 
     def stats(self) -> dict[str, Any]:
         """Counters since `open`: bytes as counted in the transport's send, decisions, phases, memory.
@@ -841,110 +693,17 @@ class Runtime:
         """
         return {"lane": lane_number(self._world.transport), **self._world.counted()}
 
-    # The door ------------------------------------------------------------------------------------
-
-    def _answered(self, ask: Callable[[], T]) -> T:
-        """A step, or in service a request, which goes on to other holders while there are any."""
-        service = self._world.service
-        if service is not None:
-            return service.persist(ask)
-        with self._in_step():
-            return ask()
-
-    @contextmanager
-    def _in_step(self) -> Iterator[None]:
-        """Whatever ends a step early is told to every other rank, so that none waits in vain."""
-        try:
-            yield
-        except (PeerError, SnapshotError):  # every rank raises it, or nothing has happened yet
-            raise
-        except CoverageError as error:
-            self._world.transport.abort(error.holders, f"rank {self.rank} was not served: {error}")
-            raise
-        except BaseException as error:
-            self._world.transport.abort((self.rank,), f"raised {type(error).__name__}: {error}")
-            raise
-
-    @contextmanager
-    def _in_world_step(self) -> Iterator[None]:
-        """A step that every rank refuses alike once all have spoken: nobody waits for anybody then."""
-        try:
-            yield
-        except (PeerError, ValueError):
-            raise
-        except BaseException as error:
-            self._world.transport.abort((self.rank,), f"raised {type(error).__name__}: {error}")
-            raise
-
-    def _content(
-        self,
-        name: str,
-        tokens: int | None,
-        token_ids: Sequence[int] | None,
-        salt: str | None,
-        position: int,
-        group: str,
-    ) -> tuple[int, tuple[bytes, ...]]:
-        """How many tokens a document to be added has, and its blocks' hashes if it says what they are."""
-        check_name(name, "document")
-        check_name(group, "group")
-        count = len(token_ids) if tokens is None and token_ids is not None else tokens
-        whole = isinstance(count, int) and isinstance(position, int)
-        if not whole or count is None or count < 1 or position < 0:
-            raise ValueError(
-                f"document {name!r}: needs whole tokens > 0 and position >= 0, got {count}, {position}"
-            )
-        if token_ids is None:
-            return count, ()
-        if len(token_ids) != count:
-            raise ValueError(f"document {name!r}: {len(token_ids)} token ids for {count} tokens")
-        block_tokens = self.config.block_tokens
-        return count, block_hashes(
-            token_ids, block_tokens=block_tokens, position=position, salt=salt
-        )
+    # What holds before a call ----------------------------------------------------------------------
 
     def _touch(self, scope: Scope) -> None:
         """Count a use of the documents that a step's queries see."""
         serials = [source.serial for source in scope.sources if isinstance(source, Document)]
-        self._world.usage.touch(serials, self._world.epoch)
+        self._world.usage.touch(serials, self._world.progress.epoch)
 
-    def _check_rows(
-        self, layer: int, count: int, entries: Tensor, index_keys: Tensor | None
-    ) -> None:
-        """Entries (n, G, D) and, if the layer has an indexer of its own, their index keys."""
-        self._check_open()
-        layout, world = self._layer(layer), self._world
-        shape = (count, layout.num_branches, layout.entry_dim)
-        check_tensor(entries, "entries", shape, self.config.dtype)
-        if (index_keys is None) != (world.index.codecs[layer] is None):
-            raise ValueError(
-                f"layer {layer} of {layout.name!r}: index keys and indexer must go together"
-            )
-        if index_keys is not None:
-            assert layout.index is not None
-            check_tensor(index_keys, "index keys", (count, layout.index.head_dim), None)
-
-    def _attached(self, wanted: Sequence[str | tuple[str, int]]) -> tuple[Attached, ...]:
-        if isinstance(wanted, str):
-            raise ValueError(f"documents must be a list of names, got the string {wanted!r}")
-        attached = []
-        for item in wanted:
-            name, position = check_attachment(item)
-            document = self._world.directory.document(name)
-            offset = 0 if position is None else position - document.position
-            attached.append(Attached(document, offset))
-        documents = [document for document, _ in attached]
-        if len({document.name for document in documents}) != len(documents):
-            raise ValueError(f"a document is attached twice: {list(wanted)}")
-        check_disjoint(documents)
-        check_offsets(self.config.model, {offset for _, offset in attached})
-        return tuple(attached)
-
-    def _layer(self, layer: int) -> Layout:
-        layers = self.config.model.layers
-        if not isinstance(layer, int) or not 0 <= layer < len(layers):
-            raise ValueError(f"layer must be in [0, {len(layers)}), got {layer}")
-        return layers[layer]
+    def _cancel_snapshot(self) -> None:
+        if self._snapshot is not None:
+            self._snapshot.cancel(self.config.deadline_s)
+            self._snapshot = None
 
     def _check_open(self) -> None:
         if self._closed:
@@ -952,14 +711,33 @@ class Runtime:
 
     def _check_connected(self) -> None:
         self._check_open()
-        if self._former is not None:
+        if not self._membership.is_connected:
             raise RuntimeError("the runtime is disconnected: rejoin first")
 
-    def _check_not_serving(self) -> None:
+    def _check_tables_may_change(self) -> None:
         self._check_connected()
-        self._world.check_not_serving()
+        self._world.exchanger.check_tables_may_change()
 
-    def _check_request(self, request: Request) -> None:
-        self._check_open()
-        if not request.is_open or request not in self._open_requests:
-            raise ValueError("the request was released, or belongs to another runtime")
+
+def opened_world(config: RuntimeConfig, transport: Transport, sent_before: Sent) -> World:
+    """The world of a rank, with the backend of the config's device: chosen here, and nowhere else.
+
+    Raises: as `Runtime.open`.
+    """
+    config.check_world(transport.world_size, transport.incarnation)
+    if config.device == "cpu":
+        return World(
+            config, transport, exchanger=Lockstep, backend=CpuBackend, sent_before=sent_before
+        )
+    from .gpu.backend import GpuBackend  # only here: they need Triton
+    from .gpu.open import open_gpu
+
+    opened = open_gpu(config, transport)
+    return World(
+        config,
+        transport,
+        exchanger=Lockstep,
+        backend=partial(GpuBackend, opened=opened),
+        storage=opened.pool.storage(),
+        sent_before=sent_before,
+    )

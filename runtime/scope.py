@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..partition.directory import Document
 
+MAX_TOP_K = 1 << 20  # units that one query selects
 MAX_OFFSETS = 64  # different ones of a request; a query is rotated once for each
 _NO_RUN = 2**31 - 1
 
@@ -42,6 +43,14 @@ class Scope(NamedTuple):
     hidden: Tensor
     offsets: Tensor | None = None
     sources: tuple[Document | Request, ...] = ()
+
+
+class Selection(NamedTuple):
+    """Unit ids (Q, K) or (Q, G, K) int32, distinct, -1 padding anywhere; and what each query sees."""
+
+    ids: Tensor
+    unit_tokens: int
+    scope: Scope
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

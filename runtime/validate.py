@@ -1,4 +1,7 @@
-"""What a caller's tensors must be. Every check raises ValueError before anything has changed."""
+"""What a caller's arguments must be. Every check raises ValueError before anything has changed.
+
+Letters: Q queries, H heads, D columns, Hi index heads, n entries, G branches, K units, R runs.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,16 @@ from torch import Tensor
 
 from ..partition.directory import Document
 from ..partition.layout import Layout, ModelLayout
-from .cpu.step import Selection
-from .scope import MAX_OFFSETS, Request, Scope, units_visible
+from .cost.predicate import MODES
+from .scope import (
+    MAX_OFFSETS,
+    MAX_TOP_K,
+    Attached,
+    Request,
+    Scope,
+    Selection,
+    units_visible,
+)
 from .world import World
 
 
@@ -18,12 +29,12 @@ def check_tensor(
     tensor: object, name: str, shape: tuple[int | None, ...], dtype: torch.dtype | None
 ) -> None:
     """A tensor of that shape (None is any size) and dtype (None is any)."""
-    said = str(shape).replace("None", "any")
+    wanted = str(shape).replace("None", "any")
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} must be a tensor of shape {said}, got {type(tensor).__name__}")
+        raise ValueError(f"{name} must be a tensor of shape {wanted}, got {type(tensor).__name__}")
     sizes = zip(tensor.shape, shape, strict=False)
     if tensor.dim() != len(shape) or any(want not in (None, got) for got, want in sizes):
-        raise ValueError(f"{name} must have shape {said}, got {tuple(tensor.shape)}")
+        raise ValueError(f"{name} must have shape {wanted}, got {tuple(tensor.shape)}")
     if dtype is not None and tensor.dtype != dtype:
         raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
 
@@ -72,11 +83,22 @@ def check_disjoint(documents: Sequence[Document]) -> None:
                 )
 
 
+def check_copy(world: World, request: Request, name: str) -> tuple[Document, int]:
+    """A request with private tokens, and a document to copy into it; returns the document and how far
+    it is moved."""
+    if request.into is not None:
+        raise ValueError("a document is copied into requests with private tokens only")
+    document = world.directory.document(name)
+    offset = request.position - document.position
+    check_offsets(world.config.model, {offset})
+    return document, offset
+
+
 def check_writable(world: World, ids: Tensor, requests: Sequence[Request]) -> None:
     """Entry ids that can be written: distinct, appended to an open request, of a document or private."""
     config = world.config
     block = ids.long() // config.block_tokens
-    private = world.entries.holds(block * config.num_branches * config.block_tokens)
+    private = world.stores.entries.holds(block * config.num_branches * config.block_tokens)
     ours = (block >= config.max_blocks) & private
     for request in requests:
         if request.into is not None and not bool(ours.all()):
@@ -86,6 +108,13 @@ def check_writable(world: World, ids: Tensor, requests: Sequence[Request]) -> No
         raise ValueError("ids must be of tokens that were appended to an open request")
     if len(ids.unique()) != len(ids):
         raise ValueError("ids repeat")
+
+
+def check_own_ids(request: Request, ids: Tensor) -> None:
+    """Entry ids (n,) int32 of the request's own tokens."""
+    check_tensor(ids, "ids", (None,), torch.int32)
+    if bool((request.indices(ids) < 0).any()):
+        raise ValueError(f"ids must lie in the request's {request.length} own tokens")
 
 
 def check_sources(world: World, sources: Sequence[Document | Request]) -> None:
@@ -150,6 +179,125 @@ def check_selection(world: World, layout: Layout, selection: Selection, queries:
     private = (blocks >= world.config.max_blocks) & units_visible(
         blocks, selection.scope.runs, block
     )
-    held = world.entries.holds(blocks * layout.num_branches * block)
+    held = world.stores.entries.holds(blocks * layout.num_branches * block)
     if bool((private & ~held).any()):
         raise ValueError("the selection lists tokens of a request that was released")
+
+
+def check_layer(model: ModelLayout, layer: int) -> Layout:
+    """The layout of a layer that the model has."""
+    if not isinstance(layer, int) or not 0 <= layer < len(model.layers):
+        raise ValueError(f"layer must be in [0, {len(model.layers)}), got {layer}")
+    return model.layers[layer]
+
+
+def check_rows(
+    world: World, layer: int, count: int, entries: Tensor, index_keys: Tensor | None
+) -> Tensor:
+    """Entries (n, G, D), or (n, D) with one branch, and, if the layer has an indexer of its own, their
+    index keys (n, Di); returns the entries as (n, G, D)."""
+    layout = check_layer(world.config.model, layer)
+    if isinstance(entries, Tensor) and entries.dim() == 2 and layout.num_branches == 1:
+        entries = entries[:, None]
+    shape = (count, layout.num_branches, layout.entry_dim)
+    check_tensor(entries, "entries", shape, world.config.dtype)
+    if (index_keys is None) != (world.stores.index.codecs[layer] is None):
+        raise ValueError(
+            f"layer {layer} of {layout.name!r}: index keys and indexer must go together"
+        )
+    if index_keys is not None:
+        assert layout.index is not None
+        check_tensor(index_keys, "index keys", (count, layout.index.head_dim), None)
+    return entries
+
+
+def check_weights(layout: Layout, w_uk: Tensor, w_uv: Tensor) -> None:
+    """W_UK (G, h, nope, latent) and W_UV (G, h, value, out) of a layout with a projection."""
+    if layout.projection is None:
+        raise ValueError(f"layout {layout.name!r} has no projection")
+    head = (layout.num_branches, layout.branch_heads)
+    check_tensor(w_uk, "w_uk", (*head, layout.projection.nope_dim, layout.absorbed_dim), None)
+    check_tensor(w_uv, "w_uv", (*head, layout.value_dim, layout.projection.out_dim), None)
+    if not w_uk.is_floating_point() or not w_uv.is_floating_point():
+        raise ValueError(f"weights must be floating point, got {w_uk.dtype} and {w_uv.dtype}")
+    if not bool(w_uk.isfinite().all() & w_uv.isfinite().all()):
+        raise ValueError("weights must be finite")
+
+
+def check_attached(world: World, wanted: Sequence[str | tuple[str, int]]) -> tuple[Attached, ...]:
+    """Documents by name, or (name, position), as they can be attached together."""
+    if isinstance(wanted, str):
+        raise ValueError(f"documents must be a list of names, got the string {wanted!r}")
+    attached = []
+    for item in wanted:
+        name, position = check_attachment(item)
+        document = world.directory.document(name)
+        offset = 0 if position is None else position - document.position
+        attached.append(Attached(document, offset))
+    documents = [document for document, _ in attached]
+    if len({document.name for document in documents}) != len(documents):
+        raise ValueError(f"a document is attached twice: {list(wanted)}")
+    check_disjoint(documents)
+    check_offsets(world.config.model, {offset for _, offset in attached})
+    return tuple(attached)
+
+
+def check_select(
+    world: World,
+    layer: int,
+    query: Tensor,
+    weights: Tensor,
+    scope: Scope,
+    top_k: int | None,
+    unit_tokens: int,
+) -> int:
+    """Index queries (Q, Hi, D), head weights (Q, Hi) and what they see; returns how many units to
+    select, by default as many as the layout says."""
+    config, layout = world.config, check_layer(world.config.model, layer)
+    index = layout.index
+    if index is None:
+        raise ValueError(f"layer {layer} ({layout.name!r}) has no indexer")
+    check_tensor(query, "index query", (None, index.heads, index.head_dim), config.dtype)
+    check_tensor(weights, "index weights", (len(query), index.heads), None)
+    whole = isinstance(unit_tokens, int) and unit_tokens >= 1
+    if not whole or config.block_tokens % unit_tokens:
+        raise ValueError(
+            f"unit_tokens must divide block_tokens {config.block_tokens}, got {unit_tokens}"
+        )
+    check_scope(world, scope, len(query))
+    count = index.top_k if top_k is None else top_k
+    if not isinstance(count, int) or not 1 <= count <= MAX_TOP_K:
+        raise ValueError(f"top_k must be in [1, {MAX_TOP_K}], got {count}")
+    if config.checked and not bool(query.isfinite().all() & weights.isfinite().all()):
+        raise ValueError("index queries and weights must be finite")
+    return count
+
+
+def check_attend(
+    world: World,
+    layer: int,
+    query: Tensor,
+    selection: Selection,
+    *,
+    sink: Tensor | None,
+    mode: str,
+) -> None:
+    """Queries (Q, H, D) for a selection, with a sink (H,) or none, by a mode that there is."""
+    layout = check_layer(world.config.model, layer)
+    dim = layout.key_dim if world.weights[layer] is None else layout.query_dim
+    check_tensor(query, "query", (None, layout.heads, dim), world.config.dtype)
+    if sink is not None:
+        check_tensor(sink, "sink", (layout.heads,), None)
+    if world.config.checked:
+        finite = bool(query.isfinite().all())
+        if not finite or (sink is not None and bool(sink.isnan().any())):
+            raise ValueError("queries must be finite, and sinks not NaN")
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
+    check_selection(world, layout, selection, len(query))
+
+
+def check_count(value: object, name: str) -> None:
+    """A whole number of at least 1."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")

@@ -25,9 +25,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ...indexer import head_weights, index_key, index_query
 from ...partition.layout import IndexLayout, Layout, ModelLayout, Pairing, Yarn, mla
-from ..cpu.step import Selection
 from ..runtime import Runtime
-from ..scope import Request, Scope
+from ..scope import Request, Scope, Selection
 
 MODEL_TYPES = ("deepseek_v32", "glm_moe_dsa")
 IMPLEMENTATION = "qroam"

@@ -12,11 +12,11 @@ from concurrent.futures import Future, wait
 from threading import Thread
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
-from ..cpu.move import broadcast, settle
 from ..errors import SnapshotError
+from ..lockstep import broadcast, settle
+from ..transport.messages import bytes_of, text
 from ..world import World
 
 T = TypeVar("T")
@@ -53,22 +53,11 @@ def flush(world: World, kind: str) -> None:
         settle(world, world.header(kind, layer=layer))
 
 
-def tell(world: World, kind: str, columns: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
+def share(world: World, kind: str, columns: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
     """Send the same columns to everyone; returns everyone's, own ones included, by rank."""
     sent = [broadcast(name, rows, world) for name, rows in columns.items()]
-    heard = settle(world, world.header(kind, layer=0), sent)
-    return [columns if message is None else message.columns for message in heard]
-
-
-def text(said: bytes) -> Tensor:
-    """Bytes as a column (uint8); an empty one stays at home."""
-    return torch.frombuffer(bytearray(said), dtype=torch.uint8) if said else torch.empty(0).byte()
-
-
-def said(columns: Mapping[str, Tensor], name: str) -> bytes:
-    """The bytes of such a column; no column is no bytes."""
-    column = columns.get(name)
-    return b"" if column is None else column.contiguous().view(torch.uint8).numpy().tobytes()
+    received = settle(world, world.header(kind, layer=0), sent)
+    return [columns if message is None else message.columns for message in received]
 
 
 def raise_failures(what: str, reasons: list[bytes]) -> None:
@@ -89,7 +78,9 @@ def together(world: World, kind: str, what: str, work: Future[T]) -> T:
     """
     while True:
         wait([work], timeout=world.config.deadline_s * _ROUND)
-        states = [said(columns, "state") for columns in tell(world, kind, {"state": _state(work)})]
+        states = [
+            bytes_of(columns, "state") for columns in share(world, kind, {"state": _state(work)})
+        ]
         if _WORKING not in states:
             break
     raise_failures(what, [b"" if state == _DONE else state for state in states])

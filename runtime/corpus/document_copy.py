@@ -1,4 +1,4 @@
-"""A lease of a whole document: fetched for all layers at once, moved to other positions, kept.
+"""A copy of a whole document in a request's own tokens: all layers at once, moved to other positions.
 
 Letters: L layers, G branches, T tokens, n keys, B tokens of a block, D columns. What travels are
 whole blocks: of each key its rows at all layers, side by side, each row with a mark as in any fetch.
@@ -8,22 +8,21 @@ Index keys travel in the same way; a block has one key there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...indexer.dsa import rotate_index
-from ...kernels.reference import mix
+from ...kernels.coverage import mix, to_int32
 from ...partition.directory import Document
 from ...partition.layout import Rope
 from ...partition.pool import BlockStore
 from ...partition.rope import rotate
-from ..cpu.answer import to_int32
 from ..cpu.copies import blocks_lost
-from ..cpu.move import exchange
-from ..cpu.plan import chosen_copy
 from ..errors import CoverageError
+from ..tables import chosen_copy
 from ..transport.base import Column
 from ..transport.messages import Message
 from ..world import World
@@ -48,18 +47,21 @@ class _Want(NamedTuple):
     holder: Tensor
 
 
-def lease(world: World, document: Document | None, ids: Tensor, offset: int) -> None:
-    """Write a document, moved by `offset`, as the private tokens `ids` (T,). A step of the world.
+def answer_copies(world: World) -> None:
+    """Take part in the others' copies without one of one's own. A step of the world."""
+    world.exchanger.exchange(world.header("copy", layer=0), [], partial(_answer, world), list)
 
-    With None only the others are answered.
+
+def copy_document(world: World, document: Document, ids: Tensor, offset: int) -> None:
+    """Write a document, moved by `offset`, as the private tokens `ids` (T,). A step of the world.
 
     Raises: CoverageError naming the holders that lack a token of it; BlocksLostError if nobody is left to
     ask for a block, after the others were answered.
     """
-    wants = [] if document is None else _wants(world, document)
+    wants = _wants(world, document)
     lost = {int(key) for want in wants for key in want.blocks[want.holder < 0]}
     if lost:
-        exchange(world, world.header("lease", layer=0), [], _answer, list)
+        answer_copies(world)
         raise blocks_lost(world, lost)
     columns = []
     for want in wants:
@@ -72,10 +74,9 @@ def lease(world: World, document: Document | None, ids: Tensor, offset: int) -> 
     def own_rows() -> list[Rows]:
         return [_rows_of(world, w.store, w.keys[w.holder == world.rank]) for w in wants]
 
-    header = world.header("lease", layer=0)
-    own, answers = exchange(world, header, columns, _answer, own_rows)
-    if document is None:
-        return
+    own, answers = world.exchanger.exchange(
+        world.header("copy", layer=0), columns, partial(_answer, world), own_rows
+    )
     found = [
         _gathered(world, document, want, mine, answers)
         for want, mine in zip(wants, own, strict=True)
@@ -84,12 +85,12 @@ def lease(world: World, document: Document | None, ids: Tensor, offset: int) -> 
     entries = _decoded(world, document, wants[0], found[0])
     _turn(entries, [layout.rope for layout in layouts], offset)
     keys: dict[int, Tensor] = {}
-    if world.has_index:
+    if world.stores.has_index:
         keys = _decoded(world, document, wants[1], found[1])
         _turn_index(world, keys, offset)
     for layer, rows in entries.items():
         index_keys = keys[layer].flatten(0, 1) if layer in keys else None
-        world.store(layer, ids, rows, index_keys, push=True)
+        world.backend.write(layer, ids, rows, index_keys, push=True)
 
 
 def _wants(world: World, document: Document) -> list[_Want]:
@@ -99,28 +100,28 @@ def _wants(world: World, document: Document) -> list[_Want]:
     askable = world.askable()
     copies = directory.owners[keys]
     holder = chosen_copy(copies, world.rank % copies.shape[1], askable)
-    here = world.entries.slot_of[keys] >= 0
+    here = world.stores.entries.slot_of[keys] >= 0
     holder = torch.where(here, world.rank, holder)
-    wants = [_Want("lease", world.entries, keys, keys // branches, holder)]
-    if world.has_index:
-        holder = world.scorers(blocks, askable)
+    wants = [_Want("copy", world.stores.entries, keys, keys // branches, holder)]
+    if world.stores.has_index:
+        holder = world.tables.scorers(blocks, askable)
         if world.config.index_placement == "replicated":
             holder = torch.full_like(holder, world.rank)
-        wants.append(_Want("lease_index", world.index, blocks, blocks, holder))
+        wants.append(_Want("copy_index", world.stores.index, blocks, blocks, holder))
     return wants
 
 
 def _answer(world: World, message: Message) -> dict[str, Tensor]:
-    """The rows and marks of the keys that a peer wants to lease."""
+    """The rows and marks of the keys that a peer wants to copy."""
     answer: dict[str, Tensor] = {}
     corpus = world.config.max_blocks
-    limits = {"lease": corpus * world.config.num_branches, "lease_index": corpus}
-    for name, store in (("lease", world.entries), ("lease_index", world.index)):
+    limits = {"copy": corpus * world.config.num_branches, "copy_index": corpus}
+    for name, store in (("copy", world.stores.entries), ("copy_index", world.stores.index)):
         keys = message.columns.get(name)
         if keys is None:
             continue
-        if keys.dtype != torch.int32 or keys.dim() != 1 or len(keys.unique()) != len(keys):
-            raise ValueError(f"column {name!r} must be int32, each key once")
+        if len(keys.unique()) != len(keys):
+            raise ValueError(f"column {name!r} has a key twice")
         if bool(((keys < 0) | (keys >= limits[name])).any()):
             raise ValueError(f"column {name!r} has keys beyond the corpus")
         found = _rows_of(world, store, keys.long())
@@ -144,7 +145,7 @@ def _rows_of(world: World, store: BlockStore, keys: Tensor) -> Rows:
 def _gathered(
     world: World, document: Document, want: _Want, own: Rows, answers: Sequence[Message | None]
 ) -> Tensor:
-    """The rows of the document's keys in order; raises what `lease` raises."""
+    """The rows of the document's keys in order; raises what `copy_document` raises."""
     block_tokens = world.config.block_tokens
     rows = own.rows.new_zeros(len(want.keys) * block_tokens, own.rows.shape[1])
     marks = own.marks.new_zeros(len(rows), own.marks.shape[1])
@@ -181,7 +182,7 @@ def _gathered(
         holders = want.holder[needed[lacking] // block_tokens].unique().tolist()
         named = ", ".join(f"rank {rank}" for rank in holders)
         raise CoverageError(
-            f"lease of {document.name!r}: {named} lacked {int(lacking.sum())} entries",
+            f"copy of {document.name!r}: {named} lacked {int(lacking.sum())} entries",
             tuple(holders),
         )
     return rows[needed]

@@ -1,12 +1,13 @@
-"""The life of documents: added, published out of a request, made room for.
+"""Documents: added, published out of a request, made room for.
 
 What changes the directory is decided by every rank alike, from the directory and from what all ranks
-said in one exchange; so it is refused on all ranks or on none.
+sent in one exchange; so it is refused on all ranks or on none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +15,74 @@ from torch import Tensor
 from ...partition.directory import Directory, Document, with_document
 from ...partition.eviction import Policy, Use, evicted, ranked
 from ...partition.placement import place, place_at
-from ...partition.prefix_hash import CONTENT_BYTES, split_contents
-from ..cpu.move import broadcast, settle
+from ...partition.prefix_hash import CONTENT_BYTES, block_hashes, split_contents
+from ..config import RuntimeConfig
+from ..lockstep import broadcast, settle
 from ..scope import Request
 from ..transport.messages import Message
+from ..validate import check_name
 from ..world import World
+
+
+class Wanted(NamedTuple):
+    """A document to be added: how many tokens, whose quota it counts for, and its blocks' hashes."""
+
+    name: str
+    tokens: int
+    group: str
+    hashes: Sequence[bytes]
+
+
+def content(
+    config: RuntimeConfig,
+    name: str,
+    tokens: int | None,
+    token_ids: Sequence[int] | None,
+    salt: str | None,
+    position: int,
+    group: str,
+) -> tuple[int, tuple[bytes, ...]]:
+    """How many tokens a document to be added has, and its blocks' hashes if it says what they are.
+
+    Raises: ValueError for names, numbers or token ids that do not make a document.
+    """
+    check_name(name, "document")
+    check_name(group, "group")
+    count = len(token_ids) if tokens is None and token_ids is not None else tokens
+    whole = isinstance(count, int) and isinstance(position, int)
+    if not whole or count is None or count < 1 or position < 0:
+        raise ValueError(
+            f"document {name!r}: needs whole tokens > 0 and position >= 0, got {count}, {position}"
+        )
+    if token_ids is None:
+        return count, ()
+    if len(token_ids) != count:
+        raise ValueError(f"document {name!r}: {len(token_ids)} token ids for {count} tokens")
+    block_tokens = config.block_tokens
+    return count, block_hashes(token_ids, block_tokens=block_tokens, position=position, salt=salt)
+
+
+def published_content(
+    world: World,
+    name: str,
+    request: Request,
+    token_ids: Sequence[int] | None,
+    salt: str | None,
+    group: str,
+) -> tuple[bytes, ...]:
+    """The hashes of the blocks of a request that is to be published.
+
+    Raises: ValueError unless its tokens are private and written.
+    """
+    if request.into is not None or not request.length:
+        raise ValueError("only a request's own private tokens can be published")
+    if token_ids is not None and len(token_ids) != request.length:
+        raise ValueError(f"{len(token_ids)} token ids for {request.length} tokens")
+    missing = _unwritten(world, request)
+    if missing is not None:
+        raise ValueError(f"the request cannot be published: {missing} is not written")
+    start = request.position - request.length
+    return content(world.config, name, request.length, token_ids, salt, start, group)[1]
 
 
 def added(
@@ -65,7 +129,7 @@ def added(
         tokens=tokens,
         position=position,
         ranks=ranks,
-        capacity=world.corpus_slots,
+        capacity=world.stores.corpus_slots,
         hashes=hashes,
         group=group,
     )
@@ -90,16 +154,18 @@ def publish(
     facts = torch.empty(0, dtype=torch.int64)
     if request is not None:
         facts = torch.tensor([request.length, request.position - request.length])
-    content = torch.tensor(list(b"".join(hashes)), dtype=torch.uint8)
-    columns = [broadcast("publish", facts, world), broadcast("hashes", content, world)]
+    digests = torch.tensor(list(b"".join(hashes)), dtype=torch.uint8)
+    columns = [broadcast("publish", facts, world), broadcast("hashes", digests, world)]
     visitors = settle(world, world.header("publish", layer=0), columns)
-    said = [(facts, content) if m is None else _said(world, r, m) for r, m in enumerate(visitors)]
-    homes = [rank for rank, (theirs, _) in enumerate(said) if len(theirs)]
+    parts = [
+        (facts, digests) if m is None else _published(world, r, m) for r, m in enumerate(visitors)
+    ]
+    homes = [rank for rank, (theirs, _) in enumerate(parts) if len(theirs)]
     if len(homes) != 1:
         raise ValueError(f"one rank publishes its request, the others none; got ranks {homes}")
     (home,) = homes
-    tokens, position = said[home][0].tolist()
-    raw = said[home][1].numpy().tobytes()
+    tokens, position = parts[home][0].tolist()
+    raw = parts[home][1].numpy().tobytes()
     world.adopt(
         added(
             world,
@@ -120,54 +186,45 @@ def publish(
     return document
 
 
-def unwritten(world: World, request: Request) -> str | None:
+def _unwritten(world: World, request: Request) -> str | None:
     """Which of a request's own tokens is not written at some layer, in words; None if all are."""
     ids = request.ids(0, request.length)
-    for layer, codec in enumerate(world.index.codecs):
-        _, here = world.entries.resolve(layer, world.stored_ids(ids))
+    for layer, codec in enumerate(world.stores.index.codecs):
+        _, here = world.stores.entries.resolve(layer, world.stores.stored_ids(ids))
         written = here.view(len(ids), -1).all(1)
         if codec is not None:
-            written &= world.index.resolve(layer, ids)[1]
+            written &= world.stores.index.resolve(layer, ids)[1]
         if not bool(written.all()):
             return f"token {int((~written).nonzero()[0, 0])} at layer {layer}"
     return None
 
 
-def make_room(
-    world: World,
-    name: str,
-    *,
-    tokens: int,
-    policy: Policy,
-    group: str,
-    hashes: Sequence[bytes],
-    in_use: frozenset[str],
-) -> list[str]:
-    """Remove documents until `name` can be added; returns their names. A step of the world.
+def make_room(world: World, wanted: Wanted, *, policy: Policy, in_use: frozenset[str]) -> list[str]:
+    """Remove documents until `wanted` can be added; returns their names. A step of the world.
 
-    How much each is used, and whether it is `in_use` by an open request, is what all ranks say
+    How much each is used, and whether it is `in_use` by an open request, is what all ranks send
     together.
 
     Raises: ValueError on every rank, and nothing changes, if there cannot be enough room.
     """
-    directory = world.directory
-    uses = [world.usage.of(d.serial, world.epoch) for d in directory.documents.values()]
+    directory, (name, tokens, group, hashes) = world.directory, wanted
+    uses = [world.usage.of(d.serial, world.progress.epoch) for d in directory.documents.values()]
     columns = {
         "last": torch.tensor([use.last for use in uses], dtype=torch.int64),
         "heat": torch.tensor([use.heat for use in uses], dtype=torch.float64),
-        "held": torch.tensor([name in in_use for name in directory.documents], dtype=torch.int32),
+        "held": torch.tensor([other in in_use for other in directory.documents], dtype=torch.int32),
     }
     visitors = settle(
         world,
         world.header("evict", layer=0),
-        [broadcast(name, rows, world) for name, rows in columns.items()],
+        [broadcast(column, rows, world) for column, rows in columns.items()],
     )
-    said = [columns if m is None else _uses(world, r, m, columns) for r, m in enumerate(visitors)]
-    last = torch.stack([theirs["last"] for theirs in said]).amax(0).tolist()
-    heat = torch.stack([theirs["heat"] for theirs in said]).sum(0).tolist()
-    held = torch.stack([theirs["held"] for theirs in said]).amax(0).tolist()
+    used = [columns if m is None else _uses(world, r, m, columns) for r, m in enumerate(visitors)]
+    last = torch.stack([theirs["last"] for theirs in used]).amax(0).tolist()
+    heat = torch.stack([theirs["heat"] for theirs in used]).sum(0).tolist()
+    held = torch.stack([theirs["held"] for theirs in used]).amax(0).tolist()
     names = list(directory.documents)
-    together = {name: Use(last[at], heat[at]) for at, name in enumerate(names)}
+    together = {other: Use(last[at], heat[at]) for at, other in enumerate(names)}
 
     def lacking(directory: Directory) -> str | None:
         try:
@@ -179,7 +236,7 @@ def make_room(
     smaller, removed = evicted(
         directory,
         ranked(directory, together, policy),
-        frozenset(name for at, name in enumerate(names) if held[at]),
+        frozenset(other for at, other in enumerate(names) if held[at]),
         lacking=lacking,
         group=group,
         blocks=-(-tokens // world.config.block_tokens),
@@ -194,30 +251,30 @@ def _copy_tail(world: World, request: Request, document: Document) -> None:
     source, target = request.ids(first, document.tokens), document.ids(first)
     if len(target) == 0:
         return
-    for layer, codec in enumerate(world.index.codecs):
-        index, _ = world.entries.resolve(layer, world.stored_ids(source))
+    for layer, codec in enumerate(world.stores.index.codecs):
+        index, _ = world.stores.entries.resolve(layer, world.stores.stored_ids(source))
         keys = None
         if codec is not None:
-            keys = world.index.rows(layer, world.index.resolve(layer, source)[0])
-        world.keep(layer, target, world.entries.rows(layer, index), keys)
+            keys = world.stores.index.rows(layer, world.stores.index.resolve(layer, source)[0])
+        world.writes.write_rows(layer, target, world.stores.entries.rows(layer, index), keys)
 
 
 def _check_index_room(world: World, directory: Directory, name: str) -> None:
     """Index keys live with the copies of a block's first branch; refused if a rank has no room."""
-    if not world.has_index or world.config.index_placement == "replicated":
+    if not world.stores.has_index or world.config.index_placement == "replicated":
         return
     first = directory.owners[:: directory.num_branches]
     held = torch.bincount(first[first >= 0].long(), minlength=world.world_size)
-    if int(held.max()) > world.index_slots:
+    if int(held.max()) > world.stores.index_slots:
         rank = int(held.argmax())
         raise ValueError(
             f"document {name!r} does not fit: rank {rank} would hold the index keys of "
-            f"{int(held[rank])} blocks, its pool has {world.index_slots}"
+            f"{int(held[rank])} blocks, its pool has {world.stores.index_slots}"
         )
 
 
-def _said(world: World, rank: int, message: Message) -> tuple[Tensor, Tensor]:
-    """What a peer says it publishes: (tokens, position) or nothing, and its blocks' hashes."""
+def _published(world: World, rank: int, message: Message) -> tuple[Tensor, Tensor]:
+    """What a peer publishes: (tokens, position) or nothing, and its blocks' hashes."""
     nothing = torch.empty(0, dtype=torch.int64)
     facts = message.columns.get("publish", nothing)
     content = message.columns.get("hashes", torch.empty(0, dtype=torch.uint8))
@@ -229,7 +286,9 @@ def _said(world: World, rank: int, message: Message) -> tuple[Tensor, Tensor]:
         full = tokens // world.config.block_tokens * CONTENT_BYTES
         well_formed = 0 < tokens <= most and 0 <= position < 2**31 and len(content) in (0, full)
     if not well_formed:
-        raise world.transport.accuse(rank, "says malformed things about what it publishes")
+        raise world.transport.accuse(
+            rank, "sent an invalid message: it publishes no document that can be"
+        )
     return facts, content
 
 
@@ -238,7 +297,11 @@ def _uses(world: World, rank: int, message: Message, ours: dict[str, Tensor]) ->
     theirs = {name: message.columns.get(name, rows[:0]) for name, rows in ours.items()}
     for name, rows in ours.items():
         if theirs[name].shape != rows.shape or theirs[name].dtype != rows.dtype:
-            raise world.transport.accuse(rank, f"says malformed things about {name!r} use")
+            raise world.transport.accuse(
+                rank, f"sent an invalid message: column {name!r} is not one number a document"
+            )
     if not bool(theirs["heat"].isfinite().all()):
-        raise world.transport.accuse(rank, "says that a document has no finite heat")
+        raise world.transport.accuse(
+            rank, "sent an invalid message: a document's heat is not finite"
+        )
     return theirs

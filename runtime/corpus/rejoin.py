@@ -4,19 +4,19 @@ A world in which a rank died takes no more steps. Its survivors keep what they h
 of those who are there now, and open the world again in a new incarnation (`Runtime.rejoin`); a rank that
 was started again, or is new, opens it for the first time (`Runtime.open`). It is a step of them all:
 
-    say      Each tells which rank of the former world it was, if any. Survivors must have had the same
+    facts    Each sends which rank of the former world it was, if any. Survivors must have had the same
              tables, at the latest in the last step that each saw through: who changed documents since
              and is alone with it goes back. The first of them gives these tables to who has none.
     repair   Everyone computes where blocks are now (`partition/repair.py`): copies of ranks that are gone
              are made anew where there is room, which a rank that was started again has.
-    refill   Each tells how far the blocks that it holds are written. Of every block that some copies
+    refill   Each sends how far the blocks that it holds are written. Of every block that some copies
              have less of, the fullest (of the lowest rank) is sent to these, in rounds of bounded size.
              So a copy that is new, and one that missed a write, are as good as the best one afterwards.
 
-What survivors wrote and nobody is known to have taken they keep for those who hold it now. Requests and
+What survivors wrote and nobody is known to have taken is kept for those who hold it now. Requests and
 their private tokens stay where they are. Of a block that nobody has left nothing is invented: it has no
-copy, `Runtime.lost_blocks` names it, and a snapshot brings it back (`restore`). Whatever is still said in
-the former incarnation is refused by the carriers (`Transport.begin`).
+copy, `Runtime.lost_blocks` names it, and a snapshot brings it back (`restore`). Messages of the
+former incarnation are refused by the carriers (`Transport.begin`).
 """
 
 from __future__ import annotations
@@ -34,61 +34,57 @@ from ...partition.directory_codec import directory_columns, directory_of
 from ...partition.repair import repaired
 from ...partition.snapshot.folder import BATCH_BYTES
 from ...partition.snapshot.format import KINDS, Kind
-from ..cpu.move import broadcast, settle
 from ..errors import PeerError
+from ..lockstep import broadcast, settle
+from ..tables import Incarnation
 from ..transport.messages import Header, Message
-from ..world import Life, Push, World
-from .snapshot_parts import store_of
+from ..world import World
+from ..writes import Push, Staged
 
-_OWN = 3  # facts of a rank itself; those of its lives follow, as `_Told`
-_LIVES = 3
+_OWN = 3  # facts of a rank itself; those of its incarnations follow, as `_Facts`
+_CANDIDATES = 3
 
 
 @dataclass(slots=True)
 class Former:
-    """The life of a survivor that goes on, how many steps it saw, and what it had written for others
-    and not seen taken; `settled` has the tables of the last step that it saw through. It stands until
-    the rejoining succeeds, which may take more than one attempt.
+    """The last incarnation of a survivor that goes on, how many steps it saw, and what it had written
+    for others and not seen taken; `settled` has the tables of the last step that it saw through. It
+    stands until the rejoining succeeds, which may take more than one attempt.
     """
 
-    life: Life
-    settled: Life
+    last: Incarnation
+    settled: Incarnation
     epoch: int
-    staged: dict[Kind, list[list[Push]]]
+    staged: Staged
 
     @classmethod
     def of(cls, world: World, before: Former | None) -> Former:
         """Of a world that lost its transport, or of `before` if it lost it while it was rejoining."""
-        staged = {kind: [list(pushes) for pushes in world.staged[kind]] for kind in KINDS}
-        for layer, sent in reversed(world.sent):
-            for kind in KINDS:
-                staged[kind][layer][:0] = sent[kind]
-        world.sent.clear()
-        for layers in world.staged.values():
-            layers[:] = [[] for _ in layers]
+        staged = world.writes.take_unconfirmed()
         if before is None:
-            life = Life(world.rank, world.world_size, world.directory)
-            return cls(life, life._replace(directory=world.settled), world.epoch, staged)
+            last = Incarnation(world.rank, world.world_size, world.directory)
+            settled = last._replace(directory=world.tables.settled)
+            return cls(last, settled, world.progress.epoch, staged)
         for kind, layers in before.staged.items():
             for layer, pushes in enumerate(layers):
                 staged[kind][layer] = [*pushes, *staged[kind][layer]]
-        return cls(before.life, before.settled, before.epoch, staged)
+        return cls(before.last, before.settled, before.epoch, staged)
 
-    def lives(self, world: World) -> tuple[Life | None, ...]:
-        """The lives that may go on, the last one first: all ranks have one of them in common."""
-        return self.life, self.settled, world.former
+    def candidates(self, world: World) -> tuple[Incarnation | None, ...]:
+        """The incarnations that may go on, the last one first: all ranks have one of them in common."""
+        return self.last, self.settled, world.tables.former
 
-    def go_back(self, world: World, told: _Told) -> None:
-        """Take the tables of an earlier one of the lives; what was written for blocks that it does not
-        have is given up with them."""
-        self.life = next(life for life in self.lives(world) if life and _Told.of(life) == told)
-        world.staged, self.staged = self.staged, world.staged
-        world.adopt(self.life.directory, rank=self.life.rank)
-        world.staged, self.staged = self.staged, world.staged
+    def go_back(self, world: World, to: _Facts) -> None:
+        """Take the tables of an earlier incarnation; what was written for blocks that it does not have
+        is given up with them."""
+        self.last = next(one for one in self.candidates(world) if one and _Facts.of(one) == to)
+        self.staged = world.writes.swap(self.staged)
+        world.adopt(self.last.directory, rank=self.last.rank)
+        self.staged = world.writes.swap(self.staged)
 
 
-class _Told(NamedTuple):
-    """A life in numbers; a rank that comes with nothing has none, told by rank -1."""
+class _Facts(NamedTuple):
+    """An incarnation in numbers; a rank that comes with nothing has none, and sends rank -1."""
 
     rank: int
     world_size: int
@@ -96,14 +92,14 @@ class _Told(NamedTuple):
     serial: int
 
     @classmethod
-    def of(cls, life: Life | None) -> _Told:
-        if life is None:
+    def of(cls, one: Incarnation | None) -> _Facts:
+        if one is None:
             return cls(-1, 0, 0, 0)
-        return cls(life.rank, life.world_size, life.directory.version, life.directory.serial)
+        return cls(one.rank, one.world_size, one.directory.version, one.directory.serial)
 
     @classmethod
-    def several(cls, numbers: Sequence[int]) -> list[_Told]:
-        """All lives of a rank, the last one first."""
+    def several(cls, numbers: Sequence[int]) -> list[_Facts]:
+        """All that a rank sent, its last incarnation first."""
         size = len(cls._fields)
         return [cls(*numbers[at : at + size]) for at in range(0, len(numbers), size)]
 
@@ -115,7 +111,7 @@ class _Told(NamedTuple):
 
 # More is no fact of any world, and would end this one: in memory, or in headers that cannot be sent.
 _MOST_STEPS, _MOST_SLOTS = 1 << 62, 1 << 62
-_MOST_TOLD = _Told(rank=1 << 16, world_size=1 << 16, version=(1 << 32) - 1, serial=1 << 62)
+_MOST_FACTS = _Facts(rank=1 << 16, world_size=1 << 16, version=(1 << 32) - 1, serial=1 << 62)
 
 
 class _Progress(NamedTuple):
@@ -138,7 +134,7 @@ def rejoin(world: World, former: Former | None) -> None:
     if not survivors:
         return
     size = were[survivors[0]].world_size
-    if former is not None and were[world.rank] != _Told.of(former.life):
+    if former is not None and were[world.rank] != _Facts.of(former.last):
         former.go_back(world, were[world.rank])
     directory = _shared_tables(world, former, survivors[0], size)
     directory = replace(directory, serial=serial)
@@ -148,14 +144,14 @@ def rejoin(world: World, former: Former | None) -> None:
             directory,
             [now.get(rank, -1) for rank in range(size)],
             world_size=world.world_size,
-            capacity=world.corpus_slots,
-            index_capacity=world.index_slots,
+            capacity=world.stores.corpus_slots,
+            index_capacity=world.stores.index_slots,
         )
     )
     if former is not None:
-        world.former = former.settled = former.life
-        former.life = Life(world.rank, world.world_size, world.directory)
-    world.settled = world.directory
+        world.tables.former = former.settled = former.last
+        former.last = Incarnation(world.rank, world.world_size, world.directory)
+    world.tables.settled = world.directory
     for kind in KINDS:
         progress = _progress(world, kind)
         _refill(world, kind, progress)
@@ -168,49 +164,54 @@ def _header(world: World, layer: int = 0) -> Header:
     return replace(world.header("rejoin", layer=layer), tables=0)
 
 
-def _introduced(world: World, former: Former | None) -> tuple[list[_Told], int]:
-    """Which life of every rank goes on, by rank, and the last serial that any gave to a document;
-    `world.epoch` is then how many steps the world has seen."""
-    lives = (None,) * _LIVES if former is None else former.lives(world)
-    own = [0 if former is None else former.epoch, world.corpus_slots, world.index_slots]
-    ours = torch.tensor(own + [fact for life in lives for fact in _Told.of(life)])
-    limits = torch.tensor([_MOST_STEPS, *[_MOST_SLOTS] * 2, *_MOST_TOLD * _LIVES])
-    world.epoch = 0  # of the step in which they meet
-    heard = settle(world, _header(world), [broadcast("facts", ours, world)])
-    said = []
-    for rank, message in enumerate(heard):
+def _introduced(world: World, former: Former | None) -> tuple[list[_Facts], int]:
+    """Which incarnation of every rank goes on, by rank, and the last serial that any gave to a
+    document; `world.progress.epoch` is then how many steps the world has seen."""
+    candidates = (None,) * _CANDIDATES if former is None else former.candidates(world)
+    own = [
+        0 if former is None else former.epoch,
+        world.stores.corpus_slots,
+        world.stores.index_slots,
+    ]
+    ours = torch.tensor(own + [fact for one in candidates for fact in _Facts.of(one)])
+    limits = torch.tensor([_MOST_STEPS, *[_MOST_SLOTS] * 2, *_MOST_FACTS * _CANDIDATES])
+    world.progress.restart(0)  # of the step in which they meet
+    visitors = settle(world, _header(world), [broadcast("facts", ours, world)])
+    received: list[list[int]] = []
+    for rank, message in enumerate(visitors):
         facts = ours if message is None else message.columns.get("facts", ours[:0])
         well_formed = facts.dtype == torch.int64 and facts.shape == ours.shape
         if not well_formed or not bool(((facts >= -1) & (facts <= limits)).all()):
-            raise world.transport.accuse(rank, "says malformed things about its former life")
-        said.append(facts.tolist())
-    world.epoch = max(max(facts[0] for facts in said), 0)
-    told = [_Told.several(facts[_OWN:]) for facts in said]
-    serial = max(life.serial for lives in told for life in lives)
-    return _one_world(world, [tuple(facts[1:_OWN]) for facts in said], told), serial
+            raise world.transport.accuse(rank, "sent invalid facts about its former incarnation")
+        received.append(facts.tolist())
+    world.progress.restart(max(max(facts[0] for facts in received), 0))
+    candidates_of = [_Facts.several(facts[_OWN:]) for facts in received]
+    serial = max(one.serial for candidates in candidates_of for one in candidates)
+    return _one_world(world, [tuple(f[1:_OWN]) for f in received], candidates_of), serial
 
 
 def _one_world(
-    world: World, pools: Sequence[tuple[int, ...]], lives: Sequence[Sequence[_Told]]
-) -> list[_Told]:
-    """The life of each rank that goes on: the last of its lives whose tables all survivors had.
+    world: World, pools: Sequence[tuple[int, ...]], candidates: Sequence[Sequence[_Facts]]
+) -> list[_Facts]:
+    """The incarnation of each rank that goes on: its last one whose tables all survivors had.
 
     Who saw the last step through may have changed documents since, and who did not has those of that
     step. Who loses a rank while rejoining may have taken new tables before or after the others did.
-    So a survivor is one of the world of its last life, or of one before. Every rank comes to the same
-    judgement, so nobody has to be told.
+    So a survivor is one of the world of its last incarnation, or of one before. Every rank
+    comes to the same judgement by itself.
     """
-    survivors = [rank for rank, its in enumerate(lives) if its[0].rank >= 0]
-    worlds = [{life.tables for life in lives[rank] if life.rank >= 0} for rank in survivors]
-    shared = [life.tables for life in lives[survivors[0]]] if survivors else []
+    survivors = [rank for rank, its in enumerate(candidates) if its[0].rank >= 0]
+    worlds = [{one.tables for one in candidates[rank] if one.rank >= 0} for rank in survivors]
+    shared = [one.tables for one in candidates[survivors[0]]] if survivors else []
     shared = [tables for tables in shared if all(tables in its for its in worlds)]
     wrong = _odd_ones(range(len(pools)), pools)
     reason = "has a pool of another size: name corpus_slots in the configuration"
     if not wrong and survivors and not shared:
-        wrong = _odd_ones(survivors, [lives[rank][0].tables for rank in survivors])
+        wrong = _odd_ones(survivors, [candidates[rank][0].tables for rank in survivors])
         reason = "has other documents than the other survivors: restore a snapshot in a new world"
     were = [
-        next((life for life in its if life.tables in shared[:1]), _Told.of(None)) for its in lives
+        next((one for one in its if one.tables in shared[:1]), _Facts.of(None))
+        for its in candidates
     ]
     ranks = [was.rank for was in were if was.rank >= 0]
     if not wrong and survivors:
@@ -241,7 +242,10 @@ def _shared_tables(world: World, former: Former | None, giver: int, former_size:
     assert message is not None
     try:
         return directory_of(
-            message.columns, world.directory, world_size=former_size, capacity=world.corpus_slots
+            message.columns,
+            world.directory,
+            world_size=former_size,
+            capacity=world.stores.corpus_slots,
         )
     except ValueError as error:
         raise world.transport.accuse(giver, f"gave malformed tables: {error}") from error
@@ -249,13 +253,13 @@ def _shared_tables(world: World, former: Former | None, giver: int, former_size:
 
 def _progress(world: World, kind: Kind) -> _Progress:
     """What all ranks say of the blocks that they hold."""
-    store = store_of(world, kind)
+    store = world.stores.of(kind)
     keys = [_held(world, kind, rank) for rank in range(world.world_size)]
     slots = store.slot_of[keys[world.rank]].long()
     ours = store.fill[:, slots]
-    heard = settle(world, _header(world), [broadcast("fill", ours, world)])
+    received = settle(world, _header(world), [broadcast("fill", ours, world)])
     fill = []
-    for rank, message in enumerate(heard):
+    for rank, message in enumerate(received):
         fill.append(ours if message is None else _fills(world, kind, rank, message, keys[rank]))
     branches = world.config.num_branches if kind == "entries" else 1
     shape = (len(store.codecs), world.config.max_blocks * branches)
@@ -272,7 +276,7 @@ def _held(world: World, kind: Kind, rank: int) -> Tensor:
     directory = world.directory
     if kind == "entries":
         return (directory.owners == rank).any(1).nonzero()[:, 0]
-    if not world.has_index:
+    if not world.stores.has_index:
         return torch.empty(0, dtype=torch.int64)
     if world.config.index_placement == "replicated":
         return (directory.references > 0).nonzero()[:, 0]
@@ -286,13 +290,13 @@ def _fills(world: World, kind: Kind, rank: int, message: Message, keys: Tensor) 
     fill = message.columns.get("fill", torch.empty(layers, 0, dtype=torch.int32))
     well_formed = fill.dtype == torch.int32 and fill.shape == (layers, len(keys))
     if not well_formed or bool(((fill < 0) | (fill > world.directory.tokens[blocks])).any()):
-        raise world.transport.accuse(rank, "says malformed things about the blocks it holds")
+        raise world.transport.accuse(rank, "sent invalid fills of the blocks that it holds")
     return fill
 
 
 def _refill(world: World, kind: Kind, progress: _Progress) -> None:
     """Send what others lack and this rank is the source of, and take what it lacks itself."""
-    store = store_of(world, kind)
+    store = world.stores.of(kind)
     for layer, codec in enumerate(store.codecs):
         if codec is None:
             continue
@@ -332,15 +336,15 @@ def _rows_for(
 
 
 def _stage(world: World, kind: Kind, layer: int, codec: Codec, holder: Tensor, ids: Tensor) -> None:
-    store = store_of(world, kind)
+    store = world.stores.of(kind)
     if len(ids):
         rows = store.rows(layer, store.resolve(layer, ids)[0])
-        world.staged[kind][layer].append(Push(holder.to(torch.int32), ids, rows))
+        world.writes.stage_for(kind, layer, Push(holder.to(torch.int32), ids, rows))
 
 
 def _check_full(world: World, kind: Kind, layer: int, progress: _Progress) -> None:
     """Accuse whoever did not send what this rank lacked."""
-    store = store_of(world, kind)
+    store = world.stores.of(kind)
     keys = progress.keys[world.rank]
     short = store.fill[layer, store.slot_of[keys].long()] < progress.most[layer, keys]
     if bool(short.any()):
@@ -351,7 +355,7 @@ def _check_full(world: World, kind: Kind, layer: int, progress: _Progress) -> No
 def _keep_staged(world: World, kind: Kind, staged: Sequence[Sequence[Push]], most: Tensor) -> None:
     """What was written for other ranks and is with none of those that hold it now waits for these, and
     is written if this rank is one of them."""
-    store = store_of(world, kind)
+    store = world.stores.of(kind)
     for layer, pushes in enumerate(staged):
         if not pushes:
             continue
@@ -365,4 +369,4 @@ def _keep_staged(world: World, kind: Kind, staged: Sequence[Sequence[Push]], mos
         ids, rows = ids[left], rows[left]
         here = store.holds(ids)
         store.write(layer, ids[here], rows[here])
-        world.stage(kind, layer, ids, rows)
+        world.writes.stage(kind, layer, ids, rows)

@@ -26,9 +26,9 @@ from ...partition.snapshot.record import closed, hash_table, is_known, put_recor
 from ..cpu.copies import lost_blocks, runs_of
 from ..errors import SnapshotError, in_words
 from ..world import World
-from .collective import flush, in_thread, tell, together
+from .collective import flush, in_thread, share, together
 from .documents import added
-from .snapshot_parts import agree_on, check_forms, column_of, owner_of, store_of
+from .snapshot_parts import agree_on, check_forms, column_of, owner_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +124,7 @@ def _check_no_older(world: World, saved: SavedDocument) -> None:
         hashes = hash_table(saved.hashes(kind))
         branches = world.config.num_branches if kind == "entries" else 1
         blocks, keys = _keys(document, branches, len(hashes))
-        here = closed(store_of(world, kind), keys, world.directory.tokens[blocks])
+        here = closed(world.stores.of(kind), keys, world.directory.tokens[blocks])
         newer |= set(((here & ~is_known(hashes)).nonzero()[:, 0] // branches).tolist())
     if newer:
         raise ValueError(
@@ -161,7 +161,7 @@ def _load(world: World, folder: Path, manifest: Manifest, unused: Tensor) -> int
 
 
 def _load_kind(world: World, folder: Path, manifest: Manifest, kind: Kind, unused: Tensor) -> int:
-    store, num_bytes = store_of(world, kind), 0
+    store, num_bytes = world.stores.of(kind), 0
     keys_of: dict[bytes, list[int]] = defaultdict(list)
     tokens_of: dict[bytes, int] = {}
     for key, name in _held(world, manifest, kind, unused).items():
@@ -176,7 +176,7 @@ def _load_kind(world: World, folder: Path, manifest: Manifest, kind: Kind, unuse
         chosen = records if len(rows) == len(records) else records[rows]
         put_records(store, keys, tokens, chosen)
         generations = store.generation[store.slot_of[keys].long()]
-        world.hashes[kind].keep(keys, generations, hash_table(b"".join(names))[rows])
+        world.stores.hashes[kind].keep(keys, generations, hash_table(b"".join(names))[rows])
         num_bytes += records.numel()
     return num_bytes
 
@@ -188,7 +188,7 @@ def _held(world: World, manifest: Manifest, kind: Kind, unused: Tensor) -> dict[
     for document in manifest.documents:
         hashes = hash_table(document.hashes(kind))
         blocks, keys = _keys(world.directory.documents[document.name], branches, len(hashes))
-        here = (store_of(world, kind).slot_of[keys] >= 0) & is_known(hashes) & unused[blocks]
+        here = (world.stores.of(kind).slot_of[keys] >= 0) & is_known(hashes) & unused[blocks]
         rows = hashes[here].numpy()
         held |= zip(keys[here].tolist(), [row.tobytes() for row in rows], strict=True)
     return held
@@ -207,13 +207,13 @@ def _closed_tokens(world: World, names: Sequence[str]) -> dict[str, int]:
     blocks_of = [block for document in documents for block in document.blocks]
     wanted = torch.tensor(blocks_of, dtype=torch.int64)
     found = [wanted[:0]]
-    for kind in KINDS if world.has_index else KINDS[:1]:
+    for kind in KINDS if world.stores.has_index else KINDS[:1]:
         keys = (owner_of(directory, kind) == world.rank).nonzero()[:, 0]
         blocks = keys // (directory.num_branches if kind == "entries" else 1)
-        there = closed(store_of(world, kind), keys, directory.tokens[blocks])
+        there = closed(world.stores.of(kind), keys, directory.tokens[blocks])
         found.append(blocks[~there & torch.isin(blocks, wanted)])
     opened: set[int] = set()
-    for rank, columns in enumerate(tell(world, "restore", {"open": torch.cat(found).int()})):
+    for rank, columns in enumerate(share(world, "restore", {"open": torch.cat(found).int()})):
         try:
             opened |= set(column_of(columns, "open", torch.int32, ()).tolist())
         except ValueError as error:

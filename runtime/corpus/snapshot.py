@@ -1,8 +1,8 @@
 """Snapshots of a world: begin, write beside the serving, finish; and restore.
 
-A snapshot is one folder that all ranks can reach (format: `partition/snapshot/format.py`). `begin_snapshot`,
-`finish_snapshot` and `restore` are steps of the world, as `attend` is: every rank calls them in the
-same place of its sequence.
+A snapshot is one folder that all ranks can reach (format: `partition/snapshot/format.py`).
+`begin_snapshot`, `finish_snapshot` and `restore` are steps of the world, as `attend` is: every rank calls
+them in the same place of its sequence.
 
     begin    Refused while there are blocks of which nobody has a copy: they would not be in the new
              manifest, and what the last one has of them would be removed as of no use.
@@ -78,8 +78,8 @@ from ...partition.snapshot.format import (
 from ...partition.snapshot.parallel_map import in_order
 from ...partition.snapshot.record import closed, hash_records, is_known, record_bytes, take_records
 from ..cpu.copies import lost_blocks
-from ..cpu.move import settle
 from ..errors import SnapshotError, in_words
+from ..lockstep import settle
 from ..world import World
 from .collective import done, flush, in_thread, together
 from .snapshot_parts import (
@@ -92,7 +92,6 @@ from .snapshot_parts import (
     part_columns,
     received_part,
     saved_documents,
-    store_of,
 )
 
 
@@ -196,11 +195,11 @@ def finish_snapshot(world: World, pending: PendingSnapshot) -> SnapshotReport:
             remove_attempt(pending.folder, pending.token, world.rank)
             raise
         columns = part_columns(world, pending.ours, part)
-        heard = settle(world, world.header("snapshot-parts", layer=0), columns)
+        received = settle(world, world.header("snapshot-parts", layer=0), columns)
         if world.rank == 0:
             parts = [
                 received_part(world, pending.directory, pending.token, rank, message)
-                for rank, message in enumerate(heard)
+                for rank, message in enumerate(received)
                 if message is not None
             ]
             keys = {kind: pending.ours[kind].keys for kind in KINDS}
@@ -213,20 +212,22 @@ def finish_snapshot(world: World, pending: PendingSnapshot) -> SnapshotReport:
         commit.add_done_callback(lambda _: pending.cancel())
     for kind, ours in pending.ours.items():
         there = is_known(part.hashes[kind])
-        world.hashes[kind].keep(ours.keys[there], ours.generations[there], part.hashes[kind][there])
+        world.stores.hashes[kind].keep(
+            ours.keys[there], ours.generations[there], part.hashes[kind][there]
+        )
     return SnapshotReport(
         sequence=pending.sequence,
         closed=sum(len(ours.keys) for ours in pending.ours.values()),
         written=sum(file.rows for file in part.files),
         written_bytes=sum(
-            file.rows * record_bytes(store_of(world, file.kind)) for file in part.files
+            file.rows * record_bytes(world.stores.of(file.kind)) for file in part.files
         ),
     )
 
 
 def _closed(world: World, kind: Kind) -> Closed:
     """The closed blocks that this rank owns, as they are now."""
-    store, directory = store_of(world, kind), world.directory
+    store, directory = world.stores.of(kind), world.directory
     keys = (owner_of(directory, kind) == world.rank).nonzero()[:, 0]
     branches = directory.num_branches if kind == "entries" else 1
     tokens = directory.tokens[keys // branches]
@@ -234,7 +235,7 @@ def _closed(world: World, kind: Kind) -> Closed:
     keys, tokens = keys[there], tokens[there]
     slots = store.slot_of[keys].long()
     generations = store.generation[slots]
-    hashes, known = world.hashes[kind].find(keys, generations)
+    hashes, known = world.stores.hashes[kind].find(keys, generations)
     return Closed(keys, slots, generations, tokens, hashes, known)
 
 
@@ -266,7 +267,7 @@ def _write_kind(
     there: set[bytes],
     stop: Event,
 ) -> tuple[torch.Tensor, list[BlockFile]]:
-    store = store_of(world, kind)
+    store = world.stores.of(kind)
     width = record_bytes(store)
     names = split_hashes(blocks.hashes.numpy().tobytes())
     saved = blocks.known & torch.tensor([name in there for name in names], dtype=torch.bool)

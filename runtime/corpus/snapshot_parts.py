@@ -1,4 +1,4 @@
-"""What ranks tell one another about a snapshot: what they found, and the part each of them wrote."""
+"""What ranks send one another about a snapshot: what they found, and the part each of them wrote."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ...partition.directory import Directory
-from ...partition.pool import BlockStore
 from ...partition.snapshot.format import (
     KINDS,
     BlockFile,
@@ -26,9 +25,9 @@ from ...partition.snapshot.format import (
 from ...partition.snapshot.record import HASH_BYTES, hash_table
 from ..errors import SnapshotError
 from ..transport.base import Column
-from ..transport.messages import Message
+from ..transport.messages import Message, bytes_of, text
 from ..world import World
-from .collective import raise_failures, said, tell, text
+from .collective import raise_failures, share
 
 
 class Closed(NamedTuple):
@@ -52,10 +51,6 @@ class Part(NamedTuple):
 Keyed = tuple[dict[Kind, Tensor], Part]  # a part, and the keys (n,) that its hashes belong to
 
 
-def store_of(world: World, kind: Kind) -> BlockStore:
-    return world.entries if kind == "entries" else world.index
-
-
 def owner_of(directory: Directory, kind: Kind) -> Tensor:
     """The rank that answers for each key of a kind: the owner, for index keys that of branch 0."""
     owner = directory.owners[:, 0]
@@ -64,7 +59,12 @@ def owner_of(directory: Directory, kind: Kind) -> Tensor:
 
 def forms_of(world: World) -> tuple[LayerForm, ...]:
     """How the world's model stores each layer."""
-    layers = zip(world.config.model.layers, world.entries.codecs, world.index.codecs, strict=True)
+    layers = zip(
+        world.config.model.layers,
+        world.stores.entries.codecs,
+        world.stores.index.codecs,
+        strict=True,
+    )
     return tuple(layer_form(layout, codec, index) for layout, codec, index in layers if codec)
 
 
@@ -105,16 +105,16 @@ def agree_on(
         "digest": text(digest),
         "token": text(token.encode()),
     }
-    heard = tell(world, kind, columns)
-    raise_failures(f"snapshot {folder}", [said(theirs, "reason") for theirs in heard])
-    digests = [said(theirs, "digest") for theirs in heard]
+    received = share(world, kind, columns)
+    raise_failures(f"snapshot {folder}", [bytes_of(theirs, "reason") for theirs in received])
+    digests = [bytes_of(theirs, "digest") for theirs in received]
     others = [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]
     if others:
         raise SnapshotError(
             f"snapshot {folder}: ranks {others} find another manifest there than rank 0; the folder "
             "must be one that all ranks share"
         )
-    chosen = said(heard[0], "token").decode(errors="replace")
+    chosen = bytes_of(received[0], "token").decode(errors="replace")
     if not re.fullmatch("[0-9a-f]{8}", chosen):
         raise world.transport.accuse(0, f"gave a malformed token {chosen[:20]!r}")
     return chosen
@@ -175,7 +175,7 @@ def saved_documents(
             continue  # it was removed meanwhile
         blocks = torch.tensor(document.blocks)
         keys_of = (blocks[:, None] * branches + torch.arange(branches)).reshape(-1)
-        index = tables["index"][blocks] if world.has_index else tables["index"][:0]
+        index = tables["index"][blocks] if world.stores.has_index else tables["index"][:0]
         saved.append(
             SavedDocument(
                 name=document.name,

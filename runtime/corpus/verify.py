@@ -20,8 +20,8 @@ from ...partition.snapshot.record import (
     take_records,
 )
 from ..world import World
-from .collective import flush, in_thread, tell, together
-from .snapshot_parts import column_of, owner_of, store_of
+from .collective import flush, in_thread, share, together
+from .snapshot_parts import column_of, owner_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +44,8 @@ class BlockCheck:
         return len({name for _, name in self.hashes}) == 1 and not self.changed
 
 
-class _Said(NamedTuple):
-    """A holder's word on keys (n,): at (n,) places in the sample, hashes (n, 16), changed (n,) bool."""
+class _Hashed(NamedTuple):
+    """What a holder sent of keys (n,): at (n,) places in the sample, hashes (n, 16), changed (n,) bool."""
 
     at: Tensor
     hashes: Tensor
@@ -65,11 +65,11 @@ def check_blocks(world: World, sample: int | None) -> list[BlockCheck]:
         work = in_thread(partial(_hashed, world, kind, keys), "qroam-verify")
         own = together(world, "verify", "verify", work)
         columns = {"at": own.at, "hashes": own.hashes, "changed": own.changed.to(torch.uint8)}
-        heard = [
-            own if rank == world.rank else _heard(world, rank, theirs, len(keys))
-            for rank, theirs in enumerate(tell(world, "verify", columns))
+        received = [
+            own if rank == world.rank else _received(world, rank, theirs, len(keys))
+            for rank, theirs in enumerate(share(world, "verify", columns))
         ]
-        checks += _compared(world, kind, keys, heard)
+        checks += _compared(world, kind, keys, received)
     return checks
 
 
@@ -78,7 +78,7 @@ def _sampled(world: World, sample: int | None) -> Tensor:
     used = (owner_of(world.directory, "index") >= 0).nonzero()[:, 0]
     if sample is None or sample >= len(used):
         return used
-    generator = torch.Generator().manual_seed(world.epoch)
+    generator = torch.Generator().manual_seed(world.progress.epoch)
     return used[torch.randperm(len(used), generator=generator)[:sample]].sort().values
 
 
@@ -86,12 +86,12 @@ def _keys(world: World, kind: Kind, blocks: Tensor) -> Tensor:
     if kind == "entries":
         branches = world.config.num_branches
         return (blocks[:, None] * branches + torch.arange(branches)).reshape(-1)
-    return blocks if world.has_index else blocks[:0]
+    return blocks if world.stores.has_index else blocks[:0]
 
 
-def _hashed(world: World, kind: Kind, keys: Tensor) -> _Said:
+def _hashed(world: World, kind: Kind, keys: Tensor) -> _Hashed:
     """The hashes of those blocks of keys that are closed here."""
-    store = store_of(world, kind)
+    store = world.stores.of(kind)
     blocks = keys // (world.config.num_branches if kind == "entries" else 1)
     tokens = world.directory.tokens[blocks]
     at = closed(store, keys, tokens).nonzero()[:, 0]
@@ -102,13 +102,15 @@ def _hashed(world: World, kind: Kind, keys: Tensor) -> _Said:
         counts = tokens[at[tile]]
         parts.append(hash_records(take_records(store, slots[tile], counts), counts))
     hashes = torch.cat(parts)
-    past, known = world.hashes[kind].find(keys[at], store.generation[slots])
+    past, known = world.stores.hashes[kind].find(keys[at], store.generation[slots])
     changed = known & (past != hashes).any(1)
-    world.hashes[kind].keep(keys[at][~known], store.generation[slots][~known], hashes[~known])
-    return _Said(at.to(torch.int32), hashes, changed)
+    world.stores.hashes[kind].keep(
+        keys[at][~known], store.generation[slots][~known], hashes[~known]
+    )
+    return _Hashed(at.to(torch.int32), hashes, changed)
 
 
-def _heard(world: World, rank: int, columns: Mapping[str, Tensor], most: int) -> _Said:
+def _received(world: World, rank: int, columns: Mapping[str, Tensor], most: int) -> _Hashed:
     try:
         at = column_of(columns, "at", torch.int32, ())
         hashes = column_of(columns, "hashes", torch.uint8, (HASH_BYTES,))
@@ -118,13 +120,13 @@ def _heard(world: World, rank: int, columns: Mapping[str, Tensor], most: int) ->
             raise ValueError("places outside the sample, repeated, or not as many as hashes")
     except ValueError as error:
         raise world.transport.accuse(rank, f"sent malformed hashes: {error}") from error
-    return _Said(at, hashes, changed != 0)
+    return _Hashed(at, hashes, changed != 0)
 
 
-def _compared(world: World, kind: Kind, keys: Tensor, heard: list[_Said]) -> list[BlockCheck]:
+def _compared(world: World, kind: Kind, keys: Tensor, received: list[_Hashed]) -> list[BlockCheck]:
     names: dict[int, dict[int, str]] = {}
     changed: dict[int, list[int]] = {}
-    for rank, theirs in enumerate(heard):
+    for rank, theirs in enumerate(received):
         for at, name, differs in zip(
             theirs.at.tolist(), theirs.hashes.numpy(), theirs.changed.tolist(), strict=True
         ):

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ...partition.layout import Form
 from .model import CostModel, Exchange, FormFacts, LayerFacts, Load, StepParts
-from .profile import FabricProfile
 
 Mode = Literal["auto", "always-route", "always-fetch", "random"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -86,18 +85,13 @@ def way_of(form: Form) -> Way:
 
 def decide(
     demand: Demand,
-    facts: LayerFacts,
-    profile: FabricProfile,
+    model: CostModel,
     *,
     rank: int,
-    unit_tokens: int,
-    reuse: float = 1.0,
     mode: Mode = "auto",
     forms: tuple[Form, ...] = ("A",),
     seed: int = 0,
     step: int = 0,
-    splice: bool = False,
-    shifted: bool = False,
     wait_s: Tensor | None = None,
 ) -> Decision:
     """Choose a way for every (item, holder).
@@ -109,27 +103,16 @@ def decide(
 
     Args:
         rank: this rank; its column of the demand is local.
-        reuse: expected uses of a fetched unit, at least 1.
         forms: payload forms that the opened runtime can execute.
         seed, step: `random` is a pure function of (seed, step, rank, item, holder).
-        splice: fetched units must be rotated to other positions.
-        shifted: units lie at other positions, and queries are rotated back where they meet them.
         wait_s: (W,) what each holder is busy with before it starts, seconds; None is none.
     Raises:
-        ValueError: for a demand, rank, mode or form that cannot be.
+        ValueError: for a demand, rank, mode or form that is out of range.
     """
-    model = CostModel(
-        facts=facts,
-        profile=profile,
-        unit_tokens=unit_tokens,
-        reuse=reuse,
-        splice=splice,
-        shifted=shifted,
-    )
     _check(demand, rank=rank, wait_s=wait_s)
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    allowed = _allowed(facts, forms)
+    allowed = _allowed(model.facts, forms)
     holders = _Holders.of(demand, model, rank=rank, wait_s=wait_s)
     all_fetch, fetched = holders.uniform(Way.FETCH), holders.exchange(holders.uniform(Way.FETCH))
     route = holders.best_route(allowed)
@@ -175,14 +158,9 @@ def decide(
 def predict_step(
     way: Tensor,
     demand: Demand,
-    facts: LayerFacts,
-    profile: FabricProfile,
+    model: CostModel,
     *,
     rank: int,
-    unit_tokens: int,
-    reuse: float = 1.0,
-    splice: bool = False,
-    shifted: bool = False,
     wait_s: Tensor | None = None,
 ) -> StepParts:
     """What a step takes if every (item, holder) goes its `way`, (N, W), as in `Decision`.
@@ -190,14 +168,6 @@ def predict_step(
     Own work is the attention over local units. Attention over fetched units is counted in the
     exchange of its holder, after whose transfer alone it can start.
     """
-    model = CostModel(
-        facts=facts,
-        profile=profile,
-        unit_tokens=unit_tokens,
-        reuse=reuse,
-        splice=splice,
-        shifted=shifted,
-    )
     _check(demand, rank=rank, wait_s=wait_s)
     if way.shape != demand.pairs_units.shape:
         raise ValueError(f"way must be {tuple(demand.pairs_units.shape)}, got {tuple(way.shape)}")

@@ -7,14 +7,13 @@ entries, tile by tile within the workspace.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...kernels import reference
-from ...partition.layout import Layout
 from ...partition.rope import rotate
 from ..world import World
 from .plan import FetchList, Wanted
@@ -35,14 +34,14 @@ def attend_local(world: World, layer: int, rows: Tensor, wanted: Wanted) -> tupl
     """
     here = (wanted.holder == world.rank)[..., None] & wanted.visible
     ids = torch.where(here, wanted.entries, -1).flatten(1)
-    index, valid = world.entries.resolve(layer, ids)
+    index, valid = world.stores.entries.resolve(layer, ids)
     if layer == 0:  # one layer stands for all: a block is used by every one of them
-        world.entries.touch(index[valid])
+        world.stores.entries.touch(index[valid])
     if world.config.lease_entries:
-        lease, leased = world.leases[layer].find(ids, world.generations(ids))
+        lease, leased = world.stores.leases[layer].find(ids, world.tables.generations(ids))
         leased &= ~valid
         index, valid = torch.where(leased, lease, index), valid | leased
-        world.leases[layer].touch(lease[leased])
+        world.stores.leases[layer].touch(lease[leased])
         world.stats.leases["hit"] += int(leased.sum())
     offsets = entry_offsets(wanted.offsets, wanted.entries.shape[2])
     out, lse = attend_at(
@@ -61,7 +60,7 @@ def attend_fetched(
     unit_tokens = wanted.entries.shape[2]
     index = fetch.place[..., None] * unit_tokens + torch.arange(unit_tokens)
     valid = (fetch.place >= 0)[..., None] & wanted.exists
-    codec = world.entries.codecs[layer]
+    codec = world.stores.entries.codecs[layer]
     assert codec is not None
 
     def read(at: Tensor) -> Tensor:
@@ -78,65 +77,11 @@ def keep_leases(world: World, layer: int, ids: Tensor, came: Tensor, fetched: Te
     """Keep fetched rows (n, entry_bytes) of stored ids (n,) that `came` and are not leased yet."""
     if world.config.lease_entries == 0:
         return
-    generations = world.generations(ids)
-    new = came & ~world.leases[layer].find(ids, generations)[1]
-    world.stats.leases["evicted"] += world.leases[layer].admit(
+    generations = world.tables.generations(ids)
+    new = came & ~world.stores.leases[layer].find(ids, generations)[1]
+    world.stats.leases["evicted"] += world.stores.leases[layer].admit(
         ids[new], generations[new], fetched[new]
     )
-
-
-def by_item(query: Tensor, layout: Layout) -> Tensor:
-    """Queries (Q, H, D) as items (Q * G, h, D): each branch's heads."""
-    slices = [query[:, b.head_start : b.head_start + b.heads] for b in layout.branches]
-    return torch.stack(slices, dim=1).flatten(0, 1)
-
-
-def absorb_items(world: World, layer: int, rows: Tensor) -> Tensor:
-    """Item rows in key space (N, h, K), through W_UK if the layer's weights are here."""
-    weights = world.weights[layer]
-    if weights is None:
-        return rows.to(world.compute_dtype)
-    rows = rows.to(world.compute_dtype).unflatten(0, (-1, world.config.num_branches))
-    return reference.absorb(rows, weights.w_uk).flatten(0, 1)
-
-
-def merge_parts(
-    world: World, layer: int, parts: Mapping[str, Sequence[Partial]], num_items: int
-) -> tuple[Tensor, Tensor]:
-    """All partials of each item merged: out (N, h, out_dim) and lse (N, h).
-
-    Partials of form A are merged before W_UV is applied, those of form B come projected.
-    """
-    out, lse = _merge(parts["A"], num_items)
-    weights = world.weights[layer]
-    if weights is not None:
-        latent = out.unflatten(0, (-1, world.config.num_branches))
-        out = reference.project(latent, weights.w_uv).flatten(0, 1)
-        everyone = torch.arange(num_items)
-        out, lse = _merge([Partial(out, lse, everyone), *parts["B"]], num_items)
-    return out, lse
-
-
-def combine(layout: Layout, out: Tensor, lse: Tensor, sink: Tensor | None) -> Tensor:
-    """The layer's output (Q, H, D): the sink, once, then the weighted sum over branches.
-
-    Args: out (Q * G, h, D), lse (Q * G, h), sink (H,) natural-log logits or None.
-    """
-    out = out.unflatten(0, (-1, layout.num_branches))
-    lse = lse.unflatten(0, (-1, layout.num_branches))
-    total = out.new_zeros(len(out), layout.heads, out.shape[-1])
-    for b, branch in enumerate(layout.branches):
-        heads = slice(branch.head_start, branch.head_start + branch.heads)
-        part = out[:, b]
-        if sink is not None:
-            part = reference.apply_sink(part, lse[:, b], sink[heads])
-        total[:, heads] += branch.weight * part
-    return total
-
-
-def _merge(parts: Sequence[Partial], num_items: int) -> tuple[Tensor, Tensor]:
-    outs, lses, items = (torch.cat(column) for column in zip(*parts, strict=True))
-    return reference.merge(outs, lses, items, num_items)
 
 
 def entry_offsets(offsets: Tensor | None, unit_tokens: int) -> Tensor | None:
@@ -226,7 +171,7 @@ def attend_entries(
 
 def pool_reader(world: World, layer: int) -> Callable[[Tensor], Tensor]:
     """Reads decoded entries of the pool (leases included) by entry index."""
-    return lambda index: world.entries.read(layer, index, world.compute_dtype)
+    return lambda index: world.stores.entries.read(layer, index, world.compute_dtype)
 
 
 def by_branch(

@@ -1,14 +1,14 @@
-"""Who can stand in for whom: blocks have copies, and a lost rank is a matter of asking another one.
+"""Copies of blocks: whom else to ask when a rank cannot be, and the error when nobody is left.
 
-A rank that is lost, left or silent in service (`Service.unreachable`) is not asked while it is so; a
-request that met it is planned again over the other copies (`Service.persist`). A world that went on
-without a rank (`rejoin.py`) has blocks with fewer copies. Either way a block may be left with nobody
-to be asked for it. That is an error that names it, never an answer without it.
+A rank that is lost, left or silent in service (`Exchanger.unreachable`) is not asked while it is so; a
+request that met it is planned again over the other copies (`Exchanger.attempt`). A world that went on
+without a rank (`corpus/rejoin.py`) has blocks with fewer copies. Either way a block may be left with
+nobody to ask for it. That is an error that names it, never an answer without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 from ...partition.directory import Directory
 from ..errors import BlocksLostError
 from ..scope import Scope
+from ..tables import chosen_copy, replaceable
 from ..world import World
-from .plan import Wanted, chosen_copy, replaceable
+from .plan import Wanted
 
 
 def lost_blocks(directory: Directory, askable: Tensor | None) -> dict[str, tuple[range, ...]]:
@@ -48,38 +49,45 @@ def check_askable(world: World, wanted: Wanted, askable: Tensor | None) -> None:
         raise blocks_lost(world, (keys // world.config.num_branches).tolist())
 
 
-def stand_ins(world: World, wanted: Wanted, askable: Tensor | None) -> Tensor | None:
-    """(W,) bool: holders of `wanted` that others can stand in for. None in a step, which is of all."""
-    if world.service is None or world.config.placement.copies == 1:
+def stand_ins(world: World, wanted: Wanted, askable: Tensor | None) -> Callable[[], Tensor] | None:
+    """Computes (W,) bool: the holders of `wanted` that others can stand in for. None: nobody can."""
+    if world.config.placement.copies == 1:
         return None
-    keys = (wanted.units.long() // world.config.block_tokens).clamp(min=0)
-    owners = world.directory.owners
-    remote = torch.where(wanted.holder == world.rank, -1, wanted.holder)
-    return replaceable(
-        owners[keys.clamp(max=len(owners) - 1)], remote, askable, world_size=world.world_size
-    )
+
+    def compute() -> Tensor:
+        keys = (wanted.units.long() // world.config.block_tokens).clamp(min=0)
+        owners = world.directory.owners
+        remote = torch.where(wanted.holder == world.rank, -1, wanted.holder)
+        copies = owners[keys.clamp(max=len(owners) - 1)]
+        return replaceable(copies, remote, askable, world_size=world.world_size)
+
+    return compute
 
 
 def whom_to_ask(
     world: World, scope: Scope, askable: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Who scores the index keys that a query of this scope sees, and who of them is replaceable; both
-    (W,) bool. Of a step, which asks everyone, None and None.
+) -> tuple[Tensor | None, Callable[[], Tensor] | None]:
+    """Who is to score the index keys that a query of this scope sees, (W,) bool, None for everyone;
+    and what computes who of them is replaceable.
 
     Raises: BlocksLostError if there is nobody to ask for some.
     """
-    if world.service is None and askable is None:
+    asks_all = world.exchanger.asks_all
+    if asks_all and askable is None:
         return None, None
     blocks = _blocks_seen(world, scope)
-    scorers = world.scorers(blocks, askable)
+    scorers = world.tables.scorers(blocks, askable)
     if bool((scorers < 0).any()):
         raise blocks_lost(world, blocks[scorers < 0].tolist())
-    if world.service is None:
+    if asks_all:
         return None, None
-    asked = torch.bincount(scorers, minlength=world.world_size) > 0
-    copies = world.directory.owners[blocks * world.config.num_branches]
-    remote = torch.where(scorers == world.rank, -1, scorers)
-    return asked, replaceable(copies, remote, askable, world_size=world.world_size)
+
+    def compute() -> Tensor:
+        copies = world.directory.owners[blocks * world.config.num_branches]
+        remote = torch.where(scorers == world.rank, -1, scorers)
+        return replaceable(copies, remote, askable, world_size=world.world_size)
+
+    return torch.bincount(scorers, minlength=world.world_size) > 0, compute
 
 
 def _blocks_seen(world: World, scope: Scope) -> Tensor:
@@ -100,7 +108,7 @@ def blocks_lost(world: World, blocks: Iterable[int]) -> BlocksLostError:
     branches = world.directory.num_branches
     keys = torch.tensor(sorted(lost))[:, None] * branches + torch.arange(branches)
     had = set(world.directory.owners[keys].flatten().tolist())
-    gone = {} if world.service is None else world.service.unreachable()
+    gone = world.exchanger.unreachable()
     errors = [error for rank, error in sorted(gone.items()) if rank in had]
     culprits = tuple(sorted({culprit for error in errors for culprit in error.culprits}))
     reason = errors[0].reason if errors else "every rank that had a copy is gone"

@@ -1,7 +1,7 @@
-"""Scoring the index keys that are held here, for this rank's queries or for others'.
+"""INDEX: the exact global top-k of each index query, scored where the index keys live.
 
-Letters: Q queries, E entries, k units of a query. Memory stays within the workspace, whatever the
-corpus: blocks are scored tile by tile and folded into a running top-k.
+Letters: Q queries, E entries, k units of a query, M candidates. Memory stays within the workspace,
+whatever the corpus: blocks are scored tile by tile and folded into a running top-k.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ def best_units(
 
 def _blocks(world: World, layer: int, askable: Tensor | None) -> Tensor:
     """The blocks whose index keys are scored here: private ones, and those that fall to this rank."""
-    store = world.index
+    store = world.stores.index
     blocks = store.key_of[(store.key_of >= 0) & (store.fill[layer] > 0)].sort().values
     if world.config.index_placement == "replicated":
         return blocks
-    scorer = world.scorers(blocks, askable)
+    scorer = world.tables.scorers(blocks, askable)
     return blocks[(scorer == world.rank) | (blocks >= world.config.max_blocks)]
 
 
@@ -120,12 +120,12 @@ def _scored(
     """Scores (Q, E), -inf where unseen, and ids (E,) of the entries of `blocks` that anyone sees."""
     block_tokens = world.config.block_tokens
     ids = (blocks[:, None] * block_tokens + torch.arange(block_tokens, dtype=torch.int32)).flatten()
-    index, written = world.index.resolve(layer, ids)
+    index, written = world.stores.index.resolve(layer, ids)
     seen = visible(ids, runs) & written
     used = seen.any(0)
     if not bool(used.all()):
         ids, index, seen = ids[used], index[used], seen[:, used]
-    keys = world.index.read(layer, index, world.compute_dtype)
+    keys = world.stores.index.read(layer, index, world.compute_dtype)
     tile_bytes = min(world.config.workspace_bytes // 4, SCORE_TILE_BYTES)
     tile_bytes = max(tile_bytes, query.shape[1] * query.element_size())
     found = scores(query, weights, keys, tile_bytes=tile_bytes)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels.reference import coverage
+from ...kernels.coverage import coverage
 from ..cost.predicate import Demand
 
 _NOWHERE = torch.iinfo(torch.int64).max

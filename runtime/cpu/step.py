@@ -1,103 +1,57 @@
-"""One layer-step of a rank, in the order the data travels: index, decide, move, attend, merge.
+"""One attention step of a rank, in the order the data travels.
+
+    plan      who is asked for what, by which way                          (plan.py, cost/predicate.py)
+    send      queries with their unit lists, and units to fetch            (the world's exchanger)
+    attend    the others' rows over what is here, then own rows            (answer.py, attend.py)
+    receive   the answers: checked, and fetched rows attended and kept     (merge.py)
+    merge     partials within each branch, then the branches               (merge.py, branches.py)
 
 Letters: Q queries, H heads, G branches, N = Q * G items, h heads of a branch, K units of an item.
-Every rank of a world issues the same sequence of steps, idle ones with no queries: in a step each
-rank asks every other (with an empty message where it wants nothing) and answers everyone.
+`gpu/step.py` has the same verbs on the device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...indexer import merge_topk
-from ..cost.predicate import Mode, Way, decide, way_of
-from ..observe.decision_log import log_decisions
-from ..scope import Scope, unit_offsets, units_visible
+from ...partition.layout import Form
+from ..branches import absorb_items, by_item, combine
+from ..cost.model import CostModel
+from ..cost.predicate import Decision, Mode, Way, decide, way_of
+from ..errors import Complaint
+from ..observe.explain import LastStep
+from ..scope import Selection, unit_offsets, units_visible
 from ..transport.base import Column
-from ..world import LastStep, World
+from ..transport.messages import Message
+from ..world import World
 from . import plan
-from .answer import answer_attend, answer_select
-from .attend import (
-    absorb_items,
-    attend_fetched,
-    attend_local,
-    by_item,
-    combine,
-    keep_leases,
-    merge_parts,
-)
-from .copies import check_askable, stand_ins, whom_to_ask
-from .index import BestUnits, best_units
-from .move import (
-    broadcast,
-    candidates,
-    check_fetched,
-    coverage_error,
-    exchange,
-    fetched_answers,
-    local_complaints,
-    route_columns,
-    routed_answers,
-    settle,
-)
+from .answer import answer_attend
+from .attend import Partial, attend_fetched, attend_local, keep_leases
+from .copies import check_askable, stand_ins
+from .merge import check_fetched, fetched_answers, local_complaints, merge_parts, routed_answers
 
 
-class Selection(NamedTuple):
-    """Unit ids (Q, K) or (Q, G, K) int32, distinct, -1 padding anywhere; and what each query sees."""
+class Planned(NamedTuple):
+    """Who is asked for what: units wanted, the model and its decision, routed pairs by form, fetches."""
 
-    ids: Tensor
-    unit_tokens: int
-    scope: Scope
+    wanted: plan.Wanted
+    model: CostModel
+    decision: Decision
+    routes: Mapping[Form, plan.RouteLists]
+    fetch: plan.FetchList
 
 
-def select_step(
-    world: World,
-    layer: int,
-    query: Tensor,
-    weights: Tensor,
-    scope: Scope,
-    *,
-    top_k: int,
-    unit_tokens: int,
-) -> Selection:
-    """INDEX: the exact global top-k units of each query, scored where the index keys live."""
+class StepResult(NamedTuple):
+    """The output (Q, H, D), what was decided, and every item that was not served as asked."""
 
-    def own_units() -> BestUnits:
-        return best_units(
-            world,
-            layer,
-            query,
-            weights,
-            scope.runs,
-            top_k=top_k,
-            unit_tokens=unit_tokens,
-            offsets=scope.offsets,
-            askable=askable,
-        )
-
-    askable = world.askable()
-    header = world.header("select", layer=layer, unit_tokens=unit_tokens, top_k=top_k)
-    if world.config.index_placement == "replicated":
-        settle(world, header)
-        scores, ids = candidates(world, layer, own_units(), [], scope, unit_tokens, askable)
-        return Selection(merge_topk(scores, ids, top_k)[1], unit_tokens, scope)
-
-    to, replaceable = whom_to_ask(world, scope, askable)
-    columns = [
-        broadcast("index.query", query, world, to),
-        broadcast("index.weights", weights, world, to),
-        broadcast("index.runs", scope.runs, world, to),
-    ]
-    if scope.offsets is not None:
-        columns.append(broadcast("index.offsets", scope.offsets, world, to))
-    if askable is not None:
-        columns.append(broadcast("index.askable", askable, world, to))
-    own, answers = exchange(world, header, columns, answer_select, own_units, replaceable)
-    scores, ids = candidates(world, layer, own, answers, scope, unit_tokens, askable)
-    return Selection(merge_topk(scores, ids, top_k)[1], unit_tokens, scope)
+    out: Tensor
+    last: LastStep
+    complaints: list[Complaint]
 
 
 def attend_step(
@@ -108,80 +62,115 @@ def attend_step(
     *,
     sink: Tensor | None,
     mode: Mode,
-) -> Tensor:
-    """Attention of `query` (Q, H, D) over the selected units, wherever they are: (Q, H, out)."""
-    config, stats = world.config, world.stats
-    layout = config.model.layers[layer]
-    with stats.phase("decide"):
-        askable = world.askable()
-        wanted = _wanted(world, layer, selection, askable)
-        check_askable(world, wanted, askable)
-        unit_tokens = wanted.entries.shape[2]
-        decision = decide(
-            wanted.demand,
-            world.facts[layer],
-            config.fabric,
-            rank=world.rank,
-            unit_tokens=unit_tokens,
-            reuse=config.reuse,
-            mode=mode,
-            forms=world.forms(layer),
-            seed=config.seed,
-            step=world.epoch,
-            shifted=wanted.offsets is not None,
-        )
-        routes = {
-            form: plan.route(
-                wanted,
-                decision.way,
-                way_of(form),
-                world.directory.generations,
-                block_tokens=config.block_tokens,
-            )
-            for form in world.forms(layer)
-        }
-        fetch = plan.fetch(wanted, decision.way, Way.FETCH)
+) -> StepResult:
+    """Attention of `query` (Q, H, D) over the selected units, wherever they are.
 
-    # MOVE and ATTEND: ask everyone, attend for the others, attend here, hear the answers.
+    Raises: BlocksLostError if there is nobody to ask for a unit; PeerError.
+    """
+    layout, stats, askable = world.config.model.layers[layer], world.stats, world.askable()
+    with stats.phase("plan"):
+        planned = _plan(world, layer, selection, mode, askable)
+    wanted = planned.wanted
     rows = by_item(query, layout)
     absorbed = absorb_items(world, layer, rows)
-    hidden = selection.scope.hidden.repeat_interleave(layout.num_branches, 0)
-    columns = [Column("fetch", fetch.units, fetch.counts)]
-    for form, lists in routes.items():
-        payload = (absorbed if form == "A" else rows).to(config.dtype)
-        columns += route_columns(form, lists, payload, hidden, unit_tokens)
-    (own, lacking), answers = exchange(
-        world,
-        world.header("attend", layer=layer, unit_tokens=unit_tokens),
-        columns,
-        answer_attend,
-        lambda: attend_local(world, layer, absorbed, wanted),
-        stand_ins(world, wanted, askable),
+
+    (own, lacking), answers = world.exchanger.exchange(
+        world.header("attend", layer=layer, unit_tokens=planned.model.unit_tokens),
+        _sent(world, planned, selection, rows, absorbed),
+        answer=partial(answer_attend, world),
+        own_work=lambda: attend_local(world, layer, absorbed, wanted),
+        replaceable=stand_ins(world, wanted, askable),
     )
-    fetched, complaints = fetched_answers(world, layer, wanted, fetch, answers)
+
+    parts, complaints = _received(world, layer, planned, absorbed, answers)
     complaints += local_complaints(world, lacking)
-    parts = {"A": [own]}
+    with stats.phase("merge"):
+        parts["A"].insert(0, own)
+        out = combine(layout, *merge_parts(world, layer, parts, len(rows)), sink)
+    stats.count(planned.decision.way, len(query))
+    demand, decision = wanted.demand, planned.decision
+    branches = layout.num_branches
+    last = LastStep(layer, world.rank, branches, demand, decision, planned.model)
+    return StepResult(out.to(world.config.dtype), last, complaints)
+
+
+def _plan(
+    world: World, layer: int, selection: Selection, mode: Mode, askable: Tensor | None
+) -> Planned:
+    """Who is asked for what."""
+    config = world.config
+    wanted = _wanted(world, layer, selection, askable)
+    check_askable(world, wanted, askable)
+    model = CostModel(
+        facts=world.facts[layer],
+        profile=config.fabric,
+        unit_tokens=wanted.entries.shape[2],
+        reuse=config.reuse,
+        shifted=wanted.offsets is not None,
+    )
+    forms = world.forms(layer)
+    decision = decide(
+        wanted.demand,
+        model,
+        rank=world.rank,
+        mode=mode,
+        forms=forms,
+        seed=config.seed,
+        step=world.progress.epoch,
+    )
+    routes = {
+        form: plan.route(
+            wanted,
+            decision.way,
+            way_of(form),
+            world.directory.generations,
+            block_tokens=config.block_tokens,
+        )
+        for form in forms
+    }
+    return Planned(wanted, model, decision, routes, plan.fetch(wanted, decision.way, Way.FETCH))
+
+
+def _sent(
+    world: World, planned: Planned, selection: Selection, rows: Tensor, absorbed: Tensor
+) -> list[Column]:
+    """What travels: units to fetch, and of routed pairs their rows and who and what they are."""
+    hidden = selection.scope.hidden.repeat_interleave(world.config.num_branches, 0)
+    columns = [Column("fetch", planned.fetch.units, planned.fetch.counts)]
+    for form, lists in planned.routes.items():
+        payload = (absorbed if form == "A" else rows).to(world.config.dtype)
+        columns += [
+            Column(f"{form}.query", payload, lists.pairs, lists.items),
+            Column(f"{form}.item", lists.items.to(torch.int32), lists.pairs),
+            Column(f"{form}.count", lists.units_of.to(torch.int32), lists.pairs),
+            Column(f"{form}.units", lists.units, lists.listed),
+        ]
+        if planned.model.unit_tokens > 1:
+            columns.append(Column(f"{form}.hidden", hidden, lists.pairs, lists.items))
+        if lists.offsets is not None:
+            columns.append(Column(f"{form}.offsets", lists.offsets, lists.listed))
+    return columns
+
+
+def _received(
+    world: World, layer: int, planned: Planned, absorbed: Tensor, answers: list[Message | None]
+) -> tuple[dict[str, list[Partial]], list[Complaint]]:
+    """The partials of all answers by payload form, fetched rows attended and kept as leases, and a
+    complaint for each item whose coverage is not as asked."""
+    wanted, fetch = planned.wanted, planned.fetch
+    fetched, complaints = fetched_answers(world, layer, wanted, fetch, answers)
+    parts: dict[str, list[Partial]] = {"A": []}
     if len(fetched.rows):
-        with stats.phase("attend fetched"):
+        with world.stats.phase("attend fetched"):
             part = attend_fetched(world, layer, absorbed, wanted, fetch, fetched.rows)
             check_fetched(world, layer, part, fetch, fetched.rows)
             parts["A"].append(part)
             keep_leases(world, layer, fetched.ids, fetched.came, fetched.rows)
-    for form, lists in routes.items():
-        part, wrong = routed_answers(world, layer, form, lists, answers)
+    for form, lists in planned.routes.items():
+        part, uncovered = routed_answers(world, layer, form, lists, answers)
         parts.setdefault(form, []).append(part)
-        complaints += wrong
-
-    # MERGE within each branch by log-sum-exp, then combine the branches by their constants.
-    with stats.phase("merge"):
-        out = combine(layout, *merge_parts(world, layer, parts, len(rows)), sink)
-    stats.count(decision.way, len(query))
-    world.last = LastStep(layer, unit_tokens, wanted.demand, decision, wanted.offsets is not None)
-    if config.log_decisions:
-        log_decisions(world)
-    if complaints:
-        raise coverage_error(world, layer, complaints)
-    return out.to(config.dtype)
+        complaints += uncovered
+    return parts, complaints
 
 
 def _wanted(world: World, layer: int, selection: Selection, askable: Tensor | None) -> plan.Wanted:
@@ -198,9 +187,9 @@ def _wanted(world: World, layer: int, selection: Selection, askable: Tensor | No
     hidden = selection.scope.hidden.repeat_interleave(branches, 0)
     entries, visible = plan.unit_entries(units, hidden, unit_tokens=unit_tokens, **sizes)
     exists = plan.existing(entries, visible, world.directory.tokens, **sizes)
-    local = world.entries.holds(units)
+    local = world.stores.entries.holds(units)
     if config.lease_entries:
-        _, leased = world.leases[layer].find(entries, world.generations(entries))
+        _, leased = world.stores.leases[layer].find(entries, world.tables.generations(entries))
         local |= (leased | ~exists).all(-1) & exists.any(-1)
     offsets = None
     if selection.scope.offsets is not None:

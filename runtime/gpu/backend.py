@@ -1,45 +1,40 @@
-"""GpuRank: what a rank has on its GPU, opened with its world and closed with its runtime.
+"""The backend on GPUs: what the host does before and after a step on the device.
 
-A step on GPUs needs no host. The host's part is what comes before it: written rows reach their owners
-over the world's transport, and tables are brought up to date on every GPU before any rank reads them.
-A rank reads the blocks of others without asking, and its step may be over before theirs; so blocks are
-given up when all have met.
+A step on GPUs needs no host. Before it written rows reach their owners over the world's transport, and
+the tables of every GPU are brought up to date before any rank reads them. A rank reads the blocks of
+others without asking, and its step may be over before theirs; so blocks are given up when all have met.
+
+Letters: Q queries, H heads, D columns, W ranks.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+from torch import Tensor
 
-from ...kernels.exchange.launch import Ends
-from ...kernels.exchange.layout import Wire, chunk_of
-from ...kernels.pool_layout import PoolMap
-from ..config import RuntimeConfig
-from ..corpus.collective import said, text
+from ...kernels import reference
+from ...kernels.coverage import to_int32
+from ..backend import Ability, BackendCounts
+from ..branches import absorb_items, by_item, combine
 from ..cost.model import CostModel
-from ..cost.predicate import Demand, decide
-from ..cost.prices import prices_of
-from ..cpu.answer import to_int32
-from ..cpu.move import settle
-from ..errors import PeerError
-from ..transport.base import Transport
-from ..transport.gloo import TorchTransport
-from ..transport.messages import Header
-from ..world import LastStep, entry_codec, entry_slots, layer_facts
-from .leases import admit
-from .limits import GPU_MODES, GpuMode, check_machine
-from .pool import GpuPool
+from ..cost.predicate import Demand, Mode, decide
+from ..cpu.select import select_step
+from ..errors import Complaint, PeerError, coverage_error
+from ..observe.decision_log import log_decisions
+from ..observe.explain import LastStep
+from ..scope import Scope, Selection
+from ..transport.messages import Header, Message
+from ..world import World
+from .admit import admit
+from .limits import GPU_MODES, GpuMode
+from .open import OpenGpu
 from .step import GpuStep
-from .symmetric_memory import NvshmemTransport
 
-if TYPE_CHECKING:
-    from ..world import World
-
-_COMPILING_S = 120.0  # that ranks may be apart while they compile
-_MAX_REASON_BYTES = 400
+_ID_BYTES, _LSE_BYTES, _COVERED_BYTES = 4, 4, 8
 
 
 class Done(NamedTuple):
@@ -51,41 +46,128 @@ class Done(NamedTuple):
     mode: GpuMode
 
 
-class GpuRank:
-    """A rank's pool, its steps by ascending size, and its end of the exchange; None where it is alone in
-    its world."""
+class GpuBackend:
+    """Entries in the pool of this rank's GPU; tables' truth, index keys and `select` on the host."""
 
-    def __init__(
-        self, pool: GpuPool, steps: Sequence[GpuStep], peers: NvshmemTransport | None
-    ) -> None:
-        self.pool, self.steps, self.peers = pool, steps, peers
-        self.bytes: Counter[str] = Counter()  # as the plans say; answers count with who gets them
-        self.fetched = 0  # entries, since leases were last admitted
-        self.last: Done | None = None
+    def __init__(self, world: World, opened: OpenGpu) -> None:
+        self._world = world
+        self.pool, self.steps, self._shared = opened
+        self._bytes: Counter[str] = Counter()  # as the plans say; answers count with who gets them
+        self._fetched = 0  # entries, since leases were last admitted
+        self._last: Done | None = None
 
     @property
     def device(self) -> torch.device:
+        """Where entries are."""
         return self.pool.memory.device
 
-    def step_of(self, queries: int) -> GpuStep:
-        """The smallest that holds so many; the others' sizes need not be the same."""
-        return next(step for step in self.steps if queries <= len(step.query))
+    def require(self, ability: Ability) -> None:
+        """Raises: RuntimeError: none of them."""
+        raise RuntimeError(
+            f"a runtime with its entries on GPUs cannot {ability}: snapshot, and restore into a new one"
+        )
 
-    def replay(self, step: GpuStep, layer: int, queries: int, mode: GpuMode) -> None:
-        """One step, with what its buffers hold; it is the last one now."""
-        step.replay(layer, mode)
-        self.last = Done(step, layer, queries, mode)
+    def check_attend(self, selection: Selection, mode: Mode) -> None:
+        """Raises: ValueError for an `attend` that the step on GPUs does not do."""
+        config = self._world.config
+        queries, listed = len(selection.ids), selection.ids.shape[-1]
+        if queries > config.max_queries or listed > config.max_units:
+            raise ValueError(
+                f"max_queries={config.max_queries} and max_units={config.max_units} bound a step on "
+                f"GPUs, got {queries} queries of {listed} units"
+            )
+        if selection.unit_tokens != 1:
+            raise ValueError(f"on GPUs a unit is one entry, got units of {selection.unit_tokens}")
+        if selection.scope.offsets is not None:
+            raise ValueError(
+                "on GPUs documents are attended to at their own positions; `copy_document` moves one "
+                "elsewhere"
+            )
+        if mode not in GPU_MODES:
+            raise ValueError(f"mode is one of {', '.join(GPU_MODES)} on GPUs, got {mode!r}")
 
-    def flush(self, world: World) -> None:
-        """Bring the tables here up to date. When this returns, others may read all that was written."""
-        if self.pool.refresh(world.entries, world.directory, world.askable()) and self.peers:
-            version = to_int32(torch.tensor(world.directory.version))
-            self.peers.ends().tables.copy_(version)
-            torch.cuda.current_stream(self.device).synchronize()
+    def write(
+        self, layer: int, ids: Tensor, entries: Tensor, index_keys: Tensor | None, *, push: bool
+    ) -> None:
+        self._world.writes.write(layer, ids, entries, index_keys, push=push)
 
-    def meet(self, world: World) -> None:
+    def select(
+        self,
+        layer: int,
+        query: Tensor,
+        weights: Tensor,
+        scope: Scope,
+        *,
+        top_k: int,
+        unit_tokens: int,
+    ) -> Selection:
+        return select_step(
+            self._world, layer, query, weights, scope, top_k=top_k, unit_tokens=unit_tokens
+        )
+
+    def attend(
+        self, layer: int, query: Tensor, selection: Selection, *, sink: Tensor | None, mode: Mode
+    ) -> Tensor:
+        """As `Backend.attend`; the output is where the query was.
+
+        Straight after the layer's `select` no rank has to be heard before the step: in it, all writes
+        were taken. Otherwise they are exchanged first.
+        """
+        world, queries = self._world, len(query)
+        config, stats = world.config, world.stats
+        layout = config.model.layers[layer]
+        if not self._is_settled(layer):
+            world.exchanger.exchange(
+                world.header("attend", layer=layer), [], lambda _: {}, lambda: None
+            )
+        world.progress.answered = None
+        self._refresh()
+        with stats.phase("send"):
+            step = self._filled(layer, query, selection)
+        with stats.phase("step"):
+            done = Done(step, layer, queries, cast(GpuMode, mode))
+            step.replay(layer, done.mode)
+            self._last = done
+            fault, way = self._outcome(step, queries)
+        self.check_peers()
+        stats.count(way, queries)
+        if config.log_decisions:
+            log_decisions(self.last_step(), step=stats.steps)
+        complaints = [
+            Complaint(item, int(fault[item]) - 1, "did not have all entries as they were asked for")
+            for item in fault.nonzero()[:, 0].tolist()
+        ]
+        if complaints:
+            stats.failures["coverage"] += 1
+            raise coverage_error(layer, complaints, branches=1)
+        with stats.phase("merge"):
+            out = step.out[:queries].to(world.compute_dtype)
+            lse = step.lse[:queries].to(world.compute_dtype)
+            weights = world.weights[layer]
+            if weights is not None:
+                out = reference.project(out[:, None], weights.w_uv)[:, 0]
+            out = combine(layout, out, lse, None if sink is None else sink.to(self.device))
+            out = out.to(config.dtype).to(query.device)
+        with stats.phase("lease"):
+            self.keep_leases()
+        return out
+
+    def flush(self, header: Header, visitors: Sequence[Message | None]) -> None:
+        """As `Backend.flush`. A step on GPUs is of one layer: whatever a rank is asked there, it attends
+        at its own."""
+        transport = self._world.transport
+        for rank, visitor in enumerate(visitors):
+            if visitor is not None and visitor.header.layer != header.layer:
+                raise transport.accuse(
+                    rank,
+                    f"is at layer {visitor.header.layer}, rank {transport.rank} at {header.layer}: "
+                    "with entries on GPUs all ranks take the same layers in the same order",
+                )
+        self._refresh()
+
+    def meet(self) -> None:
         """Wait until every rank's steps so far are over; a step of the world on the host."""
-        settle(world, world.header("meet", layer=0))
+        self._world.exchanger.settle(self._world.header("meet", layer=0))
 
     def keep_leases(self) -> None:
         """Lease what was fetched most; straight after a step, and no step of the world.
@@ -95,179 +177,119 @@ class GpuRank:
         """
         shape, slots = self.pool.map, len(self.pool.leases.key_of)
         pulled = shape.block_tokens * shape.layers
-        if slots and self.fetched >= slots * pulled:
+        if slots and self._fetched >= slots * pulled:
             admit(self.pool, least=pulled)
-            self.fetched = 0
+            self._fetched = 0
 
-    def check(self) -> None:
-        """Raises: PeerError naming a rank that was silent, or sent what cannot be, in a step."""
-        if self.peers is not None:
-            self.peers.check()
+    def drop_leases(self) -> None:
+        self.pool.leases.drop()
 
-    def last_step(self, world: World) -> LastStep | None:
+    def last_step(self) -> LastStep | None:
         """What the last step was asked and did, read from the device; margins and reasons are those
         of the host's predicate."""
-        if self.last is None:
+        if self._last is None:
             return None
-        step, layer, queries, mode = self.last
-        plan, config = step.plan, world.config
+        step, layer, queries, mode = self._last
+        plan, world = step.plan, self._world
         demand = Demand(
             pairs_units=plan.pairs_units[:queries].long().cpu(),
             unique_units=plan.unique_units.long().cpu(),
             fair_units=plan.fair_units[:queries].cpu(),
         )
-        decision = decide(
-            demand,
-            world.facts[layer],
-            config.fabric,
-            rank=world.rank,
-            unit_tokens=1,
-            reuse=config.reuse,
-            mode=mode,
+        model = CostModel(
+            facts=world.facts[layer], profile=world.config.fabric, reuse=world.config.reuse
         )
-        return LastStep(layer, 1, demand, decision._replace(way=plan.way[:queries].cpu()), False)
+        decision = decide(demand, model, rank=world.rank, mode=mode)
+        decision = decision._replace(way=plan.way[:queries].cpu())
+        return LastStep(layer, world.rank, 1, demand, decision, model)
 
-    def close(self, world: World) -> None:
+    def counted(self) -> BackendCounts:
+        return BackendCounts(self._bytes, self.pool.leases.counted())
+
+    def reconnect(self) -> None:
+        """Not reached: a world on GPUs is not rejoined."""
+        self.require("rejoin")
+
+    def close(self) -> None:
         """End the exchange with all ranks; idempotent. Where some are lost the others cannot wait for
         them: then what was shared stays, and the process should leave by `os._exit`.
         """
-        if self.peers is None:
+        if self._shared is None:
             return
-        peers, self.peers = self.peers, None
+        shared, self._shared = self._shared, None
         try:
-            self.meet(world)
+            self.meet()
         except PeerError:
-            peers.close(abort=True)
+            shared.close(abort=True)
         except BaseException:
-            peers.close(abort=True)
+            shared.close(abort=True)
             raise
         else:
-            peers.close()
+            shared.close()
 
+    def _refresh(self) -> None:
+        """Bring the tables here up to date. When this returns, others may read all that was written."""
+        world = self._world
+        changed = self.pool.refresh(world.stores.entries, world.directory, world.askable())
+        if changed and self._shared:
+            version = to_int32(torch.tensor(world.directory.version))
+            self._shared.ends().tables.copy_(version)
+            torch.cuda.current_stream(self.device).synchronize()
 
-def open_gpu(config: RuntimeConfig, transport: Transport) -> GpuRank:
-    """Open the GPUs of a world, all ranks together, each with torch's current device.
+    def _is_settled(self, layer: int) -> bool:
+        """Whether the last exchange was this layer's `select`, with the tables of now; on all ranks
+        alike."""
+        last, now = self._world.progress.answered, self._world.header("select", layer=layer)
+        if last is None:
+            return False
+        return (last.kind, last.layer, last.tables) == (now.kind, now.layer, now.tables)
 
-    All kernels are compiled, and have run, when this returns.
+    def step_of(self, queries: int) -> GpuStep:
+        """The smallest step that holds so many; the sizes of other ranks need not be the same."""
+        return next(step for step in self.steps if queries <= len(step.query))
 
-    Raises: ValueError on every rank if one has no GPU, or has the same as another, or a package is
-    missing, or they cannot reach one another's memory. PeerError if a rank is lost meanwhile.
-    """
-    world_size, layouts = transport.world_size, config.model.layers
-    layout, codec = layouts[0], entry_codec(layouts[0])
-    if world_size > 1 and not isinstance(transport, TorchTransport):
-        raise ValueError(
-            "entries on GPUs need a process per rank, over torch.distributed and without lanes "
-            f"(`heads`); the transport is a {type(transport).__name__}"
+    def _filled(self, layer: int, query: Tensor, selection: Selection) -> GpuStep:
+        """The step of these queries, with them in its buffers."""
+        world, queries = self._world, len(query)
+        step = self.step_of(queries)
+        rows = by_item(query.to(self.device), world.config.model.layers[layer])
+        units = selection.ids.flatten(1)  # with one branch an entry's id is its stored id
+        step.query[:queries] = absorb_items(world, layer, rows)
+        step.units.fill_(-1)
+        step.units[:queries, : units.shape[1]] = units.to(self.device)
+        step.hidden[:queries] = selection.scope.hidden.to(self.device)
+        return step
+
+    def _outcome(self, step: GpuStep, queries: int) -> tuple[Tensor, Tensor]:
+        """Faults (Q,) int32 and ways (Q, W) int8 of the step; counts its bytes and what was fetched.
+
+        This waits for the step, and for nothing but it.
+        """
+        world, plan = self._world, step.plan
+        config, layout = world.config, world.config.model.layers[0]
+        parts = (
+            step.fault[:queries],
+            plan.way[:queries],
+            plan.pairs[0],
+            plan.listed[0],
+            plan.counts,
         )
-    device = _agreed_device(transport)
-    lease_slots = config.lease_entries // config.block_tokens
-    pool_map = PoolMap(
-        layers=len(layouts),
-        keys=config.max_ids,
-        slots=entry_slots(config, world_size) + lease_slots,
-        block_tokens=config.block_tokens,
-        entry_bytes=codec.entry_bytes,
-        staged=config.max_queries * config.max_units if world_size > 1 else 0,
-    )
-    peers = None
-    if isinstance(transport, TorchTransport) and world_size > 1:
-        word = 4 // config.dtype.itemsize
-        wire = Wire(
-            world_size=world_size,
-            rows=config.max_queries,
-            heads=layout.heads,
-            query_words=layout.heads * layout.key_dim // word,
-            answer_words=layout.heads * layout.value_dim // word,
-            units=config.max_units,
-            chunk=chunk_of(config.max_queries),
-        )
-        peers = NvshmemTransport(
-            [wire],
-            group=transport.group,
-            device=device,
-            incarnation=transport.incarnation + 1,
-            deadline_s=config.deadline_s,
-            heap=pool_map.num_bytes,
-        )
-    try:
-        memory, heaps = (None, None) if peers is None else (peers.heap, peers.heaps)
-        if memory is None:
-            memory = torch.zeros(pool_map.num_bytes, dtype=torch.uint8, device=device)
-        pool = GpuPool(
-            memory, pool_map, codec, rank=transport.rank, peers=heaps, lease_slots=lease_slots
-        )
-        return GpuRank(pool, _compiled_steps(config, transport, pool, peers), peers)
-    except BaseException:
-        if peers is not None:
-            peers.close(abort=True)
-        raise
+        read = torch.cat([part.flatten().to(torch.int32) for part in parts]).cpu()
+        fault, way, pairs, listed, fetched = read.split([part.numel() for part in parts])
+        count, element = int(pairs.sum()), config.dtype.itemsize
+        asked = count * layout.heads * layout.key_dim * element + int(listed.sum()) * _ID_BYTES
+        answer = layout.heads * (layout.value_dim * element + _LSE_BYTES) + _COVERED_BYTES
+        fetched_bytes = int(fetched.sum()) * self.pool.map.entry_bytes
+        self._fetched += int(fetched.sum())
+        self._bytes.update({"attend": asked, "attend-answer": count * answer + fetched_bytes})
+        return fault, way.view(queries, world.world_size).to(torch.int8)
 
-
-def _compiled_steps(
-    config: RuntimeConfig, transport: Transport, pool: GpuPool, peers: NvshmemTransport | None
-) -> list[GpuStep]:
-    """The steps by size, after others of their sizes have run at all layers in all modes, with nothing
-    to do and with patience: ranks compile at the same time, but not equally fast."""
-    prices = prices_of(
-        CostModel(
-            facts=layer_facts(config, config.model.layers[0]),
-            profile=config.fabric,
-            reuse=config.reuse,
-        ),
-        world=transport.world_size,
-        device=pool.memory.device,
-    )
-
-    def step(rows: int, ends: Ends | None, larger: GpuStep | None = None) -> GpuStep:
-        return GpuStep(
-            pool,
-            config.model.layers,
-            prices=prices,
-            ends=ends,
-            rank=transport.rank,
-            world_size=transport.world_size,
-            rows=rows,
-            listed=config.max_units,
-            dtype=config.dtype,
-            larger=larger,
-        )
-
-    sizes = (*config.buckets, config.max_queries)
-    ends = None if peers is None else peers.ends()
-    patient = None if ends is None else ends._replace(budget_ns=int(_COMPILING_S * 1e9))
-    for rows in sizes:
-        first = step(rows, patient)
-        for layer in range(len(config.model.layers)):
-            for mode in GPU_MODES:
-                first.run(layer, mode)
-        torch.cuda.synchronize(pool.memory.device)
-        if peers is not None:
-            peers.check()
-        del first
-    largest = step(config.max_queries, ends)
-    return [*(step(rows, ends, largest) for rows in config.buckets), largest]
-
-
-def _agreed_device(transport: Transport) -> torch.device:
-    """The GPU of this rank, if every rank has one of its own. Raises: ValueError on every rank."""
-    device, reason, uuid = torch.device("cpu"), b"", b""
-    try:
-        device = check_machine(transport.world_size)
-        uuid = str(torch.cuda.get_device_properties(device).uuid).encode()
-    except ValueError as error:
-        reason = str(error).encode()[:_MAX_REASON_BYTES]
-    columns = {"reason": text(reason), "device": text(uuid)}
-    header = Header(kind="device", incarnation=transport.incarnation, channel=0, epoch=0, tables=0)
-    transport.post_shares(header, [columns] * transport.world_size)
-    heard = [columns if m is None else m.columns for m in transport.collect(header)]
-    devices = [said(theirs, "device") for theirs in heard]
-    for rank, theirs in enumerate(heard):
-        if why := said(theirs, "reason"):
-            raise ValueError(f"rank {rank}: {why.decode(errors='replace')[:_MAX_REASON_BYTES]}")
-        if devices[rank] in devices[:rank]:
-            raise ValueError(
-                f"ranks {devices.index(devices[rank])} and {rank} have the same GPU: each sets its "
-                "own by torch.cuda.set_device before it opens"
-            )
-    return device
+    def check_peers(self) -> None:
+        """Raises: PeerError naming a rank that was silent, or sent an invalid message, in a step; it is
+        told to all, so that who waits elsewhere hears of it."""
+        if self._shared is None:
+            return
+        try:
+            self._shared.check()
+        except PeerError as error:
+            raise self._world.transport.accuse(error.culprits[0], error.reason) from error

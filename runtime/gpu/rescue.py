@@ -32,7 +32,7 @@ def rescue(
     Its tables are read once, now, so that a rank that is not quite dead cannot change them meanwhile.
 
     Args:
-        memory: (num_bytes,) uint8, the region of the dead rank, such as `NvshmemTransport.heap_of`.
+        memory: (num_bytes,) uint8, the region of the dead rank, such as `SymmetricMemory.heap_of`.
         keys: (n,) int64, distinct; None: all for which its table names a slot.
     Returns:
         the blocks in the order of the keys, read as they are asked for; and keys (m,) int64 that have

@@ -1,4 +1,4 @@
-"""NvshmemTransport: the memory in which GPUs of one world exchange queries and answers.
+"""SymmetricMemory: the memory in which GPUs of one world exchange queries and answers.
 
 It opens NVSHMEM, carves each channel's arena out of one symmetric allocation and hands out the
 `Ends` that `kernels/exchange/launch.py` works with. After that nothing here is on the path of a step: the
@@ -129,7 +129,7 @@ def refusal(facts: Sequence[Facts], num_bytes: int) -> str | None:
     return None
 
 
-class NvshmemTransport:
+class SymmetricMemory:
     """One rank of a world over NVSHMEM. There is one per process, until it is closed.
 
     heap: (bytes,) uint8, this rank's memory beside the channels, zero at first. heaps: (W,) int64,
@@ -286,7 +286,7 @@ class NvshmemTransport:
         """Read the status that the kernels write; no synchronisation. Before a token leaves, the
         stream must have passed the exchange.
 
-        Raises: PeerError naming the rank that was silent or sent what cannot be.
+        Raises: PeerError naming the rank that was silent or sent an invalid message.
         """
         for code in self._status.tolist():
             if code:

@@ -10,16 +10,15 @@ import logging
 from collections import defaultdict
 from typing import Any
 
-from ..world import World
-from .explain import DecisionLine, explain_last
+from .explain import DecisionLine, LastStep, explain_last
 
 LOGGER = logging.getLogger("qroam.decisions")
 
 
-def log_decisions(world: World) -> None:
-    """Log the decisions of the last `attend`."""
-    if LOGGER.isEnabledFor(logging.INFO):
-        for group in decision_groups(explain_last(world), rank=world.rank, step=world.stats.steps):
+def log_decisions(last: LastStep | None, *, step: int) -> None:
+    """Log the decisions of the last `attend`, the `step`-th of this runtime."""
+    if last is not None and LOGGER.isEnabledFor(logging.INFO):
+        for group in decision_groups(explain_last(last), rank=last.rank, step=step):
             LOGGER.info(json.dumps(group))
 
 

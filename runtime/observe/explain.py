@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..cost.predicate import Reason, Way, predict_step
-from ..world import World
+from ..cost.model import CostModel
+from ..cost.predicate import Decision, Demand, Reason, Way, predict_step
+
+
+class LastStep(NamedTuple):
+    """What the last `attend` demanded, how it was decided, and the model that decided it."""
+
+    layer: int
+    rank: int
+    branches: int
+    demand: Demand
+    decision: Decision
+    model: CostModel
 
 
 class DecisionLine(NamedTuple):
@@ -26,18 +37,16 @@ class DecisionLine(NamedTuple):
     fetch_us: float
 
 
-def explain_last(world: World) -> list[DecisionLine]:
-    """The decisions of the last `attend` of this rank; empty before the first."""
-    last = world.last_step()
+def explain_last(last: LastStep | None) -> list[DecisionLine]:
+    """The decisions of a step, a line per (query, branch, holder); of none, none."""
     if last is None:
         return []
-    layer, _, demand, decision, _ = last
-    branches = world.config.num_branches
+    demand, decision = last.demand, last.decision
     return [
         DecisionLine(
-            layer=layer,
-            query=item // branches,
-            branch=item % branches,
+            layer=last.layer,
+            query=item // last.branches,
+            branch=item % last.branches,
             holder=holder,
             units=int(demand.pairs_units[item, holder]),
             way=Way(int(decision.way[item, holder])).name,
@@ -50,20 +59,8 @@ def explain_last(world: World) -> list[DecisionLine]:
     ]
 
 
-def predicted_last(world: World) -> float:
-    """Seconds predicted for the last `attend` of this rank, own work and merge included."""
-    last = world.last_step()
+def predicted_last(last: LastStep | None) -> float:
+    """Seconds predicted for a step as it was decided, own work and merge included; of none, 0."""
     if last is None:
         return 0.0
-    layer, unit_tokens, demand, decision, shifted = last
-    parts = predict_step(
-        decision.way,
-        demand,
-        world.facts[layer],
-        world.config.fabric,
-        rank=world.rank,
-        unit_tokens=unit_tokens,
-        reuse=world.config.reuse,
-        shifted=shifted,
-    )
-    return float(parts.total)
+    return float(predict_step(last.decision.way, last.demand, last.model, rank=last.rank).total)

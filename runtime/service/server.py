@@ -3,7 +3,7 @@
 Three kinds of threads, and what each of them owns:
 
 * the engine's thread (whoever calls the runtime): plan, leases, statistics, own requests, epochs;
-* the server (one): what it counts in `World.served`, and the last epoch of every source;
+* the server (one): what it counts in `Stats.served`, and the last epoch of every source;
 * the carriers (a listener per peer over gloo, the sending threads over loopback): nothing.
 
 They meet in three places. The inbox has a lock. The pool may be read by all at any time, and its
@@ -29,36 +29,34 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..cpu.answer import answer_attend, answer_select, check_columns, take_pushes
 from ..errors import BlocksLostError, PeerError
+from ..exchanger import Answer
+from ..lockstep import begin_service, step
 from ..transport.base import Column, Frame, Purpose, deal
 from ..transport.messages import Header, Message, decode
+from ..transport.schema import REFUSED
 from ..world import World
 from .inbox import MAX_OWED, Inbox
 
 T = TypeVar("T")
+Answers = Mapping[str, Answer]  # by the kind of request
 
 SERVICE_CHANNEL = 1  # steps of the whole world are channel 0
-ANSWERS: Mapping[str, Callable[[World, Message], Mapping[str, Tensor]]] = {
-    "select": answer_select,
-    "attend": answer_attend,
-}
-_REFUSED = "refused"
 _MAX_REASON_BYTES = 2000
 
 
-def start_service(world: World, *, max_requests: int, max_bytes: int) -> Service:
+def start_service(world: World, answers: Answers, *, max_requests: int, max_bytes: int) -> Service:
     """The world's service, begun by all ranks in one step with equal tables.
 
-    Raises: PeerError naming who died, stalled, or has other tables.
+    Args: answers: what is answered to each kind of request.
+    Raises: RuntimeError if this rank serves already; PeerError naming who died, stalled, or has other
+    tables.
     """
-    world.epoch += 1
-    header = world.header("serve", layer=0)
-    world.transport.post(header)
-    world.transport.collect(header)
-    world.settled = world.directory
-    world.sent.clear()  # all took the last step, and what came with it
-    return Service(world, max_requests=max_requests, max_bytes=max_bytes)
+    if isinstance(world.exchanger, Service):
+        raise RuntimeError("this rank serves already")
+    with step(world):
+        begin_service(world)
+        return Service(world, answers, max_requests=max_requests, max_bytes=max_bytes)
 
 
 class _Silence(NamedTuple):
@@ -85,8 +83,13 @@ class _Wait(NamedTuple):
 class Service:
     """Made by `Runtime.serve`; closed by `close`, at the end of a `with`, or with its runtime."""
 
-    def __init__(self, world: World, *, max_requests: int, max_bytes: int) -> None:
-        self._world = world
+    asks_all = False
+
+    def __init__(
+        self, world: World, answers: Answers, *, max_requests: int, max_bytes: int
+    ) -> None:
+        self._world, self._answers = world, answers
+        self._between = world.exchanger  # of the steps before and after this service
         self._transport = world.transport  # the server never speaks through a later one
         self._inbox = Inbox(
             rank=world.rank,
@@ -97,8 +100,8 @@ class Service:
         self._epoch = 0
         self._owed = [0] * world.world_size  # answers that this rank's requests still wait for
         self._silent: dict[int, _Silence] = {}  # those that did not answer in time
-        self._expiry = 0.0  # of what `persist` does
-        self._asked: set[int] = set()  # by its last attempt
+        self._expiry = 0.0  # of the attempt under way
+        self._asked: set[int] = set()  # by its last exchange
         self._engine = threading.Lock()
         self._heard = [0] * world.world_size  # last epoch of each source
         self._broken: BaseException | None = None
@@ -106,7 +109,7 @@ class Service:
         self._absent: tuple[int, ...] | None = None  # once it has left: who did not part in time
         self._server = threading.Thread(target=self._serve, name="qroam-server", daemon=True)
         world.transport.divert(self._inbox)
-        world.service = self
+        world.exchanger = self
         self._server.start()
         atexit.register(self.close)  # before the transport's: a thread inside torch aborts the exit
 
@@ -127,7 +130,7 @@ class Service:
 
     # The engine's thread -------------------------------------------------------------------------
 
-    def persist(self, ask: Callable[[], T]) -> T:
+    def attempt(self, ask: Callable[[], T]) -> T:
         """The result of `ask()`, which plans and makes an exchange; done again, within the same deadline,
         as long as that fails and somebody who was asked is known to be gone or silent by then.
 
@@ -160,23 +163,39 @@ class Service:
         self,
         header: Header,
         columns: Sequence[Column],
+        answer: Answer,
         own_work: Callable[[], T],
-        replaceable: Tensor | None = None,
+        replaceable: Callable[[], Tensor] | None = None,
     ) -> tuple[T, list[Message | None]]:
         """Ask the holders of whom something is wanted, do own work; returns its result and the
-        answers, at their ranks' places. Only inside of `persist`.
+        answers, at their ranks' places. Only inside of `attempt`.
 
-        Args: replaceable: (W,) bool, holders that are waited for only half of the time that is left,
-            because others can be asked instead; None: nobody is.
+        Args:
+            answer: not used: the server answers whoever asks.
+            replaceable: computes (W,) bool, holders that are waited for only half of the time that is
+                left, because others can be asked instead; None: nobody is.
         Raises:
             PeerError within the deadline, naming who is lost, silent, refuses or answers wrongly.
             Who was silent is not to be asked until the late answer comes.
         """
         try:
-            return self._exchange(header, columns, own_work, replaceable)
+            spare = None if replaceable is None else replaceable()
+            return self._exchange(header, columns, own_work, spare)
         finally:
             for peer in self._inbox.end():
                 self._say(Purpose.LEAVE, peer)
+
+    def settle(self, header: Header, columns: Sequence[Column] = ()) -> list[Message | None]:
+        """Whoever is written to confirms it; what others write comes any time."""
+        self.exchange(header, columns, _nothing, lambda: None)
+        return [None] * self._world.world_size
+
+    def check_tables_may_change(self) -> None:
+        """Raises: RuntimeError: no step of the whole world is taken, and tables stay as they are."""
+        raise RuntimeError(
+            "documents are changed, copied, saved and verified, and weights loaded, between "
+            "services: close the service on every rank"
+        )
 
     def unreachable(self) -> dict[int, PeerError]:
         """The peers that would be asked in vain, and why; those that are silent until they answer.
@@ -236,7 +255,7 @@ class Service:
                 "the server is still at a request; no more are answered after it: close again"
             )
         self._closed = True
-        self._world.service = None
+        self._world.exchanger = self._between
         transport.restore()
         self._check_whole()
         if self._absent:
@@ -263,8 +282,8 @@ class Service:
     ) -> tuple[T, list[Message | None]]:
         world, stats = self._world, self._world.stats
         with stats.phase("send"):
-            staged = world.staged_at(header.layer)
-            pushes = world.take_pushes(header.layer, not_to=self.unreachable())
+            staged = world.writes.staged_at(header.layer)
+            pushes = world.writes.drain(header.layer, not_to=self.unreachable())
             shares = deal([*columns, *pushes], world.world_size)
             asked = [peer for peer in world.transport.peers if shares[peer]]
             self._asked = set(asked)
@@ -274,7 +293,7 @@ class Service:
             try:
                 self._begin(asked, wait)
             except PeerError:  # nobody was asked, so nobody has what was written here
-                world.put_back(header.layer, staged)
+                world.writes.put_back(header.layer, staged)
                 raise
             for peer in asked:
                 world.transport.send(peer, header, shares[peer], Purpose.ASK)
@@ -341,15 +360,15 @@ class Service:
         theirs = message.header
         if theirs.epoch < header.epoch:
             return None
-        if theirs == replace(header, kind=_REFUSED):
+        if theirs == replace(header, kind=REFUSED):
             reason = message.columns.get("reason", torch.empty(0, dtype=torch.uint8))
             raise PeerError((peer,), f"refused what rank {self._world.rank} asked: {_text(reason)}")
         if theirs != replace(header, kind=f"{header.kind}-answer"):
             raise PeerError((peer,), f"answered {header.kind!r} with another header: {theirs}")
         try:
-            check_columns(self._world, message)
+            self._world.check_columns(message)
         except ValueError as error:
-            raise PeerError((peer,), f"sent what cannot be: {error}") from error
+            raise PeerError((peer,), f"sent an invalid message: {error}") from error
         return message
 
     def _paid(self, peer: int) -> None:
@@ -389,7 +408,7 @@ class Service:
             self._answer(peer, frame.buffer)
 
     def _answer(self, peer: int, buffer: Tensor) -> None:
-        start, served = time.perf_counter(), self._world.served
+        start, served = time.perf_counter(), self._world.stats.served
         try:
             message = decode(buffer)
         except ValueError as error:
@@ -404,7 +423,7 @@ class Service:
         except ValueError as error:
             reason = str(error).encode()[:_MAX_REASON_BYTES]
             columns = {"reason": torch.frombuffer(bytearray(reason), dtype=torch.uint8)}
-            reply = replace(header, kind=_REFUSED)
+            reply = replace(header, kind=REFUSED)
             served.refused[peer] += 1
         served.busy_s += time.perf_counter() - start
         served.most_requests = max(served.most_requests, self._inbox.most_requests)
@@ -424,16 +443,16 @@ class Service:
                 f"its tables are {header.tables}, here {ours.tables}; every rank changes documents "
                 "and loads weights in one order"
             )
-        if header.channel != SERVICE_CHANNEL or header.kind not in ANSWERS:
-            raise ValueError(f"nothing is known of {header.kind!r} on channel {header.channel}")
+        if header.channel != SERVICE_CHANNEL or header.kind not in self._answers:
+            raise ValueError(f"no service answers {header.kind!r} on channel {header.channel}")
         if header.epoch <= self._heard[peer]:
             raise ValueError(f"epoch {header.epoch} comes after epoch {self._heard[peer]}")
         self._heard[peer] = header.epoch
-        check_columns(world, message)
+        world.check_columns(message)
         if self._inbox.stopped:
             raise ValueError("it came when this rank had closed its service")
-        take_pushes(world, message)
-        return ANSWERS[header.kind](world, message)
+        world.writes.apply(message)
+        return self._answers[header.kind](message)
 
     # Either thread -------------------------------------------------------------------------------
 
@@ -441,6 +460,10 @@ class Service:
         header = self._world.header(purpose.name.lower(), layer=0)
         with suppress(PeerError):  # of a transport that failed: it has told everyone
             self._transport.send(peer, replace(header, channel=SERVICE_CHANNEL), {}, purpose)
+
+
+def _nothing(_message: Message) -> Mapping[str, Tensor]:
+    return {}
 
 
 def _text(raw: Tensor) -> str:

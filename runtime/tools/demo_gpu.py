@@ -21,11 +21,13 @@ from ...partition.layout import Layout, named_layout, uniform_model, with_codec
 from ..config import RuntimeConfig
 from ..cost.profile import load_profile
 from ..errors import CoverageError, PeerError
+from ..gpu.backend import GpuBackend
 from ..gpu.limits import GPU_MODES, GpuMode
-from ..runtime import Runtime
-from ..transport.base import LoopbackTransport, Transport
+from ..runtime import Runtime, opened_world
+from ..stores import entry_codec
+from ..transport.base import Transport
 from ..transport.gloo import TorchTransport
-from ..world import World, entry_codec
+from ..transport.loopback import LoopbackTransport
 
 CODECS = ("bf16", "fp8_v32")
 TOKENS, LAYERS, QUERIES, SELECTED = 32_768, 4, 8, 2048
@@ -74,7 +76,8 @@ class _Large:
             max_queries=QUERIES,
             max_units=SELECTED,
         )
-        self.world = World(config, self._transport())
+        transport = self._transport()
+        self.world = opened_world(config, transport, transport.counted())
         with Runtime(self.world, owns_transport=True) as runtime:
             runtime.add_document("corpus", tokens=TOKENS)
             for layer in range(LAYERS):
@@ -149,9 +152,9 @@ class _Large:
 
     def _step_us(self, mode: GpuMode) -> float:
         """Microseconds of a layer-step: replays of all layers in turn, the last queries in each."""
-        gpu = self.world.gpu
-        assert gpu is not None
-        gpu.meet(self.world)
+        gpu = self.world.backend
+        assert isinstance(gpu, GpuBackend)
+        gpu.meet()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for turn in range(1 + _ROUNDS):
             if turn == 1:
@@ -160,7 +163,7 @@ class _Large:
                 gpu.step_of(QUERIES).replay(layer, mode)
         end.record()
         torch.cuda.synchronize()
-        gpu.check()
+        gpu.check_peers()
         return 1e3 * float(start.elapsed_time(end)) / (_ROUNDS * LAYERS)
 
 

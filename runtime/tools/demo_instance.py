@@ -21,10 +21,9 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 from ..adapters.hf import Chunk, HFEngine
 from ..config import RuntimeConfig
 from ..cost.predicate import Mode
-from ..cpu.step import Selection
 from ..errors import CoverageError, PeerError
 from ..runtime import Runtime
-from ..scope import Request
+from ..scope import Request, Selection
 from .demo_model import CHUNK_TOKENS, build_model
 from .memory import peak_bytes, reset_peak
 from .near_ties import NearTies, TieReview

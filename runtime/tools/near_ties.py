@@ -17,8 +17,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from ..adapters.hf import Batch
-from ..cpu.step import Selection
-from ..scope import Request
+from ..scope import Request, Selection
 
 NEAR_TIE = 1e-5
 CORPUS = -1

@@ -1,4 +1,4 @@
-"""Moving columns between ranks. One contract, two carriers: loopback here, gloo in its own file.
+"""Moving columns between ranks: the contract that `loopback.py` and `gloo.py` fulfil.
 
 An exchange is one `post` (a message to every other rank, empty or not) and one `collect` (a message
 from each). Messages of a pair of ranks arrive in order. A wait ends at the deadline; whoever notices
@@ -15,7 +15,8 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
@@ -242,6 +243,14 @@ class Transport(ABC):
             return PeerError((peer,), reason)
         return self._fail((peer,), reason)
 
+    @contextmanager
+    def blaming(self, peer: int) -> Iterator[None]:
+        """Reading what `peer` sent: a ValueError in here is its fault, and names it."""
+        try:
+            yield
+        except ValueError as error:
+            raise self.accuse(peer, f"sent an invalid message: {error}") from error
+
     def _deliver(self, frame: Frame) -> None:
         """Hand over what arrived; called by carriers."""
         with self._handover:
@@ -369,42 +378,3 @@ def deal(columns: Sequence[Column], world_size: int) -> list[dict[str, Tensor]]:
                 shares[rank][column.name] = share if column.pick is None else column.rows[share]
             start += count
     return shares
-
-
-class LoopbackTransport(Transport):
-    """Ranks of one process, one thread each: queues that carry the same buffers as a network."""
-
-    def __init__(self, *, rank: int, world_size: int, deadline_s: float) -> None:
-        super().__init__(rank=rank, world_size=world_size, deadline_s=deadline_s)
-        self._ends: list[LoopbackTransport] = [self]
-        self._closed = False
-
-    @classmethod
-    def world(cls, world_size: int, *, deadline_s: float = 30.0) -> list[LoopbackTransport]:
-        """The connected ends of a world, one per rank."""
-        ends = [
-            cls(rank=r, world_size=world_size, deadline_s=deadline_s) for r in range(world_size)
-        ]
-        for end in ends:
-            end._ends = ends
-        return ends
-
-    def _send(self, peer: int, buffer: Tensor, purpose: Purpose = Purpose.STEP) -> None:
-        end = self._ends[peer]
-        # Without room in time it is delivered all the same, too late for its sender's deadline.
-        has_room = purpose is Purpose.ASK and end._make_room(
-            self.rank, len(buffer), self.deadline_s, self.incarnation
-        )
-        frame = Frame(self.rank, buffer, purpose=purpose, has_room=has_room)
-        end._deliver(frame._replace(incarnation=self.incarnation))
-
-    def _send_abort(self, peer: int, culprits: tuple[int, ...], reason: str) -> None:
-        frame = Frame(self.rank, None, reason, culprits, incarnation=self.incarnation)
-        self._ends[peer]._deliver(frame)
-
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            for peer in self.peers:
-                goodbye = Frame(self.rank, None, "closed its runtime", incarnation=self.incarnation)
-                self._ends[peer]._deliver(goodbye)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import TypeVar
 
 import torch
 
@@ -14,10 +12,8 @@ from ..errors import PeerError
 from .base import Transport
 from .messages import Header, Message
 
-T = TypeVar("T")
-
 MAX_TEXT_BYTES = 1 << 20
-_SAID = 8  # differences that are told
+_MOST_SHOWN = 8  # differences that an error names
 _SHOWN = 60  # characters of a value
 
 
@@ -26,7 +22,7 @@ def agree(
 ) -> list[tuple[int, int]]:
     """Compare configurations; all ranks blame the same minority and say in what it differs.
 
-    Returns: the heads (start, count) that each rank says it has, in which ranks may differ.
+    Returns: the heads (start, count) of each rank, in which ranks may differ.
     Raises: PeerError naming the ranks that are not who they should be, or whose configuration is not
     the commonest, on every rank.
     """
@@ -37,36 +33,29 @@ def agree(
     columns = {"config": text, "heads": torch.tensor(heads, dtype=torch.int32)}
     transport.post_shares(header, [columns] * transport.world_size)
     messages = transport.collect(header)
-    said = [
-        ours.partition("\n")[2]
-        if message is None
-        else _blaming(transport, rank, partial(heard, transport, rank=rank), message)
-        for rank, message in enumerate(messages)
-    ]
-    common = max(said, key=said.count)
-    culprits = tuple(rank for rank, text in enumerate(said) if text != common)
+    texts = [ours.partition("\n")[2]] * transport.world_size
+    for rank, message in enumerate(messages):
+        if message is not None:
+            with transport.blaming(rank):
+                texts[rank] = received(transport, message, rank=rank)
+    common = max(texts, key=texts.count)
+    culprits = tuple(rank for rank, text in enumerate(texts) if text != common)
     if culprits:
-        reason = f"opened with another configuration: {difference(said[culprits[0]], common)}"
+        reason = f"opened with another configuration: {difference(texts[culprits[0]], common)}"
         transport.abort(culprits, reason)
         raise PeerError(culprits, reason)
-    return [
-        heads if message is None else _blaming(transport, rank, _heads, message)
-        for rank, message in enumerate(messages)
-    ]
-
-
-def _blaming(transport: Transport, rank: int, read: Callable[[Message], T], message: Message) -> T:
-    """What a peer said; what is wrong with it is its fault."""
-    try:
-        return read(message)
-    except ValueError as error:
-        raise transport.accuse(rank, f"sent what cannot be: {error}") from error
+    heads_of = [heads] * transport.world_size
+    for rank, message in enumerate(messages):
+        if message is not None:
+            with transport.blaming(rank):
+                heads_of[rank] = _heads(message)
+    return heads_of
 
 
 def _heads(message: Message) -> tuple[int, int]:
     heads = message.columns.get("heads")
     if heads is None or heads.dtype != torch.int32 or heads.shape != (2,):
-        raise ValueError("it does not say which heads it has")
+        raise ValueError("heads must be (start, count)")
     start, count = heads.tolist()
     return start, count
 
@@ -76,8 +65,8 @@ def introduction(rank: int, world_size: int, described: list[str]) -> str:
     return "\n".join([f"rank={rank}", f"world_size={world_size}", *described])
 
 
-def heard(transport: Transport, message: Message, *, rank: int) -> str:
-    """What `rank` said of its configuration.
+def received(transport: Transport, message: Message, *, rank: int) -> str:
+    """What `rank` sent of its configuration.
 
     Raises: ValueError if it is no such text, or of a rank other than the one at that place.
     """
@@ -94,9 +83,9 @@ def heard(transport: Transport, message: Message, *, rank: int) -> str:
 
 def difference(theirs: str, usual: str) -> str:
     """The fields in which two configurations differ, with both values."""
-    differences = list(islice(_differences(_fields(theirs), _fields(usual)), _SAID + 1))
-    more = "; and more" if len(differences) > _SAID else ""
-    return "; ".join(differences[:_SAID]) + more or "the same fields, in another order"
+    differences = list(islice(_differences(_fields(theirs), _fields(usual)), _MOST_SHOWN + 1))
+    more = "; and more" if len(differences) > _MOST_SHOWN else ""
+    return "; ".join(differences[:_MOST_SHOWN]) + more or "the same fields, in another order"
 
 
 def _fields(text: str) -> dict[str, str]:
@@ -107,10 +96,10 @@ def _differences(theirs: Mapping[str, str], usual: Mapping[str, str]) -> Iterato
     for name in dict.fromkeys([*theirs, *usual]):
         mine, other = theirs.get(name), usual.get(name)
         if mine != other:
-            yield f"{_said(name, mine, other)} instead of {_said(name, other, mine)}"
+            yield f"{_shown(name, mine, other)} instead of {_shown(name, other, mine)}"
 
 
-def _said(name: str, value: str | None, other: str | None) -> str:
+def _shown(name: str, value: str | None, other: str | None) -> str:
     """`name=value`; of a long value the part from where it differs."""
     if value is None:
         return f"no {name[:_SHOWN]}"

@@ -106,6 +106,17 @@ def decode(buffer: Tensor) -> Message:
     return Message(header, columns)
 
 
+def text(raw: bytes) -> Tensor:
+    """Bytes as a column (n,) uint8; an empty one is not sent."""
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0).byte()
+
+
+def bytes_of(columns: Mapping[str, Tensor], name: str) -> bytes:
+    """The bytes of such a column; no column is no bytes."""
+    column = columns.get(name)
+    return b"" if column is None else column.contiguous().view(torch.uint8).numpy().tobytes()
+
+
 def _padded(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGN) * _ALIGN
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from ...partition.head_split import Heads, lane_model
 from ..config import RuntimeConfig
 from ..errors import PeerError
-from ..world import connect
 from .base import Frame, Purpose, Sent, Transport
+from .connect import connect
 from .handshake import agree
 
 

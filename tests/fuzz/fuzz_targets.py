@@ -50,7 +50,7 @@ from qroam.runtime import CoverageError, PeerError, RuntimeConfig, load_profile
 from qroam.runtime.cost.predicate import MODES
 from qroam.runtime.cost.profile import PROFILE_NAMES, FabricProfile, parse_profile
 from qroam.runtime.transport.gloo import abort_body, read_abort
-from qroam.runtime.transport.handshake import heard, introduction
+from qroam.runtime.transport.handshake import introduction, received
 from qroam.runtime.transport.messages import MAGIC, Header, Message, decode, encode
 
 HEADER = Header(kind="attend", incarnation=7, channel=0, epoch=3, tables=99, layer=2, unit_tokens=4)
@@ -180,7 +180,7 @@ def check_introduction(message: Message, config: str) -> None:
 OPENING = Target(
     name="introduction",
     draw=draw_introduction,
-    read=lambda message: heard(subjects()[0].world.transport, message, rank=1),
+    read=lambda message: received(subjects()[0].world.transport, message, rank=1),
     check=check_introduction,
 )
 

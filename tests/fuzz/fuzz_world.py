@@ -18,20 +18,16 @@ from fuzzing import HOSTILE_FLOATS, HOSTILE_INTS, HOSTILE_TEXTS
 from ranks import run_loopback
 from torch import Tensor
 
-from qroam.kernels import reference
+from qroam.kernels import coverage
+from qroam.kernels.coverage import tagged, to_int32
 from qroam.partition.layout import Layout, mlra, named_layout, uniform_model
 from qroam.runtime import CoverageError, PeerError, Runtime, RuntimeConfig
 from qroam.runtime.cost.predicate import Mode
-from qroam.runtime.cpu.answer import (
-    answer_attend,
-    answer_select,
-    check_columns,
-    tagged,
-    take_pushes,
-    to_int32,
-)
-from qroam.runtime.cpu.step import Selection
-from qroam.runtime.transport.base import LoopbackTransport, Purpose, Transport
+from qroam.runtime.cpu.answer import answer_attend, answer_select
+from qroam.runtime.runtime import opened_world
+from qroam.runtime.scope import Selection
+from qroam.runtime.transport.base import Purpose, Transport
+from qroam.runtime.transport.loopback import LoopbackTransport
 from qroam.runtime.transport.messages import Header, Message, encode
 from qroam.runtime.world import World
 
@@ -167,7 +163,7 @@ def recorded(number: int) -> list[Heard]:
                     runtime.write(0, runtime.append(writer, WRITTEN), entries, keys)
                 before = len(end.sent)
                 outcome = take(runtime, step if end.rank == 0 else _other(step))
-                done.append((before, runtime._world.epoch, outcome))
+                done.append((before, runtime._world.progress.epoch, outcome))
         return done
 
     first, _ = run_loopback(2, work, transports=ends)
@@ -212,7 +208,7 @@ class Subject:
     def __init__(self, number: int) -> None:
         self.layout, config, self.steps = PLAYS[number]
         self.transport = Scripted(config.deadline_s)
-        self.world = World(config, self.transport)
+        self.world = opened_world(config, self.transport, self.transport.counted())
         self.runtime = Runtime(self.world, owns_transport=False)
         prepare(self.runtime, self.layout)
         self.corpus = config.max_blocks * B
@@ -221,7 +217,7 @@ class Subject:
     def unchanged(self) -> Iterator[None]:
         """What is written, leased or counted inside is forgotten."""
         world = self.world
-        stores = (world.entries, world.index)
+        stores = (world.stores.entries, world.stores.index)
         fills = [store.fill.clone() for store in stores]
         try:
             yield
@@ -240,7 +236,7 @@ class Served(NamedTuple):
 
 
 def rows_held(world: World, of_index: bool) -> list[Tensor | None]:
-    store = world.index if of_index else world.entries
+    store = world.stores.index if of_index else world.stores.entries
     if store.codecs[0] is None:
         return []
     branches = 1 if of_index else world.config.num_branches
@@ -253,8 +249,8 @@ def serve(subject: Subject, message: Message) -> Served:
     """What rank 0 does for a message: the path from `settle` to the answer."""
     world = subject.world
     with subject.unchanged():
-        check_columns(world, message)
-        take_pushes(world, message)
+        world.check_columns(message)
+        world.writes.apply(message)
         answer = {"select": answer_select, "attend": answer_attend}[message.header.kind](
             world, message
         )
@@ -330,7 +326,7 @@ def _check_routed(subject: Subject, served: Served, message: Message, form: str)
                 ):
                     ids.append(at)
                     shifts.append(offset)
-        covered = reference.coverage(
+        covered = coverage.coverage(
             torch.tensor([ids]), torch.zeros(1, len(ids)), torch.ones(1, len(ids)).bool()
         )
         want = to_int32(tagged(covered, torch.tensor([item[pair]])))[0]
@@ -375,7 +371,7 @@ def _check_fetched(subject: Subject, served: Served, message: Message) -> None:
             else:
                 assert torch.equal(rows[place], held), "another row"
                 one = torch.tensor([unit + offset])
-                assert int(mark[place]) == int(to_int32(reference.mix(one, one * 0)))
+                assert int(mark[place]) == int(to_int32(coverage.mix(one, one * 0)))
 
 
 def _check_select(subject: Subject, served: Served, message: Message) -> None:
@@ -418,7 +414,7 @@ def ask(subject: Subject, heard: Heard, script: Sequence[Message]) -> Tensor:
     Raises: PeerError that names rank 1, or CoverageError.
     """
     subject.transport.rewind([encode(message.header, message.columns) for message in script])
-    subject.world.epoch = heard.epoch - 1
+    subject.world.progress.restart(heard.epoch - 1)
     with subject.unchanged():
         try:
             return take(subject.runtime, subject.steps[heard.step])

@@ -15,8 +15,9 @@ import pytest
 from fuzzing import Target, fuzz
 
 from qroam.partition.snapshot import format
+from qroam.runtime import world, writes
 from qroam.runtime.cost import profile
-from qroam.runtime.cpu import answer, move
+from qroam.runtime.cpu import answer
 from qroam.runtime.transport import messages
 
 QUICK = {
@@ -85,9 +86,9 @@ def as_it_is(name: str) -> bool:
 # Each check that is taken away must be missed.
 PLANTED: dict[str, tuple[Target, int, Any, str, object]] = {
     "header fields": (fuzz_targets.WIRE, 1000, messages, "_unpack", as_it_comes),
-    "ids in range": (fuzz_targets.HOLDER, 500, answer, "_check_ids", believed),
-    "pushed rows": (fuzz_targets.HOLDER, 500, answer, "_check_pushed", believed),
-    "unknown columns": (fuzz_targets.REQUESTER, 150, move, "check_columns", believed),
+    "ids in range": (fuzz_targets.HOLDER, 500, answer, "check_ids", believed),
+    "pushed rows": (fuzz_targets.HOLDER, 500, writes.Writes, "_check_rows", believed),
+    "unknown columns": (fuzz_targets.REQUESTER, 150, world, "check_columns", believed),
     "blocks in files": (fuzz_manifest.MANIFEST, 1000, format, "check_located", believed),
     "names of files": (fuzz_manifest.MANIFEST, 1000, format, "is_file_name", as_it_is),
     "believable numbers": (fuzz_targets.PROFILE, 300, profile._Unit, "check", believed),

@@ -28,7 +28,7 @@ from qroam.partition.pool import BlockStore
 from qroam.runtime.errors import PeerError
 from qroam.runtime.gpu.pool import GpuPool
 from qroam.runtime.gpu.rescue import rescue
-from qroam.runtime.gpu.symmetric_memory import NvshmemTransport
+from qroam.runtime.gpu.symmetric_memory import SymmetricMemory
 
 HEADS, QUERY, VALUE = 128, 576, 512
 PLANS = 16
@@ -48,10 +48,10 @@ def wire_of(rows: int, *, chunk: int, put: bool, units: int = 64) -> Wire:
     )
 
 
-def opened(rank: int, wire: Wire, *, deadline_s: float, heap: int = 0) -> NvshmemTransport:
+def opened(rank: int, wire: Wire, *, deadline_s: float, heap: int = 0) -> SymmetricMemory:
     group = dist.group.WORLD
     assert group is not None
-    return NvshmemTransport(
+    return SymmetricMemory(
         [wire],
         group=group,
         device=torch.device("cuda", rank),
@@ -249,7 +249,7 @@ def silence(rank: int, *, deadline_s: float) -> dict[str, Any]:
     return {"named": None}
 
 
-def filled(transport: NvshmemTransport, shape: PoolMap, blocks: int) -> dict[str, str]:
+def filled(transport: SymmetricMemory, shape: PoolMap, blocks: int) -> dict[str, str]:
     """Random blocks in this rank's region, and one that is not closed; what the closed ones hash to,
     by key and generation."""
     codec = make_codec("fp8_v32", dim=QUERY, rope_dim=64)

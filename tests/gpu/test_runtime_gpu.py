@@ -117,7 +117,7 @@ def with_a_lost_block(transport: Transport, mode: Mode) -> str:
         life.add("a", 4 * B, seed=1)
         life.drawn(1, 2, mode, ["a"])
         if transport.rank == 1:
-            runtime._world.entries.release(torch.tensor([1]))
+            runtime._world.stores.entries.release(torch.tensor([1]))
         ids = torch.tensor([[0, 2 * B], [0, B + 1]], dtype=torch.int32)
         chosen = runtime.selection(ids, runtime.scope(documents=["a"], queries=2))
         try:

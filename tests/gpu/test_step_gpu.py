@@ -29,7 +29,7 @@ from qroam.runtime.cost.prices import prices_of
 from qroam.runtime.cost.profile import load_profile
 from qroam.runtime.gpu.pool import GpuPool
 from qroam.runtime.gpu.step import GpuStep
-from qroam.runtime.gpu.symmetric_memory import NvshmemTransport
+from qroam.runtime.gpu.symmetric_memory import SymmetricMemory
 from qroam.runtime.transport.base import Transport
 from qroam.runtime.transport.gloo import TorchTransport
 
@@ -234,7 +234,7 @@ def lived(transport: Transport, put: bool, modes: tuple[Mode, ...]) -> list[str]
     rank, device = transport.rank, torch.device("cuda", transport.rank)
     torch.cuda.set_device(device)
     corpus = Corpus.make(device)
-    peers = NvshmemTransport(
+    peers = SymmetricMemory(
         wires(staged=put), group=transport.group, device=device, deadline_s=LATE_S, put=put,
         heap=POOL.num_bytes,
     )  # fmt: skip
@@ -308,7 +308,7 @@ def soaked(transport: Transport, mode: Mode) -> list[str]:
     rank, device = transport.rank, torch.device("cuda", transport.rank)
     torch.cuda.set_device(device)
     corpus = Corpus.make(device)
-    peers = NvshmemTransport(
+    peers = SymmetricMemory(
         wires(staged=False)[:1], group=transport.group, device=device, deadline_s=LATE_S,
         heap=POOL.num_bytes,
     )  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qroam.kernels import reference
+from qroam.kernels import coverage, reference
 from qroam.kernels.attend import Pairing, Tables, Workspace, attend, parts_of
 from qroam.partition.codec import make_codec
 from qroam.partition.rope import apply_rope, rope_tables
@@ -162,7 +162,7 @@ class Inputs:
             for i in range(len(query))
         ]
         out, lse = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-        covered = reference.coverage(self.ids, self.generations, self.valid)
+        covered = coverage.coverage(self.ids, self.generations, self.valid)
         return out, lse, covered
 
     def eager(self) -> Tensor:

@@ -30,10 +30,10 @@ def test_a_lease_of_a_lost_block_names_it_and_hurts_nobody() -> None:
             runtime.rejoin(lives.end(1, min(rank, 1), 2), incarnation=1)
             if rank == 0:
                 with pytest.raises(BlocksLostError) as lost:
-                    runtime.lease(runtime.request(), "doc")
+                    runtime.copy_document(runtime.request(), "doc")
                 assert lost.value.blocks == runtime.lost_blocks() != {}
             else:
-                runtime.lease(None, None)
+                runtime.copy_document(None, None)
             runtime.idle_attend(0)
 
     threads([partial(survivor, rank) for rank in range(3)])
@@ -66,14 +66,14 @@ def test_a_world_with_fewer_ranks_than_copies_takes_documents_and_fills_up_later
             runtime.write(0, ids, torch.randn(16, 1, dim, dtype=torch.float64))
             runtime.publish("published", request)
             runtime.rejoin(lives.end(2, 0, 2), incarnation=2)
-            checks = runtime.verify()
+            checks = runtime.verify_copies()
             assert all(check.is_sound for check in checks)
             assert {len(check.hashes) for check in checks} == {2}
             assert runtime.lost_blocks() == {}
 
     def newcomer() -> None:
         with Runtime.open(config, lives.end(2, 1, 2), incarnation=2) as runtime:
-            assert all(check.is_sound for check in runtime.verify())
+            assert all(check.is_sound for check in runtime.verify_copies())
 
     works: list[Callable[[], None]] = [partial(survivor, 0), partial(survivor, 1), newcomer]
     threads(works)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -30,10 +30,11 @@ from torch import Tensor
 from qroam.partition.layout import named_layout, uniform_model
 from qroam.partition.placement import Placement
 from qroam.runtime import BlocksLostError, PeerError, Runtime
-from qroam.runtime.cpu.plan import chosen_copy, replaceable
-from qroam.runtime.service import server as service
+from qroam.runtime.cpu import answer as answering
 from qroam.runtime.service.server import Service
-from qroam.runtime.transport.base import LoopbackTransport, Transport
+from qroam.runtime.tables import chosen_copy, replaceable
+from qroam.runtime.transport.base import Transport
+from qroam.runtime.transport.loopback import LoopbackTransport
 from qroam.runtime.transport.messages import Message
 from qroam.runtime.world import World
 
@@ -48,7 +49,8 @@ def struck(victim: int, after: int, way: Way) -> Iterator[threading.Event]:
     over, count = threading.Event(), 0
 
     def striking(kind: str) -> Any:
-        answer = service.ANSWERS[kind]
+        answer: Callable[[World, Message], Mapping[str, Tensor]]
+        answer = getattr(answering, f"answer_{kind}")
 
         def struck(world: World, message: Message) -> Mapping[str, Tensor]:
             nonlocal count
@@ -63,8 +65,8 @@ def struck(victim: int, after: int, way: Way) -> Iterator[threading.Event]:
         return struck
 
     with pytest.MonkeyPatch.context() as patch:
-        for kind in list(service.ANSWERS):
-            patch.setitem(service.ANSWERS, kind, striking(kind))
+        for kind in ("select", "attend"):
+            patch.setattr(answering, f"answer_{kind}", striking(kind))
         try:
             yield over
         finally:
@@ -272,7 +274,9 @@ def test_what_is_written_for_a_lost_rank_is_asked_of_its_replica() -> None:
                     seen = entries[: request.length]
                     shares = torch.softmax(query @ seen.T * layout.softmax_scale, -1)
                     assert float((out - shares @ seen[:, : layout.value_dim]).abs().max()) <= 1e-12
-                holders = {int(h) for p in runtime._world.staged["entries"][0] for h in p.holder}
+                holders = {
+                    int(h) for p in runtime._world.writes._staged["entries"][0] for h in p.holder
+                }
                 assert holders == {1}  # as long as it may come back
             served.wait(5.0)
             served.close()

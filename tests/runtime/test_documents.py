@@ -419,7 +419,7 @@ def test_bad_input_is_refused_and_changes_nothing(case: str) -> None:
     message, act = BAD[case]
     with Runtime.open(config(placement=Placement())) as runtime:
         runtime.add_document("a", tokens=B)
-        before = runtime._world.directory.version, runtime._world.epoch
+        before = runtime._world.directory.version, runtime._world.progress.epoch
         with pytest.raises(ValueError, match=message):
             act(runtime)
-        assert (runtime._world.directory.version, runtime._world.epoch) == before
+        assert (runtime._world.directory.version, runtime._world.progress.epoch) == before

@@ -48,11 +48,11 @@ from qroam.runtime import (
     RuntimeConfig,
 )
 from qroam.runtime.gpu import limits
-from qroam.runtime.gpu.backend import GpuRank
-from qroam.runtime.gpu.leases import admit
+from qroam.runtime.gpu.admit import admit
+from qroam.runtime.gpu.backend import GpuBackend
 from qroam.runtime.gpu.pool import GpuPool
+from qroam.runtime.stores import entry_codec
 from qroam.runtime.transport.base import Transport
-from qroam.runtime.world import entry_codec
 
 V32 = replace(named_layout("mla-v3.2"), index=None)
 
@@ -139,7 +139,7 @@ def test_all_ranks_hear_who_has_no_gpu(four_ranks: RankPool) -> None:
 
 
 def test_a_world_on_gpus_is_not_rejoined() -> None:
-    with pytest.raises(ValueError, match="nobody rejoins a world with entries on GPUs"):
+    with pytest.raises(ValueError, match="a world with entries on GPUs is not rejoined"):
         Runtime.open(config(), LoopbackTransport.world(1)[0], incarnation=1)
     with StandIns(config(), 1), opened_alone(config()) as runtime:
         for call in (runtime.serve, runtime.disconnect, lambda: runtime.rejoin(incarnation=1)):
@@ -337,12 +337,12 @@ def test_a_life_with_leases_that_come_and_go(world_size: int) -> None:
     """After every step whatever was fetched in it is leased, as far as there is room."""
     given, admitted = config(lease_entries=3 * B), list[int]()
 
-    def keep(gpu: GpuRank) -> None:
+    def keep(gpu: GpuBackend) -> None:
         before = gpu.pool.leases.key_of.clone()
         admit(gpu.pool, least=1)
         admitted.append(int((gpu.pool.leases.key_of != before).sum()))
 
-    with patch.object(GpuRank, "keep_leases", keep):
+    with patch.object(GpuBackend, "keep_leases", keep):
         ours = on_stand_ins(world_size, given, bare)
     assert_right(ours, given, bare)
     assert sum(admitted) > 3 * world_size  # so some made room for others
@@ -405,7 +405,7 @@ def test_a_dropped_block_is_named_with_its_holder() -> None:
             life = Life(runtime)
             life.add("a", 4 * B, seed=1)
             if end.rank == 1:
-                runtime._world.entries.release(torch.tensor([1]))
+                runtime._world.stores.entries.release(torch.tensor([1]))
             ids = torch.tensor([[0, 2 * B], [0, B + 1]], dtype=torch.int32)
             chosen = runtime.selection(ids, runtime.scope(documents=["a"], queries=2))
             try:
@@ -486,7 +486,7 @@ def test_snapshots_come_back(tmp_path: Any) -> None:
                 runtime.snapshot(tmp_path / "saved")
             else:
                 runtime.restore(tmp_path / "saved")
-                assert all(check.is_sound for check in runtime.verify())
+                assert all(check.is_sound for check in runtime.verify_copies())
             life.drawn(1, 2, "auto", ["a"])
             outs += life.outs
     assert torch.equal(*outs)

@@ -7,7 +7,8 @@ import torch
 from gpu_world import LAYERS, B, Part, config, corpus
 
 from qroam.partition.directory import without_document
-from qroam.runtime.gpu.leases import BlockLeases, admit
+from qroam.runtime.gpu.admit import admit
+from qroam.runtime.gpu.leases import BlockLeases
 
 TOKENS = 12 * B + 3  # of three ranks; the last block, of rank 0, is not closed
 ROOM = 2

@@ -14,8 +14,9 @@ from torch import Tensor
 from qroam.partition.layout import named_layout, uniform_model
 from qroam.partition.placement import Placement
 from qroam.runtime import PeerError, Runtime, RuntimeConfig, load_profile
-from qroam.runtime.transport.base import LoopbackTransport, Transport
+from qroam.runtime.transport.base import Transport
 from qroam.runtime.transport.handshake import difference, introduction
+from qroam.runtime.transport.loopback import LoopbackTransport
 from qroam.runtime.transport.messages import Header
 
 MODEL = uniform_model(named_layout("mla-tiny"), 3)

@@ -25,7 +25,8 @@ from qroam.runtime.cpu import step
 from qroam.runtime.observe.decision_log import decision_groups
 from qroam.runtime.observe.explain import DecisionLine
 from qroam.runtime.observe.profiling import named_range
-from qroam.runtime.transport.base import LoopbackTransport, Transport
+from qroam.runtime.transport.base import Transport
+from qroam.runtime.transport.loopback import LoopbackTransport
 from qroam.runtime.transport.messages import Message
 from qroam.runtime.world import World
 
@@ -241,10 +242,10 @@ def test_phases_are_ranges_in_the_profiler_if_asked_for() -> None:
                 activities=[torch.profiler.ProfilerActivity.CPU]
             ) as profile:
                 attend(runtime, 0)
-            assert {"decide", "send", "wait", "merge"} <= runtime.stats()["phase_s"].keys()
+            assert {"plan", "send", "wait", "merge"} <= runtime.stats()["phase_s"].keys()
         return {event.key for event in profile.key_averages() if event.key.startswith("qroam")}
 
-    assert {f"qroam: {phase}" for phase in ("decide", "send", "wait", "merge")} <= names(True)
+    assert {f"qroam: {phase}" for phase in ("plan", "send", "wait", "merge")} <= names(True)
     assert names(False) == set()
 
 

@@ -177,7 +177,7 @@ def test_attached_and_leased_documents_give_what_a_prefill_there_would(
             runtime.load_document("there", layer, moved, moved_keys)
         request = runtime.request([("b", 10 + offset - 2 * B)])  # it ends where the lease begins
         assert request.position == 10 + offset
-        ids = runtime.lease(request, "a")
+        ids = runtime.copy_document(request, "a")
         assert ids is not None
         assert request.position == 10 + offset + 2 * B
         own = runtime.scope(requests=[(request, ids[-1:])])
@@ -217,7 +217,7 @@ def test_a_lease_names_the_holders_that_lack_something() -> None:
         lacking = r"'empty': rank 0 lacked 4 entries"
 
         def act() -> None:
-            runtime.lease(request, "empty" if runtime.rank == 1 else "a")
+            runtime.copy_document(request, "empty" if runtime.rank == 1 else "a")
             runtime.idle_attend(0)  # what rank 1 found is told to all
 
         with pytest.raises((CoverageError, PeerError), match=lacking):
@@ -236,12 +236,12 @@ def test_index_keys_and_entries_of_any_codec_survive_a_lease_in_place() -> None:
             for layer in range(2):
                 runtime.load_document("first", layer, rows, numbers(2 * B, DI, seed=4))
             request = runtime.request()
-            ids = runtime.lease(request, "first")
+            ids = runtime.copy_document(request, "first")
             assert ids is not None
             world = runtime._world
             source = runtime.documents()[-1].ids()
             for layer in range(2):
-                for store in (world.entries, world.index):
+                for store in (world.stores.entries, world.stores.index):
                     index = [store.resolve(layer, part)[0] for part in (source, ids)]
                     assert torch.equal(*(store.rows(layer, at) for at in index))
 
@@ -255,17 +255,17 @@ BAD: dict[str, tuple[str, dict[str, Any], Callable[[Runtime], object]]] = {
     "no-pair": ("position >= 0", {}, lambda r: r.request([("a", 1, 2)])),  # type: ignore[list-item]
     "twice": ("attached twice", {}, lambda r: r.request(["a", ("a", 9)])),
     "no-rope": ("no rope", {"model": MIXED}, lambda r: r.request([("a", 9)])),
-    "lease-no-rope": ("no rope", {"model": MIXED}, lambda r: r.lease(r.request(), "a")),
-    "lease-half": ("or neither", {}, lambda r: r.lease(r.request(), None)),
-    "lease-into": (
+    "copy-no-rope": ("no rope", {"model": MIXED}, lambda r: r.copy_document(r.request(), "a")),
+    "copy-half": ("or neither", {}, lambda r: r.copy_document(r.request(), None)),
+    "copy-into": (
         "private tokens only",
         {},
-        lambda r: r.lease(r.request(into="a"), "b"),
+        lambda r: r.copy_document(r.request(into="a"), "b"),
     ),
-    "lease-room": (
+    "copy-room": (
         "cannot append 8 tokens",
         {"request_blocks": 1},
-        lambda r: r.lease(r.request(), "a"),
+        lambda r: r.copy_document(r.request(), "a"),
     ),
 }
 
@@ -274,10 +274,10 @@ BAD: dict[str, tuple[str, dict[str, Any], Callable[[Runtime], object]]] = {
 def test_bad_attachments_are_refused(case: str) -> None:
     message, changes, act = BAD[case]
     with opened(**changes) as runtime:
-        epoch = runtime._world.epoch
+        epoch = runtime._world.progress.epoch
         with pytest.raises(ValueError, match=message):
             act(runtime)
-        assert runtime._world.epoch == epoch
+        assert runtime._world.progress.epoch == epoch
 
 
 def test_a_request_has_so_many_offsets_at_most() -> None:

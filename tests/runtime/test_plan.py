@@ -13,14 +13,14 @@ from ranks import run_loopback
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qroam.kernels import reference
+from qroam.kernels import coverage, reference
 from qroam.partition.layout import named_layout, uniform_model
 from qroam.runtime import Runtime, RuntimeConfig, load_profile
 from qroam.runtime.cost.model import LayerFacts
 from qroam.runtime.cost.predicate import Mode, Way, decide
 from qroam.runtime.cpu import plan
+from qroam.runtime.stores import entry_codec
 from qroam.runtime.transport.base import Transport
-from qroam.runtime.world import entry_codec
 
 B = 4  # tokens of a block
 WAYS = (Way.ROUTE_A, Way.ROUTE_B, Way.FETCH)
@@ -201,7 +201,7 @@ def test_route_lists(form: Way, case: Case) -> None:
             there = wanted.exists[item, mine]
             ids = wanted.entries[item, mine][there]
             generations = case.generations[ids.long() // B]
-            mixed = int(reference.mix(ids, generations).sum()) % 2**32
+            mixed = int(coverage.mix(ids, generations).sum()) % 2**32
             items.append(item)
             counts.append(len(mine))
             expected.append([len(ids), mixed])

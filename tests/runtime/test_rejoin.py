@@ -37,8 +37,9 @@ from qroam.partition.directory_codec import directory_columns, directory_of
 from qroam.partition.placement import POLICIES, Placement, place
 from qroam.partition.repair import repaired
 from qroam.runtime import BlocksLostError, PeerError, Runtime, SnapshotError
-from qroam.runtime.service import server as service
-from qroam.runtime.transport.base import LoopbackTransport, Purpose, Transport
+from qroam.runtime.cpu import answer as answering
+from qroam.runtime.transport.base import Purpose, Transport
+from qroam.runtime.transport.loopback import LoopbackTransport
 from qroam.runtime.transport.messages import Header, Message
 from qroam.runtime.world import World
 
@@ -48,7 +49,7 @@ class Survivor(Player):
 
     def moved(self) -> None:
         self.rank, self.world = self.runtime.rank, self.runtime.world_size
-        assert all(check.is_sound for check in self.runtime.verify())
+        assert all(check.is_sound for check in self.runtime.verify_copies())
 
     def decode_until_broken(self) -> tuple[int, ...]:
         """Whose fault it is. Requests, whose last tokens may be written at some layers only, end."""
@@ -95,7 +96,7 @@ def play_on(case: Case, victim: int, replaced: bool, breath: int) -> None:
             player = RestoredPlayer(runtime, case)
             player.load_weights()
             player.learn()
-            assert all(check.is_sound for check in runtime.verify())
+            assert all(check.is_sound for check in runtime.verify_copies())
             for _ in range(2):
                 player.decode()
 
@@ -271,14 +272,14 @@ def test_what_is_left_is_not_replaced_by_an_older_snapshot(tmp_path: Path, newer
                 runtime.idle_attend(0)
             runtime.rejoin(lives.end(1, min(rank, 1), 2), incarnation=1)
             lost = runtime.lost_blocks()
-            held = runtime._world.entries.fill.clone()
+            held = runtime._world.stores.entries.fill.clone()
             reason = {
                 "blocks": "rank 0: blocks .* of 'doc' are here, and not in the snapshot",
                 "document": "'doc' is another one in the snapshot",
             }[newer]
             with pytest.raises(SnapshotError, match=reason):
                 runtime.restore(tmp_path / "s", documents=lost)
-            assert torch.equal(runtime._world.entries.fill, held)
+            assert torch.equal(runtime._world.stores.entries.fill, held)
             assert runtime.lost_blocks() == lost != {}
             runtime.remove_document("doc")
             report = runtime.restore(tmp_path / "s", documents=["doc"])
@@ -423,7 +424,7 @@ def test_no_rank_rejoins_while_its_server_is_at_a_request(monkeypatch: pytest.Mo
         assert stuck.wait(20.0)
         return {}
 
-    monkeypatch.setattr(service, "ANSWERS", {"attend": held})
+    monkeypatch.setattr(answering, "answer_attend", held)
     lives = Lives(deadline_s=1.0)
     config = small_config(placement=Placement(copies=2), max_blocks=16, deadline_s=1.0)
 
@@ -461,7 +462,7 @@ def test_survivors_of_different_documents_are_refused() -> None:
     def then(runtime: Runtime, lives: Lives) -> None:
         if runtime.rank == 1:
             runtime.add_document("more", tokens=8)
-            runtime._world.settled = runtime._world.directory
+            runtime._world.tables.settled = runtime._world.directory
         with pytest.raises(
             PeerError, match="has other documents than the other survivors"
         ) as raised:
@@ -503,12 +504,12 @@ def test_who_is_ahead_goes_back_to_the_documents_that_all_have(breath: int, chan
             runtime.rejoin(lives.end(1, rank, 2), incarnation=1)
             known(runtime).check()
             runtime.idle_attend(0)
-            assert all(check.is_sound for check in runtime.verify())
+            assert all(check.is_sound for check in runtime.verify_copies())
             names = [document.name for document in runtime.documents()]
             if "more" in names:  # nobody wrote it
                 blocks = list(runtime._world.directory.document("more").blocks)
-                slots = runtime._world.entries.slot_of[blocks]
-                assert not runtime._world.entries.fill[:, slots[slots >= 0].long()].any()
+                slots = runtime._world.stores.entries.slot_of[blocks]
+                assert not runtime._world.stores.entries.fill[:, slots[slots >= 0].long()].any()
             return names, runtime.add_document("late", tokens=8).serial
 
     said = threads([partial(rank, r) for r in range(3)])
@@ -525,7 +526,7 @@ def test_facts_of_no_world_are_their_tellers_fault(fact: int, value: int) -> Non
         end = lives.end(1, runtime.rank, 3)
         if runtime.rank == 1:
             lie(end, fact, value)
-        with pytest.raises(PeerError, match="malformed things about its former life") as raised:
+        with pytest.raises(PeerError, match="invalid facts about its former incarnation") as raised:
             runtime.rejoin(end, incarnation=1)
         assert raised.value.culprits == (1,)
 

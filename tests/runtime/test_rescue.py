@@ -7,7 +7,7 @@ import torch
 from gpu_world import LAYERS, B, Part, config, corpus
 from torch import Tensor
 
-from qroam.runtime.gpu.leases import admit
+from qroam.runtime.gpu.admit import admit
 from qroam.runtime.gpu.rescue import rescue
 
 TOKENS = 12 * B + 3  # of three ranks; the last block, of rank 0, is not closed

@@ -28,9 +28,11 @@ from qroam.partition.layout import named_layout, uniform_model
 from qroam.partition.placement import Placement
 from qroam.partition.pool import BlockStore
 from qroam.runtime import PeerError, Request, Runtime
+from qroam.runtime.cpu import answer as answering
 from qroam.runtime.service import server as service
 from qroam.runtime.service.server import Service
-from qroam.runtime.transport.base import LoopbackTransport, Purpose, Transport
+from qroam.runtime.transport.base import Purpose, Transport
+from qroam.runtime.transport.loopback import LoopbackTransport
 from qroam.runtime.transport.messages import Message
 from qroam.runtime.world import World
 
@@ -77,8 +79,8 @@ def decode_alone(transport: Transport, case: Case) -> dict[str, Any]:
             if runtime.rank == 0:
                 for _ in range(32):
                     player.decode()
-                    last = runtime._world.last
-                    shifted += last is not None and last.shifted
+                    last = runtime._world.backend.last_step()
+                    shifted += last is not None and last.model.shifted
             assert service.wait(60.0)
         return {**runtime.stats(), "offsets": shifted}
 
@@ -139,23 +141,23 @@ def test_eight_requesters_on_one_holder() -> None:
 
 def test_a_rank_is_served_and_asks_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every server waits until its own engine waits for an answer: neither needs the other's thread."""
-    answer = service.ANSWERS["attend"]
+    answer = answering.answer_attend
     asking = [threading.Event() for _ in range(3)]
 
     def held(world: World, message: Message) -> Mapping[str, Tensor]:
         assert asking[world.rank].wait(20.0)
         return answer(world, message)
 
-    monkeypatch.setitem(service.ANSWERS, "attend", held)
+    monkeypatch.setattr(answering, "answer_attend", held)
 
     def work(world: Small, served: Service) -> dict[str, Any]:
-        attend_own = world.runtime._world.entries.resolve
+        attend_own = world.runtime._world.stores.entries.resolve
 
         def resolve(*args: Any) -> Any:  # own work comes after the asking
             asking[world.rank].set()
             return attend_own(*args)
 
-        monkeypatch.setattr(world.runtime._world.entries, "resolve", resolve)
+        monkeypatch.setattr(world.runtime._world.stores.entries, "resolve", resolve)
         for _ in range(5):
             world.check()
         assert served.wait(20.0)
@@ -358,11 +360,11 @@ CHANGES: dict[str, Callable[[Runtime, Request], object]] = {
     "quota": lambda r, _: r.set_quota("some", 1),
     "make room": lambda r, _: r.make_room("new", tokens=8),
     "publish": lambda r, request: r.publish("new", request if r.rank == 0 else None),
-    "lease": lambda r, request: r.lease(request, "doc"),
-    "lease nothing": lambda r, _: r.lease(None, None),
+    "copy": lambda r, request: r.copy_document(request, "doc"),
+    "copy nothing": lambda r, _: r.copy_document(None, None),
     "snapshot": lambda r, _: r.snapshot("nowhere"),
     "restore": lambda r, _: r.restore("nowhere"),
-    "verify": lambda r, _: r.verify(),
+    "verify copies": lambda r, _: r.verify_copies(),
 }
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qroam.partition.placement import Placement
 from qroam.runtime import CoverageError, PeerError, Runtime, Service
-from qroam.runtime.service import server as service
+from qroam.runtime.cpu import answer as answering
 from qroam.runtime.service.inbox import MAX_OWED
 from qroam.runtime.service.server import SERVICE_CHANNEL
 from qroam.runtime.transport.base import Purpose, Transport
@@ -102,17 +102,17 @@ def caught(world: Small) -> PeerError:
     return raised.value
 
 
-def answering(
+def answer_with(
     monkeypatch: pytest.MonkeyPatch, answer: Callable[[dict[str, Tensor]], dict[str, Tensor]]
 ) -> None:
     """Rank 0 answers with something else."""
-    honest = service.ANSWERS["attend"]
+    honest = answering.answer_attend
 
     def changed(world: World, message: Message) -> Mapping[str, Tensor]:
         columns = dict(honest(world, message))
         return answer(columns) if world.rank == 0 else columns
 
-    monkeypatch.setitem(service.ANSWERS, "attend", changed)
+    monkeypatch.setattr(answering, "answer_attend", changed)
 
 
 WRONG: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
@@ -129,7 +129,7 @@ def test_a_wrong_answer_names_its_holder_and_nobody_else_is_disturbed(
     monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
     spoil = threading.Event()
-    answering(monkeypatch, lambda columns: WRONG[wrong](columns) if spoil.is_set() else columns)
+    answer_with(monkeypatch, lambda columns: WRONG[wrong](columns) if spoil.is_set() else columns)
     asked = threading.Barrier(3)
 
     def work(world: Small, _: Service) -> None:
@@ -159,7 +159,7 @@ def test_a_late_answer_is_named_in_time_once_waited_for_and_forgiven(
         assert release.wait(20.0)
         return columns
 
-    answering(monkeypatch, late)
+    answer_with(monkeypatch, late)
 
     def work(world: Small, served: Service) -> None:
         if world.rank != 1:
@@ -234,8 +234,8 @@ class Raw:
         ({"layer": 7}, "layer 7 does not exist"),
         ({"tables": 1}, "its tables are 1"),
         ({"incarnation": 1}, "another configuration"),
-        ({"channel": 0}, "nothing is known of 'attend' on channel 0"),
-        ({"kind": "steal"}, "nothing is known of 'steal'"),
+        ({"channel": 0}, "no service answers 'attend' on channel 0"),
+        ({"kind": "steal"}, "no service answers 'steal'"),
         ({"epoch": 0}, "epoch 0 comes after epoch 0"),
         ({"unit_tokens": 99}, "units of 99 tokens"),
     ],
@@ -320,7 +320,7 @@ def test_a_server_that_breaks_is_named_at_once_and_its_engine_told(
     def boom(columns: dict[str, Tensor]) -> dict[str, Tensor]:
         raise ArithmeticError("boom")
 
-    answering(monkeypatch, boom)
+    answer_with(monkeypatch, boom)
 
     def rank(end: Transport) -> None:
         with Runtime.open(small_config(**ONE_HOLDER), end) as runtime:
@@ -352,7 +352,7 @@ def test_a_peer_that_does_not_part_is_named_when_a_service_closes(
         assert stuck.wait(20.0)
         return columns
 
-    answering(monkeypatch, hold)
+    answer_with(monkeypatch, hold)
 
     def rank(end: Transport) -> None:
         with Runtime.open(small_config(deadline_s=1.0, **ONE_HOLDER), end) as runtime:

@@ -27,7 +27,8 @@ from qroam.partition.snapshot.record import take_records
 from qroam.partition.snapshot.verify import verify
 from qroam.runtime import PeerError, Runtime, SnapshotError
 from qroam.runtime.corpus import snapshot as step
-from qroam.runtime.transport.base import LoopbackTransport, Transport
+from qroam.runtime.transport.base import Transport
+from qroam.runtime.transport.loopback import LoopbackTransport
 
 # What was saved, and what it is restored onto: other ranks, placements, copies, index placements.
 PAIRS = [
@@ -163,7 +164,7 @@ def test_a_slot_given_away_meanwhile_is_left_out(
     def work(runtime: Runtime) -> None:
         add(runtime, "a", 12)
         runtime.begin_snapshot(tmp_path / "s")
-        store = runtime._world.entries
+        store = runtime._world.stores.entries
         slots = store.slot_of[1:2].clone()
         store.release(torch.tensor([1]))
         store.assign(torch.tensor([key]), slots, torch.tensor([generation]))
@@ -314,7 +315,7 @@ def test_documents_come_back_as_they_were(tmp_path: Path) -> None:
         assert e.shared == 2
         assert e.blocks[:2] == b.blocks[:2]
         runtime.remove_document("e")
-        assert all(check.is_sound for check in runtime.verify())
+        assert all(check.is_sound for check in runtime.verify_copies())
         assert runtime.snapshot(folder).written == 0
 
     saved = world(2, first)
@@ -507,7 +508,7 @@ def test_misuse_is_refused_at_the_door(tmp_path: Path) -> None:
             runtime.begin_snapshot(tmp_path / "t")
         runtime.finish_snapshot()
         with pytest.raises(ValueError, match="sample"):
-            runtime.verify(0)
+            runtime.verify_copies(0)
         assert "there is none" in refused(lambda: runtime.restore(tmp_path))
         add(runtime, "a", 12)
         runtime.snapshot(tmp_path / "s")
@@ -624,7 +625,7 @@ def test_a_malformed_part_names_its_sender(
             add(runtime, "a", 30)
             try:
                 runtime.snapshot(tmp_path / "s")
-                runtime.verify()
+                runtime.verify_copies()
                 runtime.idle_attend(0)
             except PeerError as error:
                 return str(error)
@@ -642,14 +643,16 @@ def test_a_malformed_part_names_its_sender(
 def test_a_copy_that_changed_is_found(tmp_path: Path) -> None:
     def work(runtime: Runtime) -> list[Any]:
         add(runtime, "a", 30)
-        sound = runtime.verify()
+        sound = runtime.verify_copies()
         assert len(sound) == 8
         assert all(check.is_sound and len(check.hashes) == 2 for check in sound)
         world = runtime._world
         if runtime.rank == 1:
-            key = int((world.entries.slot_of[:8] >= 0).nonzero()[0])
-            world.entries._storage[1][int(world.entries.slot_of[key]) * B * 64 + 5] ^= 1
-        return [(c.block, c.hashes, c.changed) for c in runtime.verify() if not c.is_sound]
+            key = int((world.stores.entries.slot_of[:8] >= 0).nonzero()[0])
+            world.stores.entries._storage[1][
+                int(world.stores.entries.slot_of[key]) * B * 64 + 5
+            ] ^= 1
+        return [(c.block, c.hashes, c.changed) for c in runtime.verify_copies() if not c.is_sound]
 
     for faults in world(3, work, placement=Placement(copies=2)):
         ((block, hashes, changed),) = faults
@@ -661,10 +664,10 @@ def test_a_copy_that_changed_is_found(tmp_path: Path) -> None:
 def test_a_copy_that_is_missing_is_found_and_a_sample_is_the_same_everywhere() -> None:
     def work(runtime: Runtime) -> tuple[list[Any], list[int]]:
         add(runtime, "a", 30)
-        sampled = [check.block for _ in range(4) for check in runtime.verify(2)]
+        sampled = [check.block for _ in range(4) for check in runtime.verify_copies(2)]
         if runtime.rank == 1:
-            runtime._world.entries.release(torch.tensor([1]))
-        faults = [(c.block, c.hashes[-1]) for c in runtime.verify() if not c.is_sound]
+            runtime._world.stores.entries.release(torch.tensor([1]))
+        faults = [(c.block, c.hashes[-1]) for c in runtime.verify_copies() if not c.is_sound]
         return faults, sampled
 
     results = world(2, work, placement=Placement(copies=2))

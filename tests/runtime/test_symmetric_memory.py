@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from qroam.kernels.exchange.layout import Wire
 from qroam.runtime.gpu import symmetric_memory
-from qroam.runtime.gpu.symmetric_memory import Facts, NvshmemTransport, gather, refusal
+from qroam.runtime.gpu.symmetric_memory import Facts, SymmetricMemory, gather, refusal
 from qroam.runtime.transport.base import Transport
 
 GIB = 1 << 30
@@ -143,7 +143,7 @@ def refused(
     wires = [Wire(**WIRE | {"world_size": transport.world_size} | (wire if ours else {}))]
     given = {"device": GPU} | (options if ours else {})
     try:
-        NvshmemTransport(wires, group=group, **given)
+        SymmetricMemory(wires, group=group, **given)
     except ValueError as error:
         return str(error)
     return "it opened"

@@ -40,7 +40,8 @@ from qroam.runtime.cost.model import LayerFacts
 from qroam.runtime.cost.predicate import Mode
 from qroam.runtime.observe.explain import DecisionLine
 from qroam.runtime.tools.cli import main
-from qroam.runtime.transport.base import LoopbackTransport, Transport
+from qroam.runtime.transport.base import Transport
+from qroam.runtime.transport.loopback import LoopbackTransport
 from qroam.runtime.transport.messages import Header
 from qroam.runtime.transport.tensor_parallel import LaneTransport, lanes_of
 

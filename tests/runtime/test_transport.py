@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qroam.runtime.errors import PeerError
-from qroam.runtime.transport.base import Column, LoopbackTransport, Purpose
+from qroam.runtime.transport.base import Column, Purpose
+from qroam.runtime.transport.loopback import LoopbackTransport
 from qroam.runtime.transport.messages import Header, Message, encode
 
 HEADER = Header(kind="attend", incarnation=1, channel=0, epoch=1, tables=5)

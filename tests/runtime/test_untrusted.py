@@ -12,7 +12,8 @@ from torch import Tensor
 
 from qroam.partition.layout import named_layout, uniform_model
 from qroam.runtime import PeerError, Runtime, RuntimeConfig
-from qroam.runtime.transport.base import LoopbackTransport, Transport
+from qroam.runtime.transport.base import Transport
+from qroam.runtime.transport.loopback import LoopbackTransport
 from qroam.runtime.transport.messages import Header
 
 
@@ -126,12 +127,12 @@ SPOILED_LIFE: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "publish-hashes": ("hashes", lambda rows: rows[1:]),
     "evict-heat": ("heat", lambda rows: rows * torch.nan),
     "evict-last": ("last", lambda rows: rows[1:]),
-    "lease": ("lease", lambda rows: rows + 4096),
-    "lease-twice": ("lease", torch.zeros_like),
-    "lease-answer": ("lease.rows", lambda rows: rows[:, 1:]),
-    "lease-marks": ("lease.marks", lambda rows: rows.long()),
-    "lease-NaN": ("lease.rows", lambda rows: rows * 0 + 255),
-    "lease-index-NaN": ("lease_index.rows", lambda rows: rows * 0 + 255),
+    "copy": ("copy", lambda rows: rows + 4096),
+    "copy-twice": ("copy", torch.zeros_like),
+    "copy-answer": ("copy.rows", lambda rows: rows[:, 1:]),
+    "copy-marks": ("copy.marks", lambda rows: rows.long()),
+    "copy-NaN": ("copy.rows", lambda rows: rows * 0 + 255),
+    "copy-index-NaN": ("copy_index.rows", lambda rows: rows * 0 + 255),
 }
 
 
@@ -158,7 +159,7 @@ def test_whoever_spoils_the_life_of_documents_is_named(case: str) -> None:
                 mine = request if runtime.rank == 1 else None
                 runtime.publish("b", mine, token_ids=range(16) if mine else None)
                 runtime.make_room("c", tokens=16)
-                runtime.lease(request, "a")
+                runtime.copy_document(request, "a")
             except PeerError as error:
                 return str(error)
         return "nothing"
@@ -201,4 +202,4 @@ def test_a_column_nobody_reads_names_its_sender() -> None:
         return str(caught.value)
 
     told, _ = run_loopback(2, work, transports=Adding.world(2, deadline_s=10.0))
-    assert told == "rank 1: sent what cannot be: 'attend' messages have no column C.query"
+    assert told == "rank 1: sent an invalid message: 'attend' messages have no column C.query"

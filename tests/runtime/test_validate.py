@@ -32,7 +32,7 @@ from qroam.runtime import (
     Scope,
     load_profile,
 )
-from qroam.runtime.cpu.step import Selection
+from qroam.runtime.scope import Selection
 from qroam.runtime.transport.base import Transport
 
 B = 8
@@ -103,13 +103,15 @@ class Bench:
         world = self.runtime._world
         tables = [
             table.tolist()
-            for store in (world.entries, world.index)
+            for store in (world.stores.entries, world.stores.index)
             for table in (store.fill, store.slot_of, store.key_of)
         ]
         request = (self.request.length, list(self.request.blocks), self.request.is_open)
-        free = (list(self.runtime._free_blocks), list(self.runtime._free_requests))
-        pushes = [len(p) for p in world.staged["entries"] + world.staged["index"]]
-        return [tables, request, free, pushes, world.directory.version, world.epoch]
+        requests = self.runtime._requests
+        free = (list(requests._free_seats), list(requests._free_numbers))
+        staged = world.writes._staged
+        pushes = [len(p) for p in staged["entries"] + staged["index"]]
+        return [tables, request, free, pushes, world.directory.version, world.progress.epoch]
 
     def pick(self, *ids: int, unit_tokens: int = 1) -> Selection:
         return self.runtime.selection(

@@ -38,9 +38,8 @@ from qroam.partition.placement import Placement, Policy
 from qroam.runtime.config import IndexPlacement, RuntimeConfig
 from qroam.runtime.cost.predicate import Mode
 from qroam.runtime.cost.profile import PROFILE_NAMES, load_profile
-from qroam.runtime.cpu.step import Selection
 from qroam.runtime.runtime import Runtime
-from qroam.runtime.scope import Request, Scope, stacked
+from qroam.runtime.scope import Request, Scope, Selection, stacked
 from qroam.runtime.transport.base import Transport
 
 Architecture = Literal["mla", "mlra-2", "mlra-4", "mixed"]
@@ -339,11 +338,11 @@ class Player:
         ]
         movable = not (self.layout.index and not self.layout.rope)
         if not pairs or not movable or self.case.storage not in ("fp64", "fp32", "fp8-fp64"):
-            assert self.runtime.lease(None, None) is None
+            assert self.runtime.copy_document(None, None) is None
             return
         request, document = self.rng.choice(pairs)
         offset = request.position - document.position
-        ids = self.runtime.lease(request, document.name)
+        ids = self.runtime.copy_document(request, document.name)
         assert ids is not None
         for layer in range(self.case.layers):
             entries = self.entries[layer, document.ids().long()]

@@ -24,8 +24,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
 from qroam.runtime import PeerError
-from qroam.runtime.service import server as service
-from qroam.runtime.transport.base import LoopbackTransport, Transport
+from qroam.runtime.cpu import answer as answering
+from qroam.runtime.transport.base import Transport
+from qroam.runtime.transport.loopback import LoopbackTransport
 from qroam.runtime.transport.messages import Message
 from qroam.runtime.world import World
 
@@ -136,7 +137,7 @@ DEADLINE_S = 2.0
 
 def strike(fault: Fault) -> None:
     """What happens to the victim once it has answered a few requests."""
-    answer, count = service.ANSWERS["attend"], 0
+    answer, count = answering.answer_attend, 0
 
     def struck(world: World, message: Message) -> Mapping[str, Tensor]:
         nonlocal count
@@ -160,7 +161,7 @@ def strike(fault: Fault) -> None:
                     columns = {n: spoilt.get(n, lambda x: x)(rows) for n, rows in columns.items()}
         return columns
 
-    service.ANSWERS["attend"] = struck  # type: ignore[index]
+    answering.answer_attend = struck  # type: ignore[assignment]
 
 
 def close_sockets() -> None:

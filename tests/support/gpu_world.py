@@ -30,13 +30,13 @@ from qroam.partition.layout import IndexLayout, Layout, mla, uniform_model
 from qroam.partition.pool import BlockStore
 from qroam.runtime import Runtime, RuntimeConfig
 from qroam.runtime.cost.predicate import Mode
-from qroam.runtime.gpu import backend as gpu_rank
-from qroam.runtime.gpu import leases
-from qroam.runtime.gpu.backend import GpuRank
+from qroam.runtime.gpu import admit
+from qroam.runtime.gpu import open as gpu_open
 from qroam.runtime.gpu.limits import DTYPES
+from qroam.runtime.gpu.open import OpenGpu
 from qroam.runtime.gpu.pool import GpuPool
+from qroam.runtime.stores import entry_codec, entry_slots
 from qroam.runtime.transport.base import Transport
-from qroam.runtime.world import entry_codec, entry_slots
 
 B, LAYERS, HEADS, TOP_K = 8, 2, 4, 16
 LAYOUT = mla(
@@ -291,12 +291,12 @@ class StandIns:
         self._stack = ExitStack()
 
     def __enter__(self) -> StandIns:
-        def opened(config: RuntimeConfig, transport: Transport) -> GpuRank:
+        def opened(config: RuntimeConfig, transport: Transport) -> OpenGpu:
             at = transport.rank
-            return GpuRank(self.pools[at], self.steps[at], None)  # type: ignore[arg-type]
+            return OpenGpu(self.pools[at], self.steps[at], None)  # type: ignore[arg-type]
 
-        self._stack.enter_context(patch.object(gpu_rank, "open_gpu", opened))
-        self._stack.enter_context(patch.object(leases, "fetch", one_at_a_time))
+        self._stack.enter_context(patch.object(gpu_open, "open_gpu", opened))
+        self._stack.enter_context(patch.object(admit, "fetch", one_at_a_time))
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -15,7 +15,7 @@ from small_world import Small, small, small_config
 
 from qroam.partition.placement import Placement
 from qroam.runtime import PeerError, Runtime
-from qroam.runtime.transport.base import LoopbackTransport
+from qroam.runtime.transport.loopback import LoopbackTransport
 
 T = TypeVar("T")
 

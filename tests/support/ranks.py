@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 
 from qroam.runtime.errors import PeerError
-from qroam.runtime.transport.base import LoopbackTransport, Transport
+from qroam.runtime.transport.base import Transport
 from qroam.runtime.transport.gloo import TorchTransport
+from qroam.runtime.transport.loopback import LoopbackTransport
 
 T = TypeVar("T")
 

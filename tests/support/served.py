@@ -14,8 +14,8 @@ from small_world import Small, small, small_config
 from torch import Tensor
 
 from qroam.runtime import Runtime
-from qroam.runtime.cpu.step import Selection
-from qroam.runtime.service import server as service
+from qroam.runtime.cpu import answer as answering
+from qroam.runtime.scope import Selection
 from qroam.runtime.service.server import Service
 from qroam.runtime.transport.base import Transport
 from qroam.runtime.transport.messages import Message
@@ -73,7 +73,9 @@ class Gate:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, kind: str = "attend") -> None:
         self.opened = threading.Event()
         self.order: list[int] = []
-        answer, turn = service.ANSWERS[kind], Service._answer
+        turn = Service._answer
+        answer: Callable[[World, Message], Mapping[str, Tensor]]
+        answer = getattr(answering, f"answer_{kind}")
 
         def held(world: World, message: Message) -> Mapping[str, Tensor]:
             assert world.rank != 0 or self.opened.wait(20.0)
@@ -84,7 +86,7 @@ class Gate:
                 self.order.append(peer)
             turn(server, peer, buffer)
 
-        monkeypatch.setitem(service.ANSWERS, kind, held)
+        monkeypatch.setattr(answering, f"answer_{kind}", held)
         monkeypatch.setattr(Service, "_answer", noted)
 
     def open_when(self, ready: Callable[[], bool]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from qroam.partition.layout import named_layout, uniform_model
 from qroam.partition.placement import Placement
 from qroam.runtime import Runtime, RuntimeConfig
-from qroam.runtime.cpu.step import Selection
+from qroam.runtime.scope import Selection
 
 TOKENS = 64
 

@@ -58,7 +58,7 @@ def save(
         player.decode()
         report = runtime.finish_snapshot()
         player.decode()
-        return report, hashes_of(runtime.verify())
+        return report, hashes_of(runtime.verify_copies())
 
 
 def restore(
@@ -68,7 +68,7 @@ def restore(
     with Runtime.open(make_config(case), transport) as runtime:
         player = RestoredPlayer(runtime, case)
         report = player.restore(folder)
-        hashes = hashes_of(runtime.verify())
+        hashes = hashes_of(runtime.verify_copies())
         for _ in range(case.steps):
             player.decode()
         return report, hashes

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from qroam.runtime.transport.base import LoopbackTransport
+from qroam.runtime.transport.loopback import LoopbackTransport
 from qroam.runtime.transport.messages import Header
 
 Spoil = Callable[[str, str, Tensor], Tensor]  # (kind of message, column, rows) -> rows

@@ -22,7 +22,8 @@ from ranks import RankPool, RanksFailedError, run_loopback
 from strategies import EVERYWHERE, cases
 
 from qroam.runtime.runtime import Runtime
-from qroam.runtime.transport.base import LoopbackTransport, Transport
+from qroam.runtime.transport.base import Transport
+from qroam.runtime.transport.loopback import LoopbackTransport
 
 
 def play(case: Case) -> list[torch.Tensor]:

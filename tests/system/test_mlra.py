@@ -148,7 +148,7 @@ def distributed(variant: Literal[2, 4], weights: Weights, x: Tensor, mode: str) 
             causal = torch.where(position <= mine[:, None], position, -1)
             scope = runtime.scope(documents=["text"], queries=len(mine))
             out = runtime.attend(0, query[mine], runtime.selection(causal, scope))
-            held = {int(key) % 4 for key in runtime._world.entries.key_of if key >= 0}
+            held = {int(key) % 4 for key in runtime._world.stores.entries.key_of if key >= 0}
             return out, held
 
     results = run_loopback(4 * SHARDS, worker)

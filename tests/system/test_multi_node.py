@@ -38,6 +38,7 @@ attend = Runtime.attend
 if os.environ["RANK"] == "1":
     Runtime.attend = lambda *args, **options: attend(*args, **options).roll(1, dims=1)
 sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))  # as `python script` does
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 

@@ -25,6 +25,7 @@ from qroam.runtime.cpu import plan, step
 from qroam.runtime.transport.base import Transport
 from qroam.runtime.transport.messages import Header, Message
 from qroam.runtime.world import World
+from qroam.runtime.writes import Writes
 
 CULPRIT = 1
 ROUTE: dict[str, Any] = {"mode": "always-route", "weights": False}
@@ -142,7 +143,7 @@ def stale_blocks(patch: pytest.MonkeyPatch) -> None:
 
     def answer(world: World, message: Message) -> Answer:
         if world.rank == CULPRIT:
-            spoilt.append(world.entries)
+            spoilt.append(world.stores.entries)
         return holder.answer_attend(world, message)
 
     def later(store: BlockStore, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,9 +221,9 @@ def unwritten(store: Callable[..., None]) -> Any:
     """The culprit never stores the last tokens of any document."""
 
     def wrong(
-        self: World, layer: int, ids: Tensor, entries: Tensor, *rest: Any, push: bool
+        self: Writes, layer: int, ids: Tensor, entries: Tensor, *rest: Any, push: bool
     ) -> None:
-        kept = len(ids) - 3 if self.rank == CULPRIT and not push else len(ids)
+        kept = len(ids) - 3 if self._tables.rank == CULPRIT and not push else len(ids)
         store(self, layer, ids[:kept], entries[:kept], *rest, push=push)
 
     return wrong
@@ -298,10 +299,10 @@ MUTANTS: dict[str, Mutant] = {
     "items mixed up, coverage forged": Mutant(
         wrong_answer(each(out=mixed_up, lse=mixed_up)), ROUTE, *DENSE
     ),
-    "unwritten entry, routed": Mutant(replaced(World, "store", unwritten), ROUTE, *COVERAGE),
-    "unwritten entry, fetched": Mutant(replaced(World, "store", unwritten), FETCH, *COVERAGE),
+    "unwritten entry, routed": Mutant(replaced(Writes, "write", unwritten), ROUTE, *COVERAGE),
+    "unwritten entry, fetched": Mutant(replaced(Writes, "write", unwritten), FETCH, *COVERAGE),
     "unwritten entry, at home": Mutant(
-        replaced(World, "store", unwritten),
+        replaced(Writes, "write", unwritten),
         {"queries": (0, 3, 0), "policy": "document-affine", "copies": 3},
         *COVERAGE,
     ),

@@ -372,7 +372,7 @@ class Store(RuleBasedStateMachine):
             ids = runtime.append(reader.real, tokens)
         except ValueError:
             full = reader.real.length + tokens > reader.real.capacity
-            assert full or not self.is_live_reader(reader) or len(runtime._free_blocks) < 2
+            assert full or not self.is_live_reader(reader) or len(runtime._requests._free_seats) < 2
             return
         assert self.is_live_reader(reader)
         for layer in range(LAYERS):
@@ -410,7 +410,7 @@ class Store(RuleBasedStateMachine):
     def lease(self, number: int, which: int) -> None:
         reader: Reader = self.pick(list(filter(self.is_live_reader, self.readers)), number)
         room = reader.real.capacity - reader.real.length
-        free = len(self.runtimes[reader.rank]._free_blocks)
+        free = len(self.runtimes[reader.rank]._requests._free_seats)
         docs = [
             doc
             for doc in self.docs.values()
@@ -423,9 +423,9 @@ class Store(RuleBasedStateMachine):
         offset = reader.real.position - doc.real.position
         self.everywhere(
             lambda r: (
-                r.lease(reader.real, doc.real.name)
+                r.copy_document(reader.real, doc.real.name)
                 if r.rank == reader.rank
-                else r.lease(None, None)
+                else r.copy_document(None, None)
             )
         )
         reader.append(doc.rows.moved(offset))
@@ -514,7 +514,7 @@ class Store(RuleBasedStateMachine):
     @rule()
     def verify(self) -> None:
         """Every closed block is what it was, at every holder."""
-        checks = self.everywhere(lambda r: r.verify())
+        checks = self.everywhere(lambda r: r.verify_copies())
         assert checks == [checks[0]] * len(self.runtimes)
         assert all(check.is_sound for check in checks[0])
         for kind in ("entries", "index"):
@@ -591,7 +591,7 @@ class Store(RuleBasedStateMachine):
             )
 
         for doc in sight.docs:
-            doc.last = self.runtimes[0]._world.epoch
+            doc.last = self.runtimes[0]._world.progress.epoch
         selection = self.everywhere(select)[sight.rank]
         scores = dense.index_scores(index_query[None], weights[None], sight.rows.keys[layer])[0]
         ids = selection.ids[0]
@@ -609,7 +609,7 @@ class Store(RuleBasedStateMachine):
             return runtime.attend(layer, query[None], selection)
 
         for doc in sight.docs:
-            doc.last = self.runtimes[0]._world.epoch
+            doc.last = self.runtimes[0]._world.progress.epoch
         out = self.everywhere(attend)[sight.rank][0]
         keys = sight.rows.entries[layer, rows]
         shares = (query @ keys.T * LAYOUT.softmax_scale).softmax(-1)

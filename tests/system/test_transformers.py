@@ -254,7 +254,7 @@ def test_a_document_reads_the_same_wherever_it_is_attached(kind: str) -> None:
             there = logits(runtime, engine, "there")
             moved = logits(runtime, engine, ("here", 700))
             request = runtime.request(["far"])
-            runtime.lease(request, "here")
+            runtime.copy_document(request, "here")
             leased = engine.forward(agent_prompts()[:1, :6], [request], engine.cache())
             assert leased is not None
             assert float((moved - there).abs().max()) < 1e-3
