@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qroam.kernels import reference
 from qroam.kernels.attend import Workspace, attend, parts_of
+from qroam.kernels.coverage import coverage
 from qroam.kernels.library import flashinfer, flashmla
 from qroam.partition.codec import make_codec
 
@@ -100,10 +101,8 @@ class Inputs:
                     self._check_row(self.queries[call][row], stored, ids, out[row], natural, empty)
                     if covered:
                         zeros = torch.zeros_like(ids)
-                        want = reference.coverage(
-                            ids, zeros, torch.ones_like(ids, dtype=torch.bool)
-                        )
-                        found = covered[0][row].long() & 0xFFFFFFFF
+                        want = coverage(ids, zeros, torch.ones_like(ids, dtype=torch.bool))
+                        found = covered[0][row]
                         assert torch.equal(found, want), f"row {row}: covered {found}, not {want}"
 
         return check

@@ -1,4 +1,4 @@
-"""Exchange of routed queries and their answers between two GPUs (`kernels/exchange/launch.py`) against NCCL.
+"""Exchange of routed queries and their answers between two GPUs (`kernels/exchange/`) against NCCL.
 
 B queries a rank, 128 heads, bf16, payload form A, all asked of the other rank with 1024 units each;
 partials are given, the merge with the own partial is included. `one kernel` has all four roles in

@@ -149,8 +149,7 @@ def _same_lists(
     pairs, listed = int(routed.pairs.sum()), int(routed.listed.sum())
     _same("items", found.items[0, :pairs], routed.items[:pairs])
     _same("units_of", found.units_of[0, :pairs], routed.units_of[:pairs])
-    expected = found.items_expected[0, :pairs].long() & 0xFFFFFFFF
-    _same("items_expected", expected, routed.expected[:pairs])
+    _same("items_expected", found.items_expected[0, :pairs], routed.expected[:pairs])
     _same("route_units", found.route_units[0, :listed], routed.units[:listed])
     _same("counts", found.counts, fetched.counts)
     ends = fetched.counts.cumsum(0).tolist()

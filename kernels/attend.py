@@ -112,7 +112,7 @@ def attend(
     combined: bool = True,
     checked: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of each row over its own listed units; `reference.attend` and `coverage` define it.
+    """Attention of each row over its own listed units: `reference.attend`, and `coverage.coverage`.
 
     Args:
         query: (N, H, C + R), bf16 (fp16 or fp32 on the portable kernel), rope applied.

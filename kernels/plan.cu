@@ -17,7 +17,7 @@
 
 #include "decide.cuh"
 
-__forceinline__ u32 mix(u32 id, u32 generation) {  // reference.mix
+__forceinline__ u32 mix(u32 id, u32 generation) {  // coverage.py defines it
     u32 x = id * 0x9E3779B1u + generation * 0x85EBCA77u + 0x165667B1u;
     x = (x ^ (x >> 15)) * 0x2C1B3C6Du;
     x = (x ^ (x >> 12)) * 0x297A2D39u;

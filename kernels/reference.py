@@ -89,20 +89,3 @@ def project(out: Tensor, w_uv: Tensor) -> Tensor:
     Linear, so exact on partials that are merged afterwards.
     """
     return torch.einsum("qghc,ghcv->qghv", out, w_uv)
-
-
-def mix(stored_ids: Tensor, generations: Tensor) -> Tensor:
-    """A 32-bit hash of (stored id, generation) per entry, int64 in [0, 2**32)."""
-    x = (stored_ids.long() * 0x9E3779B1 + generations.long() * 0x85EBCA77 + 0x165667B1) & 0xFFFFFFFF
-    x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
-    x = ((x ^ (x >> 12)) * 0x297A2D39) & 0xFFFFFFFF
-    return x ^ (x >> 15)
-
-
-def coverage(stored_ids: Tensor, generations: Tensor, valid: Tensor) -> Tensor:
-    """`covered` of each row, (..., 2) int64: the number of valid entries and their summed `mix`.
-
-    Args: stored_ids, generations, valid: (..., E). The sum is modulo 2**32.
-    """
-    mixed = torch.where(valid, mix(stored_ids, generations), 0).sum(-1) & 0xFFFFFFFF
-    return torch.stack((valid.sum(-1), mixed), dim=-1)

@@ -1,8 +1,8 @@
 """Snapshots of a world: begin, write beside the serving, finish; and restore.
 
-A snapshot is one folder that all ranks can reach (format: `partition/snapshot/format.py`). `begin_snapshot`,
-`finish_snapshot` and `restore` are steps of the world, as `attend` is: every rank calls them in the
-same place of its sequence.
+A snapshot is one folder that all ranks can reach (format: `partition/snapshot/format.py`).
+`begin_snapshot`, `finish_snapshot` and `restore` are steps of the world, as `attend` is: every rank
+calls them in the same place of its sequence.
 
     begin    Refused while there are blocks of which nobody has a copy: they would not be in the new
              manifest, and what the last one has of them would be removed as of no use.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import reference
+from ...kernels.coverage import coverage, mix, tagged
 from ...partition.layout import Form
 from ...partition.pool import BlockStore
 from ..scope import MAX_OFFSETS
@@ -162,7 +163,7 @@ def _routed(world: World, layer: int, form: Form, message: Message) -> dict[str,
     return {
         f"{form}.out": out.to(config.dtype),
         f"{form}.lse": lse,
-        f"{form}.covered": to_int32(tagged(covered, item)),
+        f"{form}.covered": tagged(covered, item),
     }
 
 
@@ -190,7 +191,7 @@ def _attended(
     valid = here & seen & (ids < _corpus_ids(world, of_index=False))
     if layer == 0:
         world.entries.touch(index[valid])
-    covered = reference.coverage(*world.entries.identify(index), valid)
+    covered = coverage(*world.entries.identify(index), valid)
     at = entry_offsets(offsets, unit_tokens)
     read = pool_reader(world, layer)
     out, lse = attend_at(world, layer, rows, index, valid, read, offsets=at)
@@ -217,8 +218,8 @@ def _fetched(world: World, layer: int, message: Message) -> dict[str, Tensor]:
     index, here = world.entries.resolve(layer, ids)
     if layer == 0:
         world.entries.touch(index[here])
-    mark = torch.where(here, reference.mix(*world.entries.identify(index)), 0)
-    return {"fetch.rows": world.entries.rows(layer, index), "fetch.mark": to_int32(mark)}
+    mark = torch.where(here, mix(*world.entries.identify(index)), 0)
+    return {"fetch.rows": world.entries.rows(layer, index), "fetch.mark": mark}
 
 
 def answer_select(world: World, message: Message) -> dict[str, Tensor]:
@@ -269,17 +270,6 @@ def answer_select(world: World, message: Message) -> dict[str, Tensor]:
         askable=askable,
     )
     return {"score": best.score.flatten(), "id": best.id.flatten(), "seen": best.seen}
-
-
-def tagged(covered: Tensor, item: Tensor) -> Tensor:
-    """Coverage (P, 2) bound to the item it answers, so that swapped answers differ."""
-    tag = reference.mix(item, torch.zeros_like(item))
-    return torch.stack((covered[:, 0], (covered[:, 1] + tag) & 0xFFFFFFFF), dim=1)
-
-
-def to_int32(unsigned: Tensor) -> Tensor:
-    """Values in [0, 2**32) as the int32 with the same bits."""
-    return ((unsigned + 2**31) % 2**32 - 2**31).to(torch.int32)
 
 
 def _corpus_ids(world: World, of_index: bool) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ...kernels.coverage import to_int32
 from ...kernels.exchange.launch import Ends
 from ...kernels.exchange.layout import Wire, chunk_of
 from ...kernels.pool_layout import PoolMap
@@ -22,7 +23,6 @@ from ..corpus.collective import said, text
 from ..cost.model import CostModel
 from ..cost.predicate import Demand, decide
 from ..cost.prices import prices_of
-from ..cpu.answer import to_int32
 from ..cpu.move import settle
 from ..errors import PeerError
 from ..transport.base import Transport

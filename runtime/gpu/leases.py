@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ...kernels.coverage import mix
 from ...kernels.fetch import fetch
 from ...kernels.pool_layout import PoolMap
-from ...kernels.reference import mix
 from ...partition.directory import Directory
 from ...partition.pool import BlockStore
-from ..cpu.answer import to_int32
 
 if TYPE_CHECKING:
     from .pool import GpuPool
@@ -134,7 +133,7 @@ def _pull(pool: GpuPool, blocks: Tensor, slots: Tensor) -> Tensor:
     shape, device = pool.map, pool.memory.device
     keys, holder, generation, _ = blocks.unbind(1)
     units = keys[:, None] * shape.block_tokens + torch.arange(shape.block_tokens)
-    marks = to_int32(mix(units, generation[:, None])).to(device)
+    marks = mix(units, generation[:, None]).to(device)
     listed = units.reshape(-1).to(device, torch.int32)
     counts = torch.bincount(holder, minlength=len(pool.peers)) * shape.block_tokens
     counts, to = counts.to(device, torch.int32), (slots + pool.leases.first).to(device)

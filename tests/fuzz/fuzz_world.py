@@ -18,7 +18,7 @@ from fuzzing import HOSTILE_FLOATS, HOSTILE_INTS, HOSTILE_TEXTS
 from ranks import run_loopback
 from torch import Tensor
 
-from qroam.kernels import reference
+from qroam.kernels.coverage import coverage, mix, tagged
 from qroam.partition.layout import Layout, mlra, named_layout, uniform_model
 from qroam.runtime import CoverageError, PeerError, Runtime, RuntimeConfig
 from qroam.runtime.cost.predicate import Mode
@@ -26,9 +26,7 @@ from qroam.runtime.cpu.answer import (
     answer_attend,
     answer_select,
     check_columns,
-    tagged,
     take_pushes,
-    to_int32,
 )
 from qroam.runtime.cpu.step import Selection
 from qroam.runtime.transport.base import LoopbackTransport, Purpose, Transport
@@ -330,10 +328,10 @@ def _check_routed(subject: Subject, served: Served, message: Message, form: str)
                 ):
                     ids.append(at)
                     shifts.append(offset)
-        covered = reference.coverage(
+        covered = coverage(
             torch.tensor([ids]), torch.zeros(1, len(ids)), torch.ones(1, len(ids)).bool()
         )
-        want = to_int32(tagged(covered, torch.tensor([item[pair]])))[0]
+        want = tagged(covered, torch.tensor([item[pair]]))[0]
         assert torch.equal(served.answer[f"{form}.covered"][pair], want), "coverage"
         if float(query[pair].abs().max()) > _TRUSTED:
             continue
@@ -375,7 +373,7 @@ def _check_fetched(subject: Subject, served: Served, message: Message) -> None:
             else:
                 assert torch.equal(rows[place], held), "another row"
                 one = torch.tensor([unit + offset])
-                assert int(mark[place]) == int(to_int32(reference.mix(one, one * 0)))
+                assert int(mark[place]) == int(mix(one, one * 0))
 
 
 def _check_select(subject: Subject, served: Served, message: Message) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qroam.kernels import reference
+from qroam.kernels.coverage import coverage, mix
 from qroam.kernels.decide import FETCH, LOCAL, ROUTE
 from qroam.kernels.pool_layout import PoolMap
 
@@ -102,7 +102,7 @@ def planned(
     start = 0
     for rank, (there, index, generation) in enumerate(found):
         asked = holder == rank
-        plan.expected[:, rank] = reference.coverage(ids, generation, asked & there).int()
+        plan.expected[:, rank] = coverage(ids, generation, asked & there)
         if rank == RANK:
             plan.counts[rank] = 0
             plan.local_lengths.copy_(asked.sum(1))
@@ -175,8 +175,8 @@ def due(regions: list[Region], layer: int, plan: Plan) -> tuple[Tensor, Tensor]:
     for region, count in zip(regions, plan.counts.tolist(), strict=True):
         ids = plan.fetch_units[start : start + count]
         there, index, generation = region.find(layer, ids)
-        mixed = torch.where(there, reference.mix(ids, generation), 0)
-        came[start : start + count] = torch.stack([there, mixed], 1).int()
+        mixed = torch.where(there, mix(ids, generation), 0)
+        came[start : start + count] = torch.stack([there.int(), mixed], 1)
         staged[start : start + count][there] = region.rows(layer)[index[there]]
         start += count
     return came, memory
@@ -299,7 +299,7 @@ def test_an_entry_that_is_not_the_expected_one_is_a_fault_of_its_holder(how: str
     for n in range(4):
         asked = plan.fetch_units[plan.place[n][plan.place[n] >= seat].long()]
         there, _, generation = regions[3].find(layer, asked)
-        got = reference.coverage(asked, generation, there).int()
+        got = coverage(asked, generation, there)
         differs = not torch.equal(got, plan.expected[n, 3]) and int(plan.way[n, 3]) == FETCH
         assert int(result.fault[n]) == (4 if differs else 0)
         assert differs >= bool(lists_it[n])
