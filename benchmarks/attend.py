@@ -20,7 +20,7 @@ from gpu import DEVICE, Bench, Variant, as_good_as_eager, host_us
 from torch import Tensor
 
 from qroam.kernels import reference
-from qroam.kernels.attend import Workspace, attend, parts_of
+from qroam.kernels.attend import AttendWorkspace, attend, parts_of
 from qroam.kernels.coverage import coverage
 from qroam.kernels.library import flashinfer, flashmla
 from qroam.partition.codec import make_codec
@@ -138,7 +138,7 @@ def _random_units(case: Case) -> Tensor:
 
 
 def ours(case: Case, inputs: Inputs, stored: Tensor) -> Variant:
-    workspace = Workspace.make(
+    workspace = AttendWorkspace.make(
         rows=case.batch,
         heads=case.heads,
         value_dim=LATENT,

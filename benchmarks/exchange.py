@@ -21,8 +21,9 @@ from gpus import Rank, launch
 from torch import Tensor
 
 from qroam.kernels import reference
-from qroam.kernels.exchange.launch import Accepted, Ends, Merge, Partials, Routes, exchange
+from qroam.kernels.exchange.launch import exchange
 from qroam.kernels.exchange.layout import Wire
+from qroam.kernels.exchange.types import Accepted, Ends, Merge, Partials, Routes
 from qroam.kernels.library.merge import merge
 from qroam.runtime.gpu.symmetric_memory import NvshmemTransport
 

@@ -19,8 +19,8 @@ import torch
 from gpu import DEVICE, Bench, Variant
 from torch import Tensor
 
-from qroam.kernels.decide import FETCH, ROUTE, Mode
-from qroam.kernels.plan import Directory, Plan, Workspace, plan
+from qroam.kernels.decide import FETCH, ROUTE, PlanMode
+from qroam.kernels.plan import BlockTable, Plan, PlanWorkspace, plan
 from qroam.partition.layout import named_layout
 from qroam.runtime import load_profile
 from qroam.runtime.cost import predicate
@@ -36,7 +36,7 @@ _DEFINED_CALLS = 4
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     batch: int
-    mode: Mode = "auto"
+    mode: PlanMode = "auto"
 
     @property
     def name(self) -> str:
@@ -62,15 +62,15 @@ def cost_model() -> CostModel:
 
 
 class Tables(NamedTuple):
-    """What `runtime/cpu/plan.py` reads, and `Directory.of` takes."""
+    """What `runtime/cpu/plan.py` reads, and `BlockTable.of` takes."""
 
     owners: Tensor
     generations: Tensor
     tokens: Tensor
     slot_of: Tensor
 
-    def directory(self) -> Directory:
-        return Directory.of(*self, rank=RANK, block_tokens=BLOCK_TOKENS, num_branches=1)
+    def directory(self) -> BlockTable:
+        return BlockTable.of(*self, rank=RANK, block_tokens=BLOCK_TOKENS, num_branches=1)
 
 
 def tables() -> Tables:
@@ -175,7 +175,7 @@ def main() -> int:
     for case in CASES:
         if not bench.wants(case.name):
             continue
-        workspace = Workspace.make(
+        workspace = PlanWorkspace.make(
             num_items=case.batch,
             num_branches=1,
             num_units=CORPUS,
@@ -188,7 +188,7 @@ def main() -> int:
         ]
 
         def call(
-            units: Tensor, case: Case = case, workspace: Workspace = workspace
+            units: Tensor, case: Case = case, workspace: PlanWorkspace = workspace
         ) -> Callable[[], Plan]:
             out = Plan.make(
                 num_items=case.batch,

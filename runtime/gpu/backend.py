@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ...kernels.coverage import to_int32
-from ...kernels.exchange.launch import Ends
 from ...kernels.exchange.layout import Wire, chunk_of
-from ...kernels.pool_layout import PoolMap
+from ...kernels.exchange.types import Ends
+from ...kernels.pool_layout import PoolLayout
 from ..config import RuntimeConfig
 from ..corpus.collective import said, text
 from ..cost.model import CostModel
@@ -162,7 +162,7 @@ def open_gpu(config: RuntimeConfig, transport: Transport) -> GpuRank:
         )
     device = _agreed_device(transport)
     lease_slots = config.lease_entries // config.block_tokens
-    pool_map = PoolMap(
+    pool_map = PoolLayout(
         layers=len(layouts),
         keys=config.max_ids,
         slots=entry_slots(config, world_size) + lease_slots,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qroam.kernels import reference
-from qroam.kernels.attend import Pairing, Tables, Workspace, attend, parts_of
+from qroam.kernels.attend import AttendWorkspace, Pairing, Tables, attend, parts_of
 from qroam.kernels.coverage import coverage
 from qroam.partition.codec import make_codec
 from qroam.partition.rope import apply_rope, rope_tables
@@ -114,7 +114,7 @@ class Inputs:
         tables = self.tables and Tables(
             self.tables.slot_of.to(on), self.tables.generation.to(on), self.tables.fill.to(on), 64
         )
-        workspace = Workspace.make(
+        workspace = AttendWorkspace.make(
             rows=room,
             heads=case.heads,
             value_dim=case.latent,
@@ -367,7 +367,7 @@ def test_the_door(change: dict[str, object], match: str) -> None:
         "units": torch.zeros(2, 4, dtype=torch.int32),
         "value_dim": 128,
         "scale": 1.0,
-        "workspace": Workspace.make(
+        "workspace": AttendWorkspace.make(
             rows=2, heads=8, value_dim=128, device="cpu", parts=2, dtype=torch.float32
         ),
     }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qroam.kernels.coverage import coverage, mix
 from qroam.kernels.decide import FETCH, LOCAL, ROUTE
-from qroam.kernels.pool_layout import PoolMap
+from qroam.kernels.pool_layout import PoolLayout
 
 pytest.importorskip("triton")
 from qroam.kernels.fetch import compose, fetch
@@ -21,14 +21,14 @@ from qroam.kernels.plan import Plan
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 POISON = torch.iinfo(torch.int32).max
-SMALL = PoolMap(layers=3, keys=21, slots=10, block_tokens=8, entry_bytes=656, staged=200)
+SMALL = PoolLayout(layers=3, keys=21, slots=10, block_tokens=8, entry_bytes=656, staged=200)
 RANK = 0  # who fetches
 
 
 class Region:
     """One rank's memory, random bytes but for its tables, and views of those."""
 
-    def __init__(self, pool: PoolMap, seed: int) -> None:
+    def __init__(self, pool: PoolLayout, seed: int) -> None:
         """A random part of the keys in random slots, filled to random lengths."""
         g = torch.Generator().manual_seed(seed)
         self.pool = pool
@@ -65,7 +65,7 @@ class Region:
         return there, slot * pool.block_tokens + offset, self.generation[slot]
 
 
-def world_of(pool: PoolMap, world: int, seed: int = 0) -> tuple[list[Region], Tensor]:
+def world_of(pool: PoolLayout, world: int, seed: int = 0) -> tuple[list[Region], Tensor]:
     regions = [Region(pool, 100 * seed + rank) for rank in range(world)]
     return regions, torch.tensor([r.memory.data_ptr() for r in regions], device=DEVICE)
 
@@ -182,7 +182,7 @@ def due(regions: list[Region], layer: int, plan: Plan) -> tuple[Tensor, Tensor]:
     return came, memory
 
 
-def check_lists(pool: PoolMap, layer: int, plan: Plan, result: Result) -> None:
+def check_lists(pool: PoolLayout, layer: int, plan: Plan, result: Result) -> None:
     for n, place in enumerate(plan.place.tolist()):
         want = plan.local_units[n, : plan.local_lengths[n]].tolist()
         for seat in filter(lambda seat: seat >= 0, place):
@@ -407,7 +407,7 @@ def test_map_refuses(field: str, value: int, says: str) -> None:
 
 
 @pytest.mark.parametrize("pool", [SMALL, replace(SMALL, keys=1, slots=33, entry_bytes=1152)])
-def test_parts_of_a_region_follow_one_another(pool: PoolMap) -> None:
+def test_parts_of_a_region_follow_one_another(pool: PoolLayout) -> None:
     parts = [
         (pool.slot_of, 4 * pool.keys),
         (pool.generation, 4 * pool.slots),
@@ -425,7 +425,7 @@ def test_parts_of_a_region_follow_one_another(pool: PoolMap) -> None:
     assert pool.num_bytes - pool.entries_of(pool.layers) == pool.staged * pool.entry_bytes
 
 
-BIG = PoolMap(
+BIG = PoolLayout(
     layers=2, keys=8192, slots=2048, block_tokens=64, entry_bytes=1152, staged=64 * 2048
 )  # fmt: skip
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from qroam.kernels import nvrtc
 from qroam.kernels import plan as plan_module
-from qroam.kernels.decide import SOURCE, Mode, PriceTable, decide
-from qroam.kernels.plan import Directory, Plan, Workspace, plan
+from qroam.kernels.decide import SOURCE, PlanMode, PriceTable, decide
+from qroam.kernels.plan import BlockTable, Plan, PlanWorkspace, plan
 from qroam.partition.layout import Form, named_layout
 from qroam.runtime import load_profile
 from qroam.runtime.cost import predicate
@@ -233,8 +233,8 @@ class Drawn(NamedTuple):
     fill: Tensor
 
 
-def directory_of(case: Case, drawn: Drawn) -> Directory:
-    return Directory.of(
+def directory_of(case: Case, drawn: Drawn) -> BlockTable:
+    return BlockTable.of(
         drawn.owners, drawn.generations, drawn.tokens, drawn.slot_of, rank=case.rank,
         block_tokens=case.block_tokens, num_branches=case.branches,
     )  # fmt: skip
@@ -261,7 +261,7 @@ def defined(case: Case, drawn: Drawn) -> definition.Wanted:
 
 class Run(NamedTuple):
     plan: Plan
-    workspace: Workspace
+    workspace: PlanWorkspace
 
 
 def run(
@@ -269,15 +269,15 @@ def run(
     drawn: Drawn,
     prices: PriceTable,
     *,
-    mode: Mode,
+    mode: PlanMode,
     way: Tensor | None = None,
-    workspace: Workspace | None = None,
+    workspace: PlanWorkspace | None = None,
     fill: bool = True,
 ) -> Run:
     items, listed = drawn.units.shape
     num_units = len(drawn.owners) * case.block_tokens // case.unit_tokens
     if workspace is None:
-        workspace = Workspace.make(
+        workspace = PlanWorkspace.make(
             num_items=items, num_branches=case.branches, num_units=num_units,
             world_size=case.world, device=DEVICE,
         )  # fmt: skip
@@ -468,7 +468,7 @@ def test_any_ways(case: Case) -> None:
 
 @pytest.mark.parametrize("case", SPREAD, ids=named)
 @pytest.mark.parametrize("mode", ["given", "auto"])
-def test_items_over_several_blocks(case: Case, mode: Mode) -> None:
+def test_items_over_several_blocks(case: Case, mode: PlanMode) -> None:
     drawn, prices = case.draw(), table_of(load_profile("nvlink4"), world=case.world)
     g = torch.Generator().manual_seed(case.seed + 1)
     ways = torch.tensor([0, 2, 4, 4])[torch.randint(4, (len(drawn.units), case.world), generator=g)]
@@ -549,7 +549,7 @@ def test_a_lost_copy_is_not_asked() -> None:
     i32 = torch.int32
 
     def asked(askable: Tensor | None) -> list[int]:
-        directory = Directory.of(
+        directory = BlockTable.of(
             owners, torch.zeros(4, dtype=i32), torch.ones(4, dtype=i32), torch.zeros(0, dtype=i32),
             rank=0, block_tokens=1, num_branches=1, askable=askable,
         )  # fmt: skip
@@ -630,7 +630,9 @@ BIG = [
 @needs_gpu
 @pytest.mark.parametrize("mode", ["auto", "always-route", "always-fetch", "given"])
 @pytest.mark.parametrize("case", BIG, ids=named)
-def test_full_size_in_one_launch(case: Case, mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_size_in_one_launch(
+    case: Case, mode: PlanMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn, launched, launch = case.draw(), [], nvrtc.launch
 
     def counted(source: Path, kernel: str, *arguments: object, **options: object) -> None:
@@ -655,7 +657,7 @@ def test_replays_of_a_graph_plan_new_selections() -> None:
     prices = table_of(load_profile("nvlink4"), world=case.world)
     tables = Drawn(*(tensor.to(DEVICE) for tensor in drawn[0]))
     directory = directory_of(case, tables)
-    workspace = Workspace.make(
+    workspace = PlanWorkspace.make(
         num_items=case.queries, num_branches=1, world_size=case.world, device=DEVICE,
         num_units=len(tables.owners) * case.block_tokens,
     )  # fmt: skip
