@@ -12,7 +12,8 @@ from qroam.kernels.exchange.layout import Wire, chunk_of
 from qroam.kernels.plan import BlockTable
 from qroam.kernels.pool_layout import PoolLayout
 from qroam.partition.codec import make_codec
-from qroam.partition.layout import Form, Layout, named_layout
+from qroam.partition.layout import Form, Layout
+from qroam.partition.presets import named_layout
 from qroam.runtime import load_profile
 from qroam.runtime.cost.model import CostModel, LayerFacts
 from qroam.runtime.cost.prices import prices_of

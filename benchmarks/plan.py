@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qroam.kernels.decide import FETCH, ROUTE, PlanMode
 from qroam.kernels.plan import BlockTable, Plan, PlanWorkspace, plan
-from qroam.partition.layout import named_layout
+from qroam.partition.presets import named_layout
 from qroam.runtime import load_profile
 from qroam.runtime.cost import predicate
 from qroam.runtime.cost.model import CostModel, LayerFacts

@@ -33,7 +33,7 @@ import torch.distributed as dist
 from embed_in_engine import LAYOUT, Model, Plain, Sharded, as_tokens
 from torch import Tensor
 
-from qroam.partition.layout import uniform_model
+from qroam.partition import uniform_model
 from qroam.runtime import Request, Runtime, RuntimeConfig
 
 B = 64

@@ -19,16 +19,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qroam.partition.codec import make_codec
-from qroam.partition.layout import (
+from qroam.partition import (
     LAYOUT_NAMES,
+    PLACEMENT_POLICIES,
     Form,
     Layout,
+    Placement,
+    make_codec,
     named_layout,
     uniform_model,
     with_codec,
 )
-from qroam.partition.placement import POLICIES, Placement
 from qroam.runtime import Runtime, RuntimeConfig
 from qroam.runtime.cost.predicate import MODES
 
@@ -156,7 +157,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--codec", choices=DTYPES, help="the layout's own by default")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--mode", choices=MODES, default="auto")
-    parser.add_argument("--placement", choices=POLICIES, default="block-cyclic")
+    parser.add_argument("--placement", choices=PLACEMENT_POLICIES, default="block-cyclic")
     parser.add_argument("--copies", type=int, default=1, help="of every block, on as many ranks")
     parser.add_argument("--tokens", type=int, default=500, help="of the corpus")
     parser.add_argument("--queries", type=int, default=8, help="of each rank")

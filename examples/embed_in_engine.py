@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from qroam.partition.layout import IndexLayout, mla, uniform_model
+from qroam.partition import IndexLayout, mla, uniform_model
 from qroam.runtime import Request, Runtime, RuntimeConfig
 
 VOCAB, HIDDEN, HEADS, LATENT, ROPE, NOPE, VALUE = 256, 64, 4, 32, 8, 16, 16

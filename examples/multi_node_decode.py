@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qroam.partition.placement import Placement
+from qroam.partition import Placement
 from qroam.runtime import Runtime, RuntimeConfig
 from qroam.runtime.adapters.hf import HFEngine, model_layout
 from qroam.runtime.cost.predicate import MODES

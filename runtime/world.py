@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..partition.codec import Codec, make_codec
 from ..partition.directory import Directory, empty_directory
+from ..partition.eviction import Usage
 from ..partition.layout import Form, Layout
-from ..partition.pool import BlockStore
-from ..partition.snapshot.format import KINDS, Kind
+from ..partition.pool import KINDS, BlockStore, Kind
 from ..partition.snapshot.record import BlockHashes
 from .config import RuntimeConfig
 from .cost.model import LayerFacts
@@ -30,7 +30,6 @@ from .observe.profiling import named_range
 from .transport.base import Column, LoopbackTransport, Sent, Transport
 from .transport.gloo import TorchTransport
 from .transport.messages import Header
-from .usage import Usage
 
 if TYPE_CHECKING:
     from .gpu.backend import GpuRank

@@ -19,7 +19,8 @@ from ranks import run_loopback
 from torch import Tensor
 
 from qroam.kernels.coverage import coverage, mix, tagged
-from qroam.partition.layout import Layout, mlra, named_layout, uniform_model
+from qroam.partition.layout import Layout
+from qroam.partition.presets import mlra, named_layout, uniform_model
 from qroam.runtime import CoverageError, PeerError, Runtime, RuntimeConfig
 from qroam.runtime.cost.predicate import Mode
 from qroam.runtime.cpu.answer import (

@@ -23,7 +23,8 @@ from qroam.kernels.exchange.types import Ends
 from qroam.kernels.plan import BlockTable
 from qroam.kernels.pool_layout import PoolLayout
 from qroam.partition.codec import make_codec
-from qroam.partition.layout import Form, named_layout, with_codec
+from qroam.partition.layout import Form
+from qroam.partition.presets import named_layout, with_codec
 from qroam.runtime.cost.model import CostModel, LayerFacts
 from qroam.runtime.cost.prices import prices_of
 from qroam.runtime.cost.profile import load_profile

@@ -18,7 +18,8 @@ from qroam.kernels import nvrtc
 from qroam.kernels import plan as plan_module
 from qroam.kernels.decide import SOURCE, PlanMode, PriceTable, decide
 from qroam.kernels.plan import BlockTable, Plan, PlanWorkspace, plan
-from qroam.partition.layout import Form, named_layout
+from qroam.partition.layout import Form
+from qroam.partition.presets import named_layout
 from qroam.runtime import load_profile
 from qroam.runtime.cost import predicate
 from qroam.runtime.cost.model import CostModel, LayerFacts

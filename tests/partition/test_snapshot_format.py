@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from qroam.partition.codec import make_codec
-from qroam.partition.pool import BlockStore
+from qroam.partition.pool import KINDS, BlockStore, Kind
 from qroam.partition.snapshot.folder import (
     FolderLock,
     RecordReader,
@@ -28,8 +28,6 @@ from qroam.partition.snapshot.folder import (
     write_manifest,
 )
 from qroam.partition.snapshot.format import (
-    KINDS,
-    Kind,
     LayerForm,
     Manifest,
     SavedDocument,

@@ -26,8 +26,8 @@ from test_service import ServedPlayer, Small, serving, small, small_config, unti
 from test_service_faults import Fault, strike
 from torch import Tensor
 
-from qroam.partition.layout import named_layout, uniform_model
 from qroam.partition.placement import Placement
+from qroam.partition.presets import named_layout, uniform_model
 from qroam.runtime import BlocksLostError, PeerError, Runtime
 from qroam.runtime.cpu.plan import chosen_copy, replaceable
 from qroam.runtime.service import server as service

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qroam.partition.layout import Form, mla, named_layout
+from qroam.partition.layout import Form
+from qroam.partition.presets import mla, named_layout
 from qroam.runtime.cost.model import (
     COVERAGE_BYTES,
     HEADER_BYTES,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from qroam.partition.layout import named_layout
+from qroam.partition.presets import named_layout
 from qroam.runtime.cost.model import LayerFacts
 from qroam.runtime.cost.predicate import Demand, Way, decide
 from qroam.runtime.cost.profile import load_profile

@@ -36,9 +36,10 @@ from torch import Tensor
 from qroam.kernels import attend as kernel
 from qroam.kernels import plan as kernel_plan
 from qroam.partition.directory import empty_directory, with_document
-from qroam.partition.layout import Layout, ModelLayout, mlra, named_layout, with_codec
+from qroam.partition.layout import Layout, ModelLayout
 from qroam.partition.placement import Placement
 from qroam.partition.pool import BlockStore
+from qroam.partition.presets import mlra, named_layout, with_codec
 from qroam.runtime import (
     CoverageError,
     LoopbackTransport,

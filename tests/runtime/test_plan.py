@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qroam.kernels import reference
 from qroam.kernels.coverage import mix
-from qroam.partition.layout import named_layout, uniform_model
+from qroam.partition.presets import named_layout, uniform_model
 from qroam.runtime import Runtime, RuntimeConfig, load_profile
 from qroam.runtime.cost.model import LayerFacts
 from qroam.runtime.cost.predicate import Mode, Way, decide

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qroam.partition.layout import named_layout
+from qroam.partition.presets import named_layout
 from qroam.runtime.cost.model import LayerFacts
 from qroam.runtime.cost.predicate import Mode, Way, decide, predict_step
 from qroam.runtime.cost.profile import FabricProfile, load_profile

@@ -18,8 +18,8 @@ from ranks import RankPool, run_loopback
 from snapshots import restore, save
 from test_untrusted import on, spoiling
 
-from qroam.partition.layout import mla, uniform_model
 from qroam.partition.placement import Placement
+from qroam.partition.presets import mla, uniform_model
 from qroam.partition.snapshot import folder as folder_module
 from qroam.partition.snapshot.folder import read_manifest
 from qroam.partition.snapshot.record import take_records

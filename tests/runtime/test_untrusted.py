@@ -9,7 +9,7 @@ import torch
 from ranks import run_loopback
 from torch import Tensor
 
-from qroam.partition.layout import named_layout, uniform_model
+from qroam.partition.presets import named_layout, uniform_model
 from qroam.runtime import PeerError, Runtime, RuntimeConfig
 from qroam.runtime.transport.base import LoopbackTransport, Transport
 from qroam.runtime.transport.messages import Header

@@ -30,11 +30,9 @@ from qroam.partition.layout import (
     Rope,
     Stream,
     Yarn,
-    mla,
-    mlra,
-    uniform_model,
 )
 from qroam.partition.placement import Placement, Policy
+from qroam.partition.presets import mla, mlra, uniform_model
 from qroam.runtime.config import IndexPlacement, RuntimeConfig
 from qroam.runtime.cost.predicate import Mode
 from qroam.runtime.cost.profile import PROFILE_NAMES, load_profile

@@ -26,8 +26,9 @@ from qroam.kernels.fetch import fetch
 from qroam.kernels.plan import Plan
 from qroam.kernels.pool_layout import PoolLayout
 from qroam.partition.directory import Directory, empty_directory, with_document
-from qroam.partition.layout import IndexLayout, Layout, mla, uniform_model
+from qroam.partition.layout import IndexLayout, Layout
 from qroam.partition.pool import BlockStore
+from qroam.partition.presets import mla, uniform_model
 from qroam.runtime import Runtime, RuntimeConfig
 from qroam.runtime.cost.predicate import Mode
 from qroam.runtime.gpu import backend as gpu_rank

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import RankPool, RanksFailedError, run_loopback
 
-from qroam.partition.placement import POLICIES
+from qroam.partition.placement import PLACEMENT_POLICIES
 from qroam.runtime.cost.predicate import MODES
 from qroam.runtime.runtime import Runtime
 from qroam.runtime.transport.base import LoopbackTransport, Transport
@@ -56,7 +56,7 @@ def cases(draw: st.DrawFn, worlds: tuple[int, ...]) -> Case:
         documents=documents,
         prefilled=draw(st.integers(0, len(documents))),
         chunk=draw(st.integers(11, 30)),
-        policy=draw(st.sampled_from(POLICIES)),
+        policy=draw(st.sampled_from(PLACEMENT_POLICIES)),
         run=draw(st.integers(1, 3)),
         copies=draw(st.integers(1, min(world, 3))),
         index_placement=draw(st.sampled_from(("with-blocks", "replicated"))),
