@@ -19,8 +19,9 @@ import torch
 from gpu import DEVICE, Bench, Variant, as_good_as_eager, host_us
 from torch import Tensor
 
-from qroam.kernels import coverage, reference
-from qroam.kernels.attend import Workspace, attend, parts_of
+from qroam.kernels import reference
+from qroam.kernels.attend import AttendWorkspace, attend, parts_of
+from qroam.kernels.coverage import coverage
 from qroam.kernels.library import flashinfer, flashmla
 from qroam.partition.codec import make_codec
 
@@ -100,8 +101,8 @@ class Inputs:
                     self._check_row(self.queries[call][row], stored, ids, out[row], natural, empty)
                     if covered:
                         zeros = torch.zeros_like(ids)
-                        want = coverage.coverage(ids, zeros, torch.ones_like(ids, dtype=torch.bool))
-                        found = covered[0][row].long() & 0xFFFFFFFF
+                        want = coverage(ids, zeros, torch.ones_like(ids, dtype=torch.bool))
+                        found = covered[0][row]
                         assert torch.equal(found, want), f"row {row}: covered {found}, not {want}"
 
         return check
@@ -137,7 +138,7 @@ def _random_units(case: Case) -> Tensor:
 
 
 def ours(case: Case, inputs: Inputs, stored: Tensor) -> Variant:
-    workspace = Workspace.make(
+    workspace = AttendWorkspace.make(
         rows=case.batch,
         heads=case.heads,
         value_dim=LATENT,

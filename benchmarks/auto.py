@@ -21,13 +21,13 @@ from gpus import Rank, launch
 from torch import Tensor
 
 from qroam.kernels import reference
-from qroam.kernels.decide import FETCH, ROUTE, Mode
+from qroam.kernels.decide import FETCH, ROUTE, PlanMode
 from qroam.runtime.gpu.step import GpuStep
 from qroam.runtime.gpu.symmetric_memory import SymmetricMemory
 
 QUERIES = (1, 4, 8, 16, 64)
 UNITS = (32, 128, 512, 1024, 2048)
-MODES: tuple[Mode, ...] = ("auto", "always-route", "always-fetch")
+MODES: tuple[PlanMode, ...] = ("auto", "always-route", "always-fetch")
 
 
 def checked(
@@ -54,7 +54,7 @@ def checked(
     return check
 
 
-def run(step: GpuStep, mode: Mode) -> tuple[Tensor, Tensor]:
+def run(step: GpuStep, mode: PlanMode) -> tuple[Tensor, Tensor]:
     step.run(0, mode)
     return step.out, step.fault
 

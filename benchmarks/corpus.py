@@ -9,10 +9,11 @@ from torch import Tensor
 from qroam.kernels.codec import encode_latent
 from qroam.kernels.decide import PriceTable
 from qroam.kernels.exchange.layout import Wire, chunk_of
-from qroam.kernels.plan import Directory
-from qroam.kernels.pool_layout import PoolMap
+from qroam.kernels.plan import BlockTable
+from qroam.kernels.pool_layout import PoolLayout
 from qroam.partition.codec import make_codec
-from qroam.partition.layout import Form, Layout, named_layout
+from qroam.partition.layout import Form, Layout
+from qroam.partition.presets import named_layout
 from qroam.runtime import load_profile
 from qroam.runtime.cost.model import CostModel, LayerFacts
 from qroam.runtime.cost.prices import prices_of
@@ -35,10 +36,10 @@ def wire_of(rows: int, units: int, *, form: Form = "A") -> Wire:
     )  # fmt: skip
 
 
-def map_of(*, entry_bytes: int, staged: int) -> PoolMap:
+def map_of(*, entry_bytes: int, staged: int) -> PoolLayout:
     """One layer of it, of which each rank has half."""
     blocks = ENTRIES // BLOCK
-    return PoolMap(
+    return PoolLayout(
         layers=1, keys=blocks, slots=blocks // 2, block_tokens=BLOCK, entry_bytes=entry_bytes,
         staged=staged,
     )  # fmt: skip
@@ -55,7 +56,7 @@ class Corpus:
     """All entries of one seed, of which each rank's pool has half; blocks in order."""
 
     def __init__(
-        self, here: Rank, memory: Tensor, peers: Tensor, shape: PoolMap, *, codec: str = "bf16"
+        self, here: Rank, memory: Tensor, peers: Tensor, shape: PoolLayout, *, codec: str = "bf16"
     ) -> None:
         generator = torch.Generator(here.device).manual_seed(7)  # the same on both ranks
         self.entries = torch.randn(
@@ -76,7 +77,7 @@ class Corpus:
         zeros = torch.zeros(blocks, dtype=torch.int32)
         self.pool.slot_of.copy_(slots)
         self.pool.fill.fill_(BLOCK)
-        directory = Directory.of(
+        directory = BlockTable.of(
             owners[:, None], zeros, torch.full_like(zeros, BLOCK), slots, rank=here.rank,
             block_tokens=BLOCK, num_branches=1,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Exchange of routed queries and answers between two GPUs (`kernels/exchange/launch.py`) against NCCL.
+"""Exchange of routed queries and their answers between two GPUs (`kernels/exchange/`) against NCCL.
 
 B queries a rank, 128 heads, bf16, payload form A, all asked of the other rank with 1024 units each;
 partials are given, the merge with the own partial is included. `one kernel` has all four roles in
@@ -21,8 +21,9 @@ from gpus import Rank, launch
 from torch import Tensor
 
 from qroam.kernels import reference
-from qroam.kernels.exchange.launch import Accepted, Ends, Merge, Partials, Routes, exchange
+from qroam.kernels.exchange.launch import exchange
 from qroam.kernels.exchange.layout import Wire
+from qroam.kernels.exchange.types import Accepted, Ends, Merge, Partials, Routes
 from qroam.kernels.library.merge import merge
 from qroam.runtime.gpu.symmetric_memory import SymmetricMemory
 

@@ -19,10 +19,10 @@ import triton.language as tl
 from gpu import timing_of
 from gpus import Rank, launch
 
-from qroam.kernels.exchange.launch import Ends
 from qroam.kernels.exchange.layout import Wire
 from qroam.kernels.exchange.nvshmem_put import put_and_signal
 from qroam.kernels.exchange.signals import publish, stamp_of, wait_for
+from qroam.kernels.exchange.types import Ends
 from qroam.runtime.gpu.symmetric_memory import SymmetricMemory
 
 CASES = ((64, 1), (1024, 1), (16384, 1), (147456, 1), (147456, 8))  # bytes, CTAs that store them

@@ -23,7 +23,8 @@ import torch
 from record import commit, cpu, record
 from torch import Tensor
 
-from qroam.partition.layout import Layout, mla, uniform_model
+from qroam.partition.layout import Layout
+from qroam.partition.presets import mla, uniform_model
 from qroam.runtime import LoopbackTransport, Runtime, RuntimeConfig
 
 RANKS, QUERIES, UNITS, HEADS, TOKENS = 4, 8, 256, 16, 4096

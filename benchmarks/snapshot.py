@@ -34,7 +34,7 @@ from record import commit, cpu, record
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qroam.partition.layout import mla, uniform_model
+from qroam.partition.presets import mla, uniform_model
 from qroam.runtime import LoopbackTransport, Runtime, RuntimeConfig
 
 COLUMNS, BLOCK_TOKENS = 576, 64

@@ -27,8 +27,8 @@ from gpus import Rank, launch
 from torch import Tensor
 
 from qroam.kernels import reference
-from qroam.kernels.attend import Workspace, attend, parts_of
-from qroam.kernels.decide import Mode
+from qroam.kernels.attend import AttendWorkspace, attend, parts_of
+from qroam.kernels.decide import PlanMode
 from qroam.kernels.library.merge import merge
 from qroam.partition.layout import Form
 from qroam.runtime.gpu.payload import absorb, project
@@ -64,12 +64,12 @@ class Call:
         )
         self.covered = torch.zeros(2, batch, 2, dtype=torch.int32, device=device)
         self.arrived, self.arrived_units = torch.empty_like(self.query), torch.empty_like(remote)
-        self.workspace = Workspace.make(
+        self.workspace = AttendWorkspace.make(
             rows=batch, heads=HEADS, value_dim=VALUE, parts=parts_of(HEADS, device), device=device
         )
         step.decide(0, "always-route")
 
-    def qroam(self, mode: Mode) -> tuple[Tensor, Tensor, Tensor]:
+    def qroam(self, mode: PlanMode) -> tuple[Tensor, Tensor, Tensor]:
         self.step.run(0, mode)
         return self.out, self.lse, self.step.fault
 

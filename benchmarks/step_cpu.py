@@ -24,7 +24,8 @@ from record import commit, cpu, record
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from qroam.partition.layout import Layout, mla, uniform_model
+from qroam.partition.layout import Layout
+from qroam.partition.presets import mla, uniform_model
 from qroam.runtime import Runtime, RuntimeConfig
 
 QUERIES, UNITS, HEADS, TOKENS = 64, 512, 16, 16384

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qroam.partition import (
     LAYOUT_NAMES,
-    POLICIES,
+    PLACEMENT_POLICIES,
     Form,
     Layout,
     Placement,
@@ -160,7 +160,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--codec", choices=DTYPES, help="the layout's own by default")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--mode", choices=MODES, default="auto")
-    parser.add_argument("--placement", choices=POLICIES, default="block-cyclic")
+    parser.add_argument("--placement", choices=PLACEMENT_POLICIES, default="block-cyclic")
     parser.add_argument("--copies", type=int, default=1, help="of every block, on as many ranks")
     parser.add_argument("--tokens", type=int, default=500, help="of the corpus")
     parser.add_argument("--queries", type=int, default=8, help="of each rank")

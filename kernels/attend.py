@@ -24,15 +24,19 @@ from torch import Tensor
 
 from . import attend_sm90
 from .checks import check_ids, check_tensor
+from .limits import (
+    FP8_LATENT,
+    FP8_ROPE,
+    FP8_ROW_BYTES,
+    LATENTS,
+    MAX_ATTEND_ROWS,
+    MAX_HEADS,
+    ROPES,
+)
 from .mix import mix_of
 
 TILE = 64
-FP8_ROW_BYTES = 656
-FP8_LATENT = 512
 Pairing = Literal["interleaved", "half"]
-MAX_ROWS = 16384
-_LATENTS = (128, 256, 512)
-_ROPES = (0, 64)
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = 1.4426950408889634
 
@@ -50,7 +54,7 @@ class Tables(NamedTuple):
     block_tokens: int
 
 
-class Workspace(NamedTuple):
+class AttendWorkspace(NamedTuple):
     """What the kernels leave for one another: made once, for one launch at a time.
 
     out (parts, 2, H, C) of the query's dtype, lse (parts, 2, H) fp32 and covered (parts, 2, 2)
@@ -72,9 +76,9 @@ class Workspace(NamedTuple):
         parts: int,
         device: torch.device | str,
         dtype: torch.dtype = torch.bfloat16,
-    ) -> Workspace:
+    ) -> AttendWorkspace:
         """For up to `rows` rows of queries of `dtype`; `parts_of` fills a device."""
-        return Workspace(
+        return AttendWorkspace(
             out=torch.empty(parts, 2, heads, value_dim, dtype=dtype, device=device),
             lse=torch.empty(parts, 2, heads, device=device),
             covered=torch.empty(parts, 2, 2, dtype=torch.int32, device=device),
@@ -98,7 +102,7 @@ def attend(
     *,
     value_dim: int,
     scale: float,
-    workspace: Workspace,
+    workspace: AttendWorkspace,
     unit_tokens: int = 1,
     lengths: Tensor | None = None,
     num_rows: Tensor | None = None,
@@ -112,7 +116,7 @@ def attend(
     combined: bool = True,
     checked: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of each row over its own listed units; `reference.attend` and `coverage` define it.
+    """Attention of each row over its own listed units: `reference.attend`, and `coverage.coverage`.
 
     Args:
         query: (N, H, C + R), bf16 (fp16 or fp32 on the portable kernel), rope applied.
@@ -473,7 +477,7 @@ def _check(
     units: Tensor,
     value_dim: int,
     unit_tokens: int,
-    workspace: Workspace,
+    workspace: AttendWorkspace,
 ) -> tuple[int, int, int, bool]:
     """Rows, heads, rope columns and whether the entries are fp8, or a ValueError."""
     check_tensor(query, "query", (None, None, None), None, query.device)
@@ -482,23 +486,24 @@ def _check(
     rows, listed = units.shape
     if query.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"query must be bfloat16, float16 or float32, got {query.dtype}")
-    if value_dim not in _LATENTS or dim - value_dim not in _ROPES or not 1 <= heads <= 128:
+    if value_dim not in LATENTS or dim - value_dim not in ROPES or not 1 <= heads <= MAX_HEADS:
         raise ValueError(
-            f"needs 1 to 128 heads, {_LATENTS} value columns and {_ROPES} rope columns, "
+            f"needs 1 to {MAX_HEADS} heads, {LATENTS} value columns and {ROPES} rope columns, "
             f"got {heads}, {value_dim} and {dim - value_dim}"
         )
     if not 1 <= unit_tokens <= TILE or unit_tokens & (unit_tokens - 1):
         raise ValueError(f"unit_tokens must be a power of two up to {TILE}, got {unit_tokens}")
-    if listed < 1 or rows > MAX_ROWS or rows * (listed * unit_tokens + TILE) >= 2**31:
+    if listed < 1 or rows > MAX_ATTEND_ROWS or rows * (listed * unit_tokens + TILE) >= 2**31:
         raise ValueError(
-            f"units must be (at most {MAX_ROWS}, at least 1) of below 2**31 entries, "
+            f"units must be (at most {MAX_ATTEND_ROWS}, at least 1) of below 2**31 entries, "
             f"got {tuple(units.shape)} of {unit_tokens}"
         )
     is_fp8 = entries.dtype == torch.uint8
     if is_fp8:
-        if value_dim != FP8_LATENT or dim - value_dim != 64:
+        if value_dim != FP8_LATENT or dim - value_dim != FP8_ROPE:
             raise ValueError(
-                f"fp8 rows need 512 value and 64 rope columns, got {value_dim} and {dim - value_dim}"
+                f"fp8 rows need {FP8_LATENT} value and {FP8_ROPE} rope columns, "
+                f"got {value_dim} and {dim - value_dim}"
             )
         check_tensor(entries, "entries", (None, FP8_ROW_BYTES), torch.uint8, query.device)
     else:

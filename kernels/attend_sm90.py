@@ -38,7 +38,7 @@ def _num_tiles(units, U: gl.constexpr, TILE: gl.constexpr):
 
 @gluon.jit
 def _mix(ids, generations):
-    """`coverage.mix`."""
+    """uint32 of each (stored id, generation); `coverage.mix` (coverage.py) defines it."""
     x = ids.to(gl.uint32) * 0x9E3779B1 + generations.to(gl.uint32) * 0x85EBCA77 + 0x165667B1
     x = (x ^ (x >> 15)) * 0x2C1B3C6D
     x = (x ^ (x >> 12)) * 0x297A2D39

@@ -1,11 +1,12 @@
-"""Coverage: which entries went into a partial, as a number and a hash that sender and receiver compare.
+"""Coverage in plain torch: which entries went into a partial, as an entry count and a hash.
 
-A merge by log-sum-exp cannot see an entry that is absent, doubled or stale. So of every answered
-(query, branch) the holder tells the number of entries that it read and a 32-bit hash of their ids and
-generations, and the requester knows both from its plan. `mix.py`, `attend_sm90.py` and `device.cuh` have
-the same hash for kernels.
+After a merge an absent, doubled or stale holder can no longer be seen. So every partial comes with
+`covered` (2,) int32: the number of its entries, and the sum of their hashes modulo 2**32. Who asked
+knows both from its plan, and compares them.
 
-Letters: E entries, P answered pairs.
+This file is the definition for all of them. Triton's copy of the hash is `mix.py`, Gluon's is in
+`attend_sm90.py`, CUDA's in `plan.cu`. Everything here is int32, as in messages and in kernels: hashes
+and sums are the int32 of the same 32 bits.
 """
 
 from __future__ import annotations
@@ -15,28 +16,33 @@ from torch import Tensor
 
 
 def mix(stored_ids: Tensor, generations: Tensor) -> Tensor:
-    """A 32-bit hash of (stored id, generation) per entry, int64 in [0, 2**32)."""
+    """A 32-bit hash of each (stored id, generation): int32, of the shape that both broadcast to."""
     x = (stored_ids.long() * 0x9E3779B1 + generations.long() * 0x85EBCA77 + 0x165667B1) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
     x = ((x ^ (x >> 12)) * 0x297A2D39) & 0xFFFFFFFF
-    return x ^ (x >> 15)
+    return to_int32(x ^ (x >> 15))
 
 
 def coverage(stored_ids: Tensor, generations: Tensor, valid: Tensor) -> Tensor:
-    """`covered` of each row, (..., 2) int64: the number of valid entries and their summed `mix`.
+    """`covered` of each row, (..., 2) int32: the number of valid entries and the sum of their `mix`.
 
-    Args: stored_ids, generations, valid: (..., E). The sum is modulo 2**32.
+    Args: stored_ids, generations, valid: (..., E).
     """
-    mixed = torch.where(valid, mix(stored_ids, generations), 0).sum(-1) & 0xFFFFFFFF
-    return torch.stack((valid.sum(-1), mixed), dim=-1)
+    mixed = torch.where(valid, mix(stored_ids, generations), 0)
+    return to_int32(torch.stack((valid.sum(-1), mixed.sum(-1)), dim=-1))
 
 
 def tagged(covered: Tensor, item: Tensor) -> Tensor:
-    """Coverage (P, 2) bound to the item it answers, so that swapped answers differ."""
+    """Coverage (P, 2) int32 bound to the item (P,) that it answers, so that swapped answers differ."""
     tag = mix(item, torch.zeros_like(item))
-    return torch.stack((covered[:, 0], (covered[:, 1] + tag) & 0xFFFFFFFF), dim=1)
+    return torch.stack((covered[:, 0], to_int32(covered[:, 1].long() + tag)), dim=1)
 
 
-def to_int32(unsigned: Tensor) -> Tensor:
-    """Values in [0, 2**32) as the int32 with the same bits."""
-    return ((unsigned + 2**31) % 2**32 - 2**31).to(torch.int32)
+def differs(found: Tensor, expected: Tensor) -> Tensor:
+    """Whether coverage (..., 2), or an entry's hashes (..., n), are not as expected: (...,) bool."""
+    return (found != expected).any(-1)
+
+
+def to_int32(numbers: Tensor) -> Tensor:
+    """The int32 of the low 32 bits of each int64: sums and hashes modulo 2**32."""
+    return ((numbers + 2**31) % 2**32 - 2**31).to(torch.int32)

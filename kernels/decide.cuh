@@ -34,7 +34,7 @@ struct alignas(16) Demand {
     double fair;       // each unit divided by the number of queries that list it
 };
 
-struct Step {
+struct StepArgs {
     const int *units, *hidden;
     const int4* records;
     const int* fill;
@@ -101,7 +101,7 @@ __forceinline__ bool prefers_route(
 // For each form, what the items of each holder ask that would rather be routed. A warp takes 32 items
 // of a holder.
 template <class F>
-__forceinline__ void prefer(const Step& s, const double* p, Column* columns) {
+__forceinline__ void prefer(const StepArgs& s, const double* p, Column* columns) {
     const int groups = (s.N + 31) / 32;
 #pragma unroll 1
     for (int task = warp(); task < F::W * F::FORMS * groups; task += F::WARPS) {
@@ -131,7 +131,7 @@ __forceinline__ void prefer(const Step& s, const double* p, Column* columns) {
 
 // A holder's choice: the cheapest of fetch all, route all, and the marginal mixes.
 template <class F>
-__forceinline__ void choose(const Step& s, const double* p, int holder, Column& c) {
+__forceinline__ void choose(const StepArgs& s, const double* p, int holder, Column& c) {
     double wait_s = s.wait_s ? s.wait_s[holder] : 0.0;
     double fetch = fetch_s(p, 0, c.items, c.listed, c.unique < c.listed ? c.unique : c.listed);
     int choice = FETCH, mixed = 0, home = s.first_way;
@@ -159,7 +159,7 @@ __forceinline__ void choose(const Step& s, const double* p, int holder, Column& 
 
 template <class F>
 __forceinline__ int way_of(
-    const Step& s, const double* p, const Column& c, int n, int holder, const Demand& d
+    const StepArgs& s, const double* p, const Column& c, int n, int holder, const Demand& d
 ) {
     if (d.units == 0) return NOTHING;
     if (holder == s.rank) return LOCAL;
@@ -174,7 +174,7 @@ __forceinline__ int way_of(
 
 // What is asked of every holder, and the row of prices for so many of them.
 template <class F>
-__forceinline__ const double* ask(const Step& s, Column* columns, const int* unique_units) {
+__forceinline__ const double* ask(const StepArgs& s, Column* columns, const int* unique_units) {
 #pragma unroll 1
     for (int h = warp(); h < F::W; h += F::WARPS) {
         int items = 0, listed = 0, unique = 0;
@@ -199,7 +199,7 @@ __forceinline__ const double* ask(const Step& s, Column* columns, const int* uni
 
 // Choose for every holder; the row of prices that this takes.
 template <class F>
-__forceinline__ const double* choose_all(const Step& s, Column* columns, const int* unique_units) {
+__forceinline__ const double* choose_all(const StepArgs& s, Column* columns, const int* unique_units) {
     const double* p = ask<F>(s, columns, unique_units);
     if (F::MODE == AUTO) prefer<F>(s, p, columns);
     if (int h = threadIdx.x; F::MODE != GIVEN && h < F::W && h != s.rank) choose<F>(s, p, h, columns[h]);
@@ -211,7 +211,7 @@ __forceinline__ const double* choose_all(const Step& s, Column* columns, const i
 // one. `flags` tells whether anything is fetched, and whether of some holder by some items only.
 template <class F>
 __forceinline__ void decide_columns(
-    const Step& s, int item, Column* columns, u32* fetchers, u32* flags
+    const StepArgs& s, int item, Column* columns, u32* fetchers, u32* flags
 ) {
     const double* p = choose_all<F>(s, columns, nullptr);
     const int groups = (s.N + 31) / 32;
@@ -253,7 +253,7 @@ __forceinline__ void decide_columns(
 
 // What is fetched of every holder, where its items had to agree on who fetches what.
 template <class F>
-__forceinline__ void count_fetched(const Step& s, int item, Column* columns) {
+__forceinline__ void count_fetched(const StepArgs& s, int item, Column* columns) {
 #pragma unroll 1
     for (int h = warp(); h < F::W; h += F::WARPS) {
         int fetched = 0, before = 0;

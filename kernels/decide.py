@@ -17,12 +17,11 @@ from torch import Tensor
 
 from . import nvrtc
 from .checks import check_tensor
+from .limits import MAX_ITEMS, MAX_PLAN_RANKS
 
-Mode = Literal["auto", "always-route", "always-fetch", "given"]
-MODES: tuple[Mode, ...] = get_args(Mode)
+PlanMode = Literal["auto", "always-route", "always-fetch", "given"]
+PLAN_MODES: tuple[PlanMode, ...] = get_args(PlanMode)
 LOCAL, ROUTE, FETCH = 1, 2, 4  # ROUTE + 1: form B
-MAX_ITEMS = 1024
-MAX_WORLD = 256
 SOURCE = Path(__file__).with_name("plan.cu")
 COLUMN_BYTES = 8 * 21  # of plan.cu's Column
 _PRICES = 16
@@ -57,8 +56,8 @@ _TENSORS = (
 _NUMBERS = (*("rank", "num_items", "num_listed", "num_keys", "first_way"),)
 
 
-class Step(ctypes.Structure):
-    """plan.cu's Step."""
+class StepArgs(ctypes.Structure):
+    """plan.cu's StepArgs."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _TENSORS),
@@ -66,10 +65,10 @@ class Step(ctypes.Structure):
     )
 
 
-def step_of(tensors: dict[str, Tensor | None], prices: PriceTable, **numbers: int) -> Step:
-    """`Step` of these tensors; those that are not named are not read."""
+def step_of(tensors: dict[str, Tensor | None], prices: PriceTable, **numbers: int) -> StepArgs:
+    """`StepArgs` of these tensors; those that are not named are not read."""
     pointers = {name: 0 if t is None else t.data_ptr() for name, t in tensors.items()}
-    return Step(
+    return StepArgs(
         **pointers,
         **numbers,
         prices=prices.numbers.data_ptr(),
@@ -90,12 +89,12 @@ class Fixed:
     world_size: int
     words: int = 1
     num_forms: int
-    mode: Mode
+    mode: PlanMode
     stages: int = 0
     together: int = 0
 
     def name(self, kernel: str) -> str:
-        values = [MODES.index(v) if isinstance(v, str) else v for v in astuple(self)]
+        values = [PLAN_MODES.index(v) if isinstance(v, str) else v for v in astuple(self)]
         return f"{kernel}<Fixed<{', '.join(map(str, values))}>>"
 
 
@@ -106,7 +105,7 @@ def decide(
     prices: PriceTable,
     *,
     rank: int,
-    mode: Mode = "auto",
+    mode: PlanMode = "auto",
     wait_s: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -162,13 +161,13 @@ def decide(
 
 
 def check_choice(
-    prices: PriceTable, device: torch.device, *, world_size: int, rank: int, mode: Mode
+    prices: PriceTable, device: torch.device, *, world_size: int, rank: int, mode: PlanMode
 ) -> None:
     """Raise ValueError for prices, a rank or a mode that cannot be."""
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if not 1 <= world_size <= MAX_WORLD:
-        raise ValueError(f"there may be 1 to {MAX_WORLD} ranks, got {world_size}")
+    if mode not in PLAN_MODES:
+        raise ValueError(f"mode must be one of {', '.join(PLAN_MODES)}, got {mode!r}")
+    if not 1 <= world_size <= MAX_PLAN_RANKS:
+        raise ValueError(f"there may be 1 to {MAX_PLAN_RANKS} ranks, got {world_size}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
     check_tensor(prices.numbers, "prices", (world_size, _PRICES), torch.float64, device)

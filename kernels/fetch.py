@@ -19,10 +19,10 @@ from torch import Tensor
 
 from .checks import check_tensor
 from .decide import FETCH
-from .exchange.layout import MAX_WORLD
+from .limits import MAX_RANKS
 from .mix import mix_of
 from .plan import Plan, num_sms
-from .pool_layout import PoolMap
+from .pool_layout import PoolLayout
 
 _FETCH: tl.constexpr = tl.constexpr(FETCH)
 # A program is one warp: its threads need no barrier, and a tile waits for nobody else's tables.
@@ -33,7 +33,7 @@ _PROGRAMS_OF_SM = 65536 // (_REGISTERS * 32)
 
 
 def fetch(
-    pool: PoolMap,
+    pool: PoolLayout,
     layer: int,
     peers: Tensor,
     units: Tensor,
@@ -131,7 +131,7 @@ def _words_at(address):
 
 
 def compose(
-    pool: PoolMap,
+    pool: PoolLayout,
     layer: int,
     plan: Plan,
     came: Tensor,
@@ -236,10 +236,10 @@ def _compose_kernel(
     tl.store(fault_ptr + item, fault)
 
 
-def _check_pool(pool: PoolMap, layer: int, counts: Tensor, device: torch.device) -> None:
-    """A layer of the pool, and counts of up to MAX_WORLD ranks."""
+def _check_pool(pool: PoolLayout, layer: int, counts: Tensor, device: torch.device) -> None:
+    """A layer of the pool, and counts of up to MAX_RANKS ranks."""
     if not 0 <= layer < pool.layers:
         raise ValueError(f"layer must be in [0, {pool.layers}), got {layer}")
     check_tensor(counts, "counts", (None,), torch.int32, device)
-    if not 1 <= len(counts) <= MAX_WORLD:
-        raise ValueError(f"counts must be of 1 to {MAX_WORLD} ranks, got {len(counts)}")
+    if not 1 <= len(counts) <= MAX_RANKS:
+        raise ValueError(f"counts must be of 1 to {MAX_RANKS} ranks, got {len(counts)}")

@@ -1,4 +1,4 @@
-"""The hash of coverage for the kernels that cover entries; `coverage.mix` defines it."""
+"""The hash of coverage for the kernels that cover entries; `coverage.mix` (coverage.py) defines it."""
 
 from __future__ import annotations
 

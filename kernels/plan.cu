@@ -17,7 +17,7 @@
 
 #include "decide.cuh"
 
-__forceinline__ u32 mix(u32 id, u32 generation) {  // reference.mix
+__forceinline__ u32 mix(u32 id, u32 generation) {  // coverage.py defines it
     u32 x = id * 0x9E3779B1u + generation * 0x85EBCA77u + 0x165667B1u;
     x = (x ^ (x >> 15)) * 0x2C1B3C6Du;
     x = (x ^ (x >> 12)) * 0x297A2D39u;
@@ -42,7 +42,7 @@ __forceinline__ V* of_part(V* here, int part) {
 // how often all have arrived, its lower half is zero between: block 0 adds what the others leave to
 // be carried, so it never needs to be reset.
 template <class F>
-__forceinline__ u64 arrive(const Step& s) {
+__forceinline__ u64 arrive(const StepArgs& s) {
     __syncthreads();
     u64 ticket = 0;
     if (F::TOGETHER == GRID && threadIdx.x == 0)
@@ -51,7 +51,7 @@ __forceinline__ u64 arrive(const Step& s) {
 }
 
 template <class F>
-__forceinline__ void wait(const Step& s, u64 ticket) {
+__forceinline__ void wait(const StepArgs& s, u64 ticket) {
     if constexpr (F::TOGETHER == GRID) {
         if (threadIdx.x == 0)
             while (load_acquire(s.gate) >> 32 == ticket >> 32) {}
@@ -77,7 +77,7 @@ struct Shared {
 
 // The bits of a unit's listers, in as few accesses as they take.
 template <class F>
-__forceinline__ void load_listers(const Step& s, int unit, u32* bits) {
+__forceinline__ void load_listers(const StepArgs& s, int unit, u32* bits) {
     const u32* at = s.listers + (long)(unit / F::U) * F::WORDS;
     if constexpr (F::WORDS == 1) bits[0] = __ldcg(at);
     if constexpr (F::WORDS == 2) {
@@ -93,7 +93,7 @@ __forceinline__ void load_listers(const Step& s, int unit, u32* bits) {
 }
 
 template <class F>
-__forceinline__ void clear_listers(const Step& s, int unit) {
+__forceinline__ void clear_listers(const StepArgs& s, int unit) {
     u32* at = s.listers + (long)(unit / F::U) * F::WORDS;
     if constexpr (F::WORDS == 1) *at = 0;
     if constexpr (F::WORDS == 2) *(u64*)at = 0;
@@ -102,7 +102,7 @@ __forceinline__ void clear_listers(const Step& s, int unit) {
 }
 
 template <class F>
-__global__ void __launch_bounds__(F::T, F::PARTS > 1 ? 1 : 1024 / F::T) plan(const __grid_constant__ Step s) {
+__global__ void __launch_bounds__(F::T, F::PARTS > 1 ? 1 : 1024 / F::T) plan(const __grid_constant__ StepArgs s) {
     constexpr int PER = F::PER, B = F::B, U = F::U, G = F::G, W = F::W, WORDS = F::WORDS;
     constexpr int STAGES = F::STAGES;
     constexpr bool together = STAGES == ALL;
@@ -441,7 +441,7 @@ __global__ void __launch_bounds__(F::T, F::PARTS > 1 ? 1 : 1024 / F::T) plan(con
 
 // The decision alone, with the number of different units at hand.
 template <class F>
-__global__ void __launch_bounds__(F::T) decide(const __grid_constant__ Step s) {
+__global__ void __launch_bounds__(F::T) decide(const __grid_constant__ StepArgs s) {
     SHARED_BYTES;
     Column* columns = (Column*)shared;
 #pragma unroll 1

@@ -17,25 +17,22 @@ from . import nvrtc
 from .checks import check_tensor
 from .decide import (
     COLUMN_BYTES,
-    MAX_ITEMS,
     SOURCE,
     Fixed,
-    Mode,
+    PlanMode,
     PriceTable,
     check_choice,
     step_of,
 )
+from .limits import MAX_ITEMS, MAX_QUERIES, MAX_UNIT_TOKENS, MAX_UNITS
 
-MAX_UNITS = 4096
-MAX_QUERIES = 256
-MAX_UNIT_TOKENS = 65535
 _COUNT, _SHARE, _FIRST, _LIST, _PLACE = (1 << i for i in range(5))
 _ALL = 31
 _ALONE, _GRID = range(2)
 _RESERVED = 1024  # bytes of an SM's shared memory that the device keeps for each block
 
 
-class Directory(NamedTuple):
+class BlockTable(NamedTuple):
     """Where blocks are, as this rank sees it: a record of four numbers a key, block * G + g.
 
     records: (keys, 4) int32: the rank to ask or -1, the slot here or -1, generation, and entries of
@@ -57,7 +54,7 @@ class Directory(NamedTuple):
         block_tokens: int,
         num_branches: int,
         askable: Tensor | None = None,
-    ) -> Directory:
+    ) -> BlockTable:
         """Of the tables of the corpus and of the pool of `rank`; the first copy from `rank % R` is asked.
 
         Args:
@@ -88,14 +85,14 @@ class Directory(NamedTuple):
             generations,
             tokens.repeat_interleave(num_branches),
         )
-        return Directory(
+        return BlockTable(
             torch.stack([column.to(torch.int32) for column in columns], 1),
             block_tokens,
             num_branches,
         )
 
 
-class Workspace(NamedTuple):
+class PlanWorkspace(NamedTuple):
     """What programs leave for one another: made once, for one launch at a time.
 
     listers: (units of the corpus, words) int32, a bit per query; zero between launches. seats:
@@ -117,14 +114,14 @@ class Workspace(NamedTuple):
         num_units: int,
         world_size: int,
         device: torch.device | str,
-    ) -> Workspace:
+    ) -> PlanWorkspace:
         """For plans of up to `num_items` over a corpus of `num_units` stored units."""
         words = -(-num_items // num_branches // 32)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
-        return Workspace(
+        return PlanWorkspace(
             listers=zeros(num_units, _power_of_2(words)),
             seats=zeros(num_units),
             demand=zeros(world_size, num_items, 2, dtype=torch.int64),
@@ -208,13 +205,13 @@ def _shapes(n: int, k: int, w: int, f: int) -> dict[str, tuple[tuple[int, ...], 
 
 def plan(
     units: Tensor,
-    directory: Directory,
+    blocks: BlockTable,
     prices: PriceTable,
-    workspace: Workspace,
+    workspace: PlanWorkspace,
     *,
     rank: int,
     unit_tokens: int = 1,
-    mode: Mode = "auto",
+    mode: PlanMode = "auto",
     hidden: Tensor | None = None,
     fill: Tensor | None = None,
     wait_s: Tensor | None = None,
@@ -222,12 +219,12 @@ def plan(
 ) -> Plan:
     """Holders, demand, ways and the lists of what is routed, fetched and here.
 
-    Whatever has a slot here is local, whoever owns it. Ids that lie beyond the directory are padding.
+    Whatever has a slot here is local, whoever owns it. Ids beyond the table are padding.
 
     Args:
         units: (N, K) int32 stored ids of the units' first entries, distinct in a row, -1 anywhere;
             Q is up to 256, N up to 1024, K up to 4096.
-        unit_tokens: U, divides the directory's block_tokens.
+        unit_tokens: U, divides the block_tokens of `blocks`.
         mode: what decides; with "given" the ways are those found in `out.way`.
         hidden: (N, 2) int32, entry ids ahead of each item's query; None hides nothing.
         fill: (slots,) int32, entries written in each slot of the layer. With it the local list
@@ -238,7 +235,7 @@ def plan(
     Raises:
         ValueError: naming what does not fit. Values on the device are not read.
     """
-    num_items, num_listed = _check(units, directory, prices, workspace, rank, unit_tokens, mode)
+    num_items, num_listed = _check(units, blocks, prices, workspace, rank, unit_tokens, mode)
     world, device = prices.world_size, units.device
     if out is None:
         if mode == "given":
@@ -261,14 +258,14 @@ def plan(
             counts.zero_()
         return out
 
-    shared = num_items > directory.num_branches
+    shared = num_items > blocks.num_branches
     fixed = Fixed(
         **_blocks(num_items, num_listed, world, device),
-        block_tokens=directory.block_tokens,
+        block_tokens=blocks.block_tokens,
         unit_tokens=unit_tokens,
-        num_branches=directory.num_branches,
+        num_branches=blocks.num_branches,
         world_size=world,
-        words=_words(num_items, directory.num_branches),
+        words=_words(num_items, blocks.num_branches),
         num_forms=prices.num_forms,
         mode=mode,
         stages=_ALL,
@@ -277,7 +274,7 @@ def plan(
     tensors: dict[str, Tensor | None] = {
         "units": units,
         "hidden": hidden,
-        "records": directory.records,
+        "records": blocks.records,
         "fill": fill,
         "wait_s": wait_s,
         **out._asdict(),
@@ -289,7 +286,7 @@ def plan(
         rank=rank,
         num_items=num_items,
         num_listed=num_listed,
-        num_keys=len(directory.records),
+        num_keys=len(blocks.records),
     )
 
     def launch(fixed: Fixed) -> None:
@@ -379,12 +376,12 @@ def _power_of_2(number: int) -> int:
 
 def _check(
     units: Tensor,
-    directory: Directory,
+    blocks: BlockTable,
     prices: PriceTable,
-    workspace: Workspace,
+    workspace: PlanWorkspace,
     rank: int,
     unit_tokens: int,
-    mode: Mode,
+    mode: PlanMode,
 ) -> tuple[int, int]:
     """N and K, if what the kernel reads fits together."""
     if units.dim() != 2 or len(units) > MAX_ITEMS or units.shape[1] > MAX_UNITS:
@@ -393,7 +390,7 @@ def _check(
         )
     num_items, num_listed = units.shape
     check_choice(prices, units.device, world_size=prices.world_size, rank=rank, mode=mode)
-    block_tokens, branches = directory.block_tokens, directory.num_branches
+    block_tokens, branches = blocks.block_tokens, blocks.num_branches
     if not 1 <= unit_tokens <= block_tokens or block_tokens % unit_tokens:
         raise ValueError(f"unit_tokens must divide block_tokens {block_tokens}, got {unit_tokens}")
     if unit_tokens > MAX_UNIT_TOKENS:
@@ -403,7 +400,7 @@ def _check(
             f"items must be of {branches} branches each, of at most {MAX_QUERIES} queries, "
             f"got {num_items}"
         )
-    keys = len(directory.records)
+    keys = len(blocks.records)
     num_units = keys * (block_tokens // unit_tokens)
     if workspace.reps.dim() != 2:
         raise ValueError(f"reps must be (W, N), got {tuple(workspace.reps.shape)}")
@@ -418,7 +415,7 @@ def _check(
     matrix, i32 = (prices.world_size, workspace.reps.shape[1]), torch.int32
     tables = {
         "units": (units, (num_items, num_listed), i32),
-        "records": (directory.records, (keys, 4), i32),
+        "records": (blocks.records, (keys, 4), i32),
         "listers": (workspace.listers, (num_units, words), i32),
         "seats": (workspace.seats, (num_units,), i32),
         "demand": (workspace.demand, (*matrix, 2), torch.int64),

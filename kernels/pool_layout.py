@@ -19,7 +19,7 @@ _LINE = 128  # bytes: the tables and the entries begin at multiples of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PoolMap:
+class PoolLayout:
     """Sizes and byte offsets of a region; equal on every rank.
 
     keys: of the directory, stored ids are below keys * block_tokens. entry_bytes: of a row, a

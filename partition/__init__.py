@@ -1,36 +1,50 @@
-"""What is stored and where: layouts, codecs, placement, directory, pool."""
+"""What is stored and where: layouts of a model's layers, placement of documents, codecs, the block pool.
+
+What a user needs is named here; inside the package everything is imported from its module.
+"""
 
 from .codec import CODEC_NAMES, Codec, make_codec
 from .directory import Document
 from .layout import (
-    LAYOUT_NAMES,
+    Branch,
     Form,
     IndexLayout,
     Layout,
     ModelLayout,
-    mla,
-    mlra,
-    named_layout,
-    uniform_model,
-    with_codec,
+    Pairing,
+    Projection,
+    Rope,
+    Stream,
+    Yarn,
 )
-from .placement import POLICIES, Placement
+from .placement import PLACEMENT_POLICIES, Placement
+from .presets import LAYOUT_NAMES, mla, mlra, named_layout, uniform_model, with_codec
+from .rope import apply_rope, deinterleave, rope_tables
 
 __all__ = [
     "CODEC_NAMES",
     "LAYOUT_NAMES",
-    "POLICIES",
+    "PLACEMENT_POLICIES",
+    "Branch",
     "Codec",
     "Document",
     "Form",
     "IndexLayout",
     "Layout",
     "ModelLayout",
+    "Pairing",
     "Placement",
+    "Projection",
+    "Rope",
+    "Stream",
+    "Yarn",
+    "apply_rope",
+    "deinterleave",
     "make_codec",
     "mla",
     "mlra",
     "named_layout",
+    "rope_tables",
     "uniform_model",
     "with_codec",
 ]

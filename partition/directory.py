@@ -24,7 +24,7 @@ class Document:
 
     `serial` tells it from other documents of that name, before and after. The first `shared` blocks
     were stored by another document, and are not written again. Its blocks count for its `group`.
-    `contents` are the content hashes (`hashes.py`) of its full blocks; none if it does not say.
+    `contents` are the content hashes (`prefix_hash.py`) of its full blocks; none if it does not say.
     """
 
     name: str

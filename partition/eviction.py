@@ -1,9 +1,13 @@
-"""Which documents make room for another: pure functions of the directory and of agreed facts."""
+"""How much documents are used, and which of them make room for another.
+
+The choice is a pure function of the directory and of facts that all ranks agree on; `Usage` is what one
+rank sees.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, NamedTuple, get_args
 
 from .directory import Directory, without_document
@@ -17,6 +21,34 @@ class Use(NamedTuple):
 
     last: int
     heat: float
+
+
+class Usage:
+    """Uses of documents by serial number, as one rank sees them: last use, and uses with an aging weight.
+
+    Time is the number of the exchange, equal on all ranks.
+    """
+
+    def __init__(self, half_life: int) -> None:
+        self._half_life = half_life
+        self._uses: dict[int, Use] = {}
+
+    def touch(self, serials: Iterable[int], now: int) -> None:
+        """Count a use of each document."""
+        for serial in serials:
+            use = self.of(serial, now)
+            self._uses[serial] = Use(last=now, heat=use.heat + 1.0)
+
+    def of(self, serial: int, now: int) -> Use:
+        """The last use of a document (-1: never) and its heat, as it has cooled until now."""
+        use = self._uses.get(serial)
+        if use is None:
+            return Use(last=-1, heat=0.0)
+        return Use(last=use.last, heat=use.heat * 0.5 ** ((now - use.last) / self._half_life))
+
+    def keep(self, serials: set[int]) -> None:
+        """Forget all documents but these."""
+        self._uses = {serial: use for serial, use in self._uses.items() if serial in serials}
 
 
 def ranked(directory: Directory, uses: Mapping[str, Use], policy: Policy) -> list[str]:

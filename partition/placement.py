@@ -14,8 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Policy = Literal["contiguous", "block-cyclic", "balanced", "document-affine", "branch-split"]
-POLICIES: tuple[Policy, ...] = (
+PlacementPolicy = Literal[
+    "contiguous", "block-cyclic", "balanced", "document-affine", "branch-split"
+]
+PLACEMENT_POLICIES: tuple[PlacementPolicy, ...] = (
     "contiguous",
     "block-cyclic",
     "balanced",
@@ -28,13 +30,15 @@ POLICIES: tuple[Policy, ...] = (
 class Placement:
     """How documents are spread. `run` blocks in a row stay together under block-cyclic."""
 
-    policy: Policy = "block-cyclic"
+    policy: PlacementPolicy = "block-cyclic"
     run: int = 1
     copies: int = 1
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise ValueError(f"unknown placement {self.policy!r}; known: {', '.join(POLICIES)}")
+        if self.policy not in PLACEMENT_POLICIES:
+            raise ValueError(
+                f"unknown placement {self.policy!r}; known: {', '.join(PLACEMENT_POLICIES)}"
+            )
         if not all(type(n) is int and 1 <= n < 2**31 for n in (self.run, self.copies)):
             raise ValueError(f"run and copies must be whole numbers of at least 1, got {self}")
 

@@ -1,4 +1,4 @@
-"""The only owner of mutable KV tensors: preallocated blocks, what they hold, and leases.
+"""The only owner of mutable KV tensors: preallocated blocks, and what they hold.
 
 Letters: L layers, S slots, B tokens of a block, K keys. A `BlockStore` maps keys to slots, and a
 (layer, stored id) to an entry index `slot * B + offset` into that layer's tensor. Entries are
@@ -15,13 +15,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Concatenate, ParamSpec
+from typing import Concatenate, Literal, ParamSpec, get_args
 
 import torch
 from torch import Tensor
 
 from .codec import Codec, gather_rows, scatter_rows
+from .lease_table import LeaseTable
 from .residence import Places, Residence
+
+# Which stores exist: entries, by (block, branch), and index keys, by block.
+Kind = Literal["entries", "index"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 P = ParamSpec("P")
 
@@ -243,12 +248,12 @@ class BlockStore:
         rows = self.rows(layer, entry_index.reshape(-1))
         return codec.decode(rows, dtype).reshape(*entry_index.shape, codec.dim)
 
-    def leases(self, layer: int) -> Leases:
+    def leases(self, layer: int) -> LeaseTable:
         """A new, empty lease table over this layer's lease entries."""
         codec = self.codecs[layer]
         assert codec is not None
         rows = self._storage[layer].view(-1, codec.entry_bytes)[self.first_lease :]
-        return Leases(rows, first=self.first_lease, residence=self.lease_residence)
+        return LeaseTable(rows, first=self.first_lease, residence=self.lease_residence)
 
     def _planes_beside(self, layer: int, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The planes (slots, B, bytes) of a layer, each with its columns of `rows` (n, B, bytes)."""
@@ -264,71 +269,3 @@ class BlockStore:
         return self._storage[layer][: self.num_slots * block_bytes].view(
             self.num_slots, block_bytes
         )
-
-
-class Leases:
-    """Fetched copies of entries of one layer, kept for reuse in a bounded, least-recently-used table.
-
-    A lease is found by binary search in sorted stored ids; nothing grows after the start.
-    """
-
-    def __init__(self, rows: Tensor, *, first: int, residence: Residence | None = None) -> None:
-        """`rows` (capacity, entry_bytes) uint8 is where leases are kept; `first` its entry index."""
-        self._rows = rows
-        self._first = first
-        self.capacity = capacity = len(rows)
-        self._id_at = torch.full((capacity,), -1, dtype=torch.int64)
-        self._generation_at = torch.zeros(capacity, dtype=torch.int32)
-        self._used_at = torch.full((capacity,), -1, dtype=torch.int64)
-        self._sorted_ids, self._order = self._id_at.sort(stable=True)
-        self._tick = 0
-        self._places = Places(capacity, residence or Residence())
-
-    def find(self, stored_ids: Tensor, generations: Tensor) -> tuple[Tensor, Tensor]:
-        """Entry index (int64) of each id's lease, and whether it is leased in that generation."""
-        ids = stored_ids.long()
-        if self.capacity == 0:
-            return torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-        at = torch.searchsorted(self._sorted_ids, ids).clamp(max=self.capacity - 1)
-        lease = self._order[at]
-        found = (self._id_at[lease] == ids) & (ids >= 0)
-        found &= self._generation_at[lease] == generations
-        return torch.where(found, lease + self._first, 0), found
-
-    def touch(self, entry_index: Tensor) -> None:
-        """Mark the leases at these entry indices (n,) as used now."""
-        self._tick += 1
-        self._used_at[entry_index - self._first] = self._tick
-        used = torch.zeros(self.capacity, dtype=torch.bool)
-        used[entry_index - self._first] = True
-        self._places.use(used.nonzero()[:, 0], time.monotonic())
-
-    def forget(self, gone: Tensor) -> None:
-        """Give up the leases of these entries (n,) by stored id."""
-        old = torch.isin(self._id_at, gone.long())
-        self._id_at[old], self._used_at[old] = -1, -1
-        self._places.leave(old.nonzero()[:, 0], time.monotonic())
-        self._sorted_ids, self._order = self._id_at.sort(stable=True)
-
-    def admit(self, stored_ids: Tensor, generations: Tensor, rows: Tensor) -> int:
-        """Keep rows (n, entry_bytes) of distinct ids (n,) that are not leased, evicting the stalest.
-
-        Beyond the capacity only the first rows are kept. Returns the number evicted.
-        """
-        count = min(len(stored_ids), self.capacity)
-        if count == 0:
-            return 0
-        outdated = torch.isin(self._id_at, stored_ids[:count].long())  # of another generation
-        self._id_at[outdated], self._used_at[outdated] = -1, -1
-        now_s = time.monotonic()
-        self._places.leave(outdated.nonzero()[:, 0], now_s)
-        victims = self._used_at.argsort(stable=True)[:count]
-        evicted = int((self._id_at[victims] >= 0).sum())
-        self._rows[victims] = rows[:count]
-        self._id_at[victims] = stored_ids[:count].long()
-        self._generation_at[victims] = generations[:count].to(torch.int32)
-        self._places.leave(victims, now_s)
-        self._places.take(victims, now_s)
-        self.touch(victims + self._first)
-        self._sorted_ids, self._order = self._id_at.sort(stable=True)
-        return evicted

@@ -16,9 +16,8 @@ from torch import Tensor
 from ..partition.codec import Codec, make_codec
 from ..partition.directory import Directory
 from ..partition.layout import Layout
-from ..partition.pool import BlockStore
-from ..partition.pool import Leases as LeaseTable
-from ..partition.snapshot.format import Kind
+from ..partition.lease_table import LeaseTable as LeaseTable
+from ..partition.pool import BlockStore, Kind
 from ..partition.snapshot.record import BlockHashes
 from .config import RuntimeConfig
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..partition.directory import Directory, empty_directory
-from ..partition.snapshot.format import Kind
+from ..partition.pool import Kind
 from .config import RuntimeConfig
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..partition.directory import Directory
+from ..partition.eviction import Usage
 from ..partition.layout import Form
 from .backend import Backend
 from .config import RuntimeConfig
@@ -30,7 +31,6 @@ from .tables import Tables
 from .transport.base import Sent, Transport
 from .transport.messages import Header, Message
 from .transport.schema import check_columns
-from .usage import Usage
 from .writes import Writes
 
 

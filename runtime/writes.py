@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..partition.codec import Codec
-from ..partition.snapshot.format import KINDS, Kind
+from ..partition.pool import KINDS, Kind
 from .config import RuntimeConfig
 from .stores import Stores
 from .tables import Tables

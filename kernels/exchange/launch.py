@@ -22,17 +22,15 @@ for; and a launch has no more CTAs than are resident, so that all of them do sen
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attend import Workspace
 from ..checks import check_tensor
 from ..pdl import early, let_next_begin, wait
-from .layout import Wire
 from .roles import (
     accept_rows,
     advance,
@@ -43,6 +41,7 @@ from .roles import (
     receive_heads,
     send_part,
 )
+from .types import Accepted, Ends, Merge, Partials, Routes
 
 _WARPS = 4
 _REGISTERS = 128  # of a thread, so that an SM holds four CTAs
@@ -53,109 +52,13 @@ _HEADS = 4  # the most that a CTA merges
 _MOST_PARTS = 128  # CTAs that copy a chunk; each of them counts, one after another
 
 
-class Ends(NamedTuple):
-    """This rank's end of a channel. Made once by the transport; the kernels alone change it.
-
-    arena: (words,) int32, of `wire`'s layout, zero before the first exchange. peers: (W,) int64,
-    where each rank's arena is mapped here; with `put` 0 but for this rank's own. epoch: (1,) int64.
-    counters: (2 * W * chunks + 1,) int32, zero. tables: (1,) int32, version of the directory.
-    status: (1,) int64 that the host can read at any time, an abort code or 0. ring: (R, stamps)
-    int64, nanoseconds of `STAMPS` by epoch % R, or None.
-    """
-
-    wire: Wire
-    rank: int
-    lane: int
-    arena: Tensor
-    peers: Tensor
-    epoch: Tensor
-    counters: Tensor
-    tables: Tensor
-    status: Tensor
-    ring: Tensor | None
-    budget_ns: int
-    put: str | None  # path of NVSHMEM's device library where peers cannot be stored to
-
-    @property
-    def inbox(self) -> Tensor:
-        """(rows, query words) int32, a view of the arena: what `Accepted.query_of` points into."""
-        rows, words = self.wire.query_rows, self.wire.query_words
-        return self.arena[: rows * words].view(rows, words)
-
-
-class Routes(NamedTuple):
-    """Of a plan, one form: who is asked for what. `kernels.plan.Plan` says more.
-
-    items, units_of: (W * N,) int32. route_units: (N * E',) int32. pairs: (W,) int32. expected:
-    (N, W, 2) int32.
-    """
-
-    items: Tensor
-    units_of: Tensor
-    route_units: Tensor
-    pairs: Tensor
-    expected: Tensor
-
-
-class Accepted(NamedTuple):
-    """What others ask, for `attend`: rows by source, then as each source listed them.
-
-    units: (M, E) int32. lengths, query_of: (M,) int32, the latter rows of the inbox. num_rows: (1,).
-    """
-
-    units: Tensor
-    lengths: Tensor
-    query_of: Tensor
-    num_rows: Tensor
-
-    @staticmethod
-    def make(wire: Wire, device: torch.device | str) -> Accepted:
-        """With room for all that can arrive."""
-        rows = (wire.world_size - 1) * wire.rows
-
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(*shape, dtype=torch.int32, device=device)
-
-        return Accepted(empty(rows, wire.units), empty(rows), empty(rows), empty(1))
-
-
-class Partials(NamedTuple):
-    """Of the accepted rows: out (M, H, C), lse (M, H) fp32, covered (M, 2) int32.
-
-    parts: where `attend` left the rows that it cut; they are merged as they leave.
-    """
-
-    out: Tensor
-    lse: Tensor
-    covered: Tensor
-    parts: Workspace | None = None
-
-
-class Merge(NamedTuple):
-    """Own partials, outs (P, N, H, C) and lses (P, N, H) fp32, and where the result goes.
-
-    out: (N, H, C), lse: (N, H) fp32; NaN where something was missing. fault: (N,) int32, 0, or 1 +
-    the last holder whose answer covers something else than was asked. lacking: (N,) int32, faults
-    that the own partials have already.
-
-    parts: where `attend` left the own rows that it cut; P is 1 then.
-    """
-
-    outs: Tensor
-    lses: Tensor
-    out: Tensor
-    lse: Tensor
-    fault: Tensor
-    lacking: Tensor | None = None
-    parts: Workspace | None = None
-
-
-@triton.jit(do_not_specialize=["lane", "rank", "budget_ns"])  # so every rank compiles the same
+# Not specialised, so that every rank compiles the same.
+@triton.jit(do_not_specialize=["channel_tag", "rank", "budget_ns"])
 def _exchange_kernel(
     query, items, units_of, route_units, pairs, expected, units, lengths, query_of, num_rows,
     partial_out, partial_lse, covered, part_outs, part_lses, part_covered, first_tile,
     own_outs, own_lses, out, lse, fault, lacking, own_part_outs, own_part_lses, own_first_tile,
-    arena, peers, epoch_ptr, counters, tables, status, ring, lane, rank, budget_ns,
+    arena, peers, epoch_ptr, counters, tables, status, ring, channel_tag, rank, budget_ns,
     W: tl.constexpr, WP: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
     ROWS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr, C: tl.constexpr,
     CP: tl.constexpr, E: tl.constexpr, P: tl.constexpr, M: tl.constexpr, PP: tl.constexpr,
@@ -169,7 +72,7 @@ def _exchange_kernel(
     TILE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, PUT: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Every CTA takes its units of each role, role after role; it has sent before it waits."""
+    """Every CTA takes its tasks of each role, role after role; it has sent before it waits."""
     wait(EARLY)
     if ACCEPTS == 0:
         let_next_begin(EARLY)
@@ -181,7 +84,7 @@ def _exchange_kernel(
         for first in range(0, SENDS, ctas):
             if first + cta < SENDS:
                 send_part(
-                    first + cta, epoch, lane, rank, query, items, units_of, route_units, pairs,
+                    first + cta, epoch, channel_tag, rank, query, items, units_of, route_units, pairs,
                     tables, arena, peers, counters, W, WP, BP, CHUNKS, CHUNK, QUERY, LIST, LISTS, E,
                     INBOX_CHUNK, QUERY_SIGNALS, OUTBOX, SEND_PARTS, TILE, PUT,
                 )  # fmt: skip
@@ -189,18 +92,18 @@ def _exchange_kernel(
     idle = ctas - 1 - cta  # from behind: the last CTAs have the fewest tiles to copy
     if ACCEPTS + ANSWERS > 0:
         if ACCEPTS > 0:
-            counts, code = headers(epoch, lane, rank, arena, peers, status, budget_ns, W, WP, CHUNKS,
+            counts, code = headers(epoch, channel_tag, rank, arena, peers, status, budget_ns, W, WP, CHUNKS,
                                     QUERY_SIGNALS, ABORT, ROWS)  # fmt: skip
             # Not sooner: if somebody is late, those SMs are for what needs nobody.
             let_next_begin(EARLY)
         else:
             counts, code = known_headers(
-                epoch, lane, rank, arena, W, WP, CHUNKS, QUERY_SIGNALS, ABORT, ROWS
+                epoch, channel_tag, rank, arena, W, WP, CHUNKS, QUERY_SIGNALS, ABORT, ROWS
             )
         for first in range(0, ACCEPTS, ctas):
             if first + idle < ACCEPTS:
                 accept_rows(
-                    first + idle, counts, code, epoch, lane, rank, units, lengths, query_of,
+                    first + idle, counts, code, epoch, channel_tag, rank, units, lengths, query_of,
                     num_rows, tables, arena, peers, status, budget_ns, W, CHUNKS, CHUNK, QUERY,
                     LIST, LISTS, E, INBOX_CHUNK, QUERY_SIGNALS, ABORT, ROWS, TILE, GROUP,
                 )  # fmt: skip
@@ -209,7 +112,7 @@ def _exchange_kernel(
         for first in range(0, ANSWERS, ctas):
             if first + cta < ANSWERS:
                 answer_part(
-                    first + cta, counts, code, epoch, lane, rank, partial_out, partial_lse, covered,
+                    first + cta, counts, code, epoch, channel_tag, rank, partial_out, partial_lse, covered,
                     part_outs, part_lses, part_covered, first_tile, arena, peers, counters, status,
                     budget_ns, W, CHUNKS, CHUNK, H, M, C, CP, PP, ANSWER_HEADS, AT_ONCE, ANSWER,
                     RECORD, WINDOW, QUERY_SIGNALS, ANSWER_SIGNALS, OUTGOING, ABORT, ANSWER_PARTS, TILE, PUT,
@@ -222,7 +125,7 @@ def _exchange_kernel(
         for first in range(0, RECEIVES, ctas):
             if first + idle < RECEIVES:
                 receive_heads(
-                    first + idle, epoch, lane, rank, own_outs, own_lses, out, lse, fault, lacking,
+                    first + idle, epoch, channel_tag, rank, own_outs, own_lses, out, lse, fault, lacking,
                     own_part_outs, own_part_lses, own_first_tile, items, pairs, expected,
                     arena, peers, status, budget_ns, W, WP, CHUNKS, CHUNK, H, C,
                     CP, ANSWER, RECORD, WINDOW, ANSWER_SIGNALS, ABORT, N, NP, P,
@@ -281,7 +184,7 @@ def exchange(
     group = 1
     while ctas and wire.chunk % (2 * group) == 0 and others * wire.rows >= 2 * group * ctas:
         group *= 2  # rows that a CTA accepts together: else some would have several turns
-    units = (
+    tasks = (
         sent * send_parts if send is not None else 0,
         others * triton.cdiv(wire.rows, group) if accept is not None else 0,
         chunks * answer_parts if answer is not None else 0,
@@ -303,7 +206,7 @@ def exchange(
         columns = answer.out.shape[-1]
         answered = [answer.out, answer.lse, answer.covered, *parts]
     column_room, threads = triton.next_power_of_2(columns), 32 * wide * _WARPS
-    ctas = min(max(*units, units[2] + units[3]), resident)
+    ctas = min(max(*tasks, tasks[2] + tasks[3]), resident)
     options: dict[str, Any] = {"num_stages": 1, "maxnreg": _REGISTERS, **early(device)}
     numbers = 32  # of parts that a thread may hold
     if wide == 1 and ctas <= 2 * _multiprocessors(device):
@@ -315,7 +218,7 @@ def exchange(
         *asked, *answered,
         merge.outs, merge.lses, merge.out, merge.lse, merge.fault, merge.lacking, *merged_parts,
         ends.arena, ends.peers, ends.epoch, ends.counters, ends.tables, ends.status, ends.ring,
-        ends.lane, ends.rank, ends.budget_ns,
+        ends.channel_tag, ends.rank, ends.budget_ns,
         W=wire.world_size, WP=triton.next_power_of_2(wire.world_size),
         BP=triton.next_power_of_2(wire.world_size * items), N=items,
         NP=triton.next_power_of_2(items), ROWS=wire.rows, CHUNKS=wire.chunks, CHUNK=wire.chunk,
@@ -328,7 +231,7 @@ def exchange(
         QUERY_SIGNALS=wire.query_signals, ANSWER_SIGNALS=wire.answer_signals, ABORT=wire.abort,
         OUTBOX=wire.outbox, OUTGOING=wire.outgoing,
         RING=0 if ends.ring is None else len(ends.ring),
-        SENDS=units[0], ACCEPTS=units[1], ANSWERS=units[2], RECEIVES=units[3],
+        SENDS=tasks[0], ACCEPTS=tasks[1], ANSWERS=tasks[2], RECEIVES=tasks[3],
         GROUP=group, SEND_PARTS=send_parts, ANSWER_PARTS=answer_parts, ANSWER_HEADS=answer_heads,
         AT_ONCE=_at_once(answer_heads, column_room, threads, numbers),
         IN_PARTS=own_parts is not None,

@@ -19,13 +19,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..limits import MAX_CHUNK, MAX_MESSAGE_HEADS, MAX_MESSAGE_ROWS, MAX_RANKS, MAX_UNITS
+
 HEAD = 4  # words, as many as keep the queries aligned
 LIST_HEAD = 4
-MAX_CHUNK = 8
-MAX_ROWS = 1024
-MAX_WORLD = 64
-MAX_HEADS = 1024
-MAX_UNITS = 4096
 _LINE = 32  # words of 128 bytes: regions begin at multiples of it
 
 
@@ -53,10 +50,10 @@ class Wire:
 
     def __post_init__(self) -> None:
         limits = (
-            ("world_size", self.world_size, 2, MAX_WORLD),
-            ("rows", self.rows, 1, MAX_ROWS),
+            ("world_size", self.world_size, 2, MAX_RANKS),
+            ("rows", self.rows, 1, MAX_MESSAGE_ROWS),
             ("chunk", self.chunk, 1, MAX_CHUNK),
-            ("heads", self.heads, 1, MAX_HEADS),
+            ("heads", self.heads, 1, MAX_MESSAGE_HEADS),
             ("units", self.units, 1, MAX_UNITS),
         )
         for name, value, least, most in limits:

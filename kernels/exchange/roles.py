@@ -1,8 +1,8 @@
-"""What CTAs do in the four roles of an exchange; `exchange.py` launches them.
+"""What CTAs do in the four roles of an exchange; `launch.py` launches them.
 
 Letters as there: W ranks, N items of this rank, M rows that arrived, H heads, C value columns, E units
 of a list. QUERY, ANSWER, LIST and RECORD are words of a row's messages, a chunk is CHUNK rows in PARTS
-or TILES. Every function is of one CTA and one unit of its role.
+or TILES. Every function is of one CTA and one task of its role.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def _share(counts, peer):
 
 
 @triton.jit
-def _part(unit, rank, W: tl.constexpr, PARTS: tl.constexpr):
+def _part(task, rank, W: tl.constexpr, PARTS: tl.constexpr):
     """Which of the PARTS of which chunk for which rank; first all first chunks, the next rank first."""
-    part, turn = unit % PARTS, unit // PARTS
+    part, turn = task % PARTS, task // PARTS
     return part, turn // (W - 1), (rank + 1 + turn % (W - 1)) % W
 
 
@@ -77,7 +77,7 @@ def _signal(arena_ptr, REGION: tl.constexpr, message):
 
 @triton.jit
 def send_part(
-    unit, epoch, lane, rank, query_ptr, items_ptr, units_of_ptr, route_units_ptr, pairs_ptr,
+    task, epoch, channel_tag, rank, query_ptr, items_ptr, units_of_ptr, route_units_ptr, pairs_ptr,
     tables_ptr, own_ptr, peers_ptr, counters_ptr,
     W: tl.constexpr, WP: tl.constexpr, BP: tl.constexpr, CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr, QUERY: tl.constexpr, LIST: tl.constexpr, LISTS: tl.constexpr,
@@ -92,7 +92,7 @@ def send_part(
     LIST_TILES: tl.constexpr = (E + TILE - 1) // TILE
     TILES: tl.constexpr = (QUERY + TILE - 1) // TILE
     BEFORE: tl.constexpr = LISTS * QUERY - _HEAD  # of a chunk's words, where its head is
-    part, chunk, peer = _part(unit, rank, W, PARTS)
+    part, chunk, peer = _part(task, rank, W, PARTS)
     ranks = tl.arange(0, WP)
     before, count = _share(tl.load(pairs_ptr + ranks, mask=ranks < W, other=0), peer)
     rows = tl.minimum(count - chunk * CHUNK, CHUNK)
@@ -130,7 +130,7 @@ def send_part(
         skipped = BEFORE - rows * LIST
         _leave(counters_ptr + peer * CHUNKS + chunk, own_ptr, place + skipped, from_ptr + skipped,
                _HEAD + rows * (LIST + QUERY), QUERY_SIGNALS + 2 * mine,
-               (stamp_of(epoch, lane) << 16) | count, peers_ptr, peer, PARTS, PUT)  # fmt: skip
+               (stamp_of(epoch, channel_tag) << 16) | count, peers_ptr, peer, PARTS, PUT)  # fmt: skip
 
 
 @triton.jit
@@ -151,7 +151,7 @@ def _query_tile(
 
 @triton.jit
 def headers(
-    epoch, lane, rank, own_ptr, peers_ptr, status_ptr, budget_ns,
+    epoch, channel_tag, rank, own_ptr, peers_ptr, status_ptr, budget_ns,
     W: tl.constexpr, WP: tl.constexpr, CHUNKS: tl.constexpr, QUERY_SIGNALS: tl.constexpr,
     ABORT: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -161,7 +161,7 @@ def headers(
     for other in range(W):
         if other != rank:
             header = _signal(own_ptr, QUERY_SIGNALS, _message(epoch, other, 0, W, CHUNKS))
-            count, code = wait_for(header, stamp_of(epoch, lane), other, peers_ptr, status_ptr,
+            count, code = wait_for(header, stamp_of(epoch, channel_tag), other, peers_ptr, status_ptr,
                                    budget_ns, rank, ABORT, W)  # fmt: skip
             if (code == 0) & (count > N):
                 code = tl.full((), (_UNTRUE << 16) + 1, tl.int64) + other
@@ -174,7 +174,7 @@ def headers(
 
 @triton.jit
 def known_headers(
-    epoch, lane, rank, own_ptr,
+    epoch, channel_tag, rank, own_ptr,
     W: tl.constexpr, WP: tl.constexpr, CHUNKS: tl.constexpr, QUERY_SIGNALS: tl.constexpr,
     ABORT: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -188,7 +188,7 @@ def known_headers(
     words = tl.load(_signal(own_ptr, QUERY_SIGNALS, _message(epoch, ranks, 0, W, CHUNKS)), mask=others,
                     other=0)  # fmt: skip
     counts = (words & 0xFFFF).to(tl.int32)
-    there = ((words >> 16) == stamp_of(epoch, lane)) & (counts <= N)
+    there = ((words >> 16) == stamp_of(epoch, channel_tag)) & (counts <= N)
     missing = tl.sum((others & (there == 0)).to(tl.int64), axis=0)
     code = tl.load((own_ptr + ABORT).to(tl.pointer_type(tl.int64)))
     return tl.where(others & there, counts, 0), tl.maximum(missing, code)
@@ -196,7 +196,7 @@ def known_headers(
 
 @triton.jit
 def accept_rows(
-    unit, counts, code, epoch, lane, rank, units_ptr, lengths_ptr, query_of_ptr, num_rows_ptr,
+    task, counts, code, epoch, channel_tag, rank, units_ptr, lengths_ptr, query_of_ptr, num_rows_ptr,
     tables_ptr, own_ptr, peers_ptr, status_ptr, budget_ns,
     W: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, QUERY: tl.constexpr,
     LIST: tl.constexpr, LISTS: tl.constexpr, E: tl.constexpr, INBOX_CHUNK: tl.constexpr,
@@ -207,7 +207,7 @@ def accept_rows(
     BEFORE: tl.constexpr = LISTS * QUERY - _HEAD
     GROUPS: tl.constexpr = (N + GROUP - 1) // GROUP
     COLUMNS: tl.constexpr = TILE // GROUP
-    first, source = unit % GROUPS * GROUP, unit // GROUPS
+    first, source = task % GROUPS * GROUP, task // GROUPS
     source += (source >= rank).to(tl.int32)
     before, count = _share(counts, source)
     if first == 0:
@@ -216,11 +216,11 @@ def accept_rows(
             if tl.load(head + BEFORE) != tl.load(tables_ptr):
                 untrue = tl.full((), (_UNTRUE << 16) + 1, tl.int64) + source
                 tell_abort(untrue, peers_ptr, status_ptr, ABORT, W)
-        tl.store(num_rows_ptr, tl.sum(counts, axis=0), mask=unit == 0)
+        tl.store(num_rows_ptr, tl.sum(counts, axis=0), mask=task == 0)
     if first < count:
         message = _message(epoch, source, first // CHUNK, W, CHUNKS)
         arrived, code = wait_for(
-            _signal(own_ptr, QUERY_SIGNALS, message), stamp_of(epoch, lane), source, peers_ptr,
+            _signal(own_ptr, QUERY_SIGNALS, message), stamp_of(epoch, channel_tag), source, peers_ptr,
             status_ptr, budget_ns, rank, ABORT, W,
         )  # fmt: skip
         seat = first + tl.arange(0, GROUP)
@@ -313,7 +313,7 @@ def _covered_parts(m, first, parts, covered_ptr, w_covered_ptr, PP: tl.constexpr
 
 @triton.jit
 def answer_part(
-    unit, counts, code, epoch, lane, rank, out_ptr, lse_ptr, covered_ptr, w_out_ptr, w_lse_ptr,
+    task, counts, code, epoch, channel_tag, rank, out_ptr, lse_ptr, covered_ptr, w_out_ptr, w_lse_ptr,
     w_covered_ptr, first_tile_ptr, own_ptr, peers_ptr, counters_ptr, status_ptr, budget_ns,
     W: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr, M: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, PP: tl.constexpr, HEADS: tl.constexpr,
@@ -327,12 +327,12 @@ def answer_part(
     With PP the rows come in parts, and a tile is HEADS of a row's heads; else they are copied.
     """
     TILES: tl.constexpr = (H + HEADS - 1) // HEADS if PP > 0 else 1 + (ANSWER + TILE - 1) // TILE
-    part, chunk, source = _part(unit, rank, W, PARTS)
+    part, chunk, source = _part(task, rank, W, PARTS)
     before, count = _share(counts, source)
     rows = tl.minimum(count - chunk * CHUNK, CHUNK)
     if WAITS & (rows > 0):
         signal = _signal(own_ptr, QUERY_SIGNALS, _message(epoch, source, chunk, W, CHUNKS))
-        _, missing = wait_for(signal, stamp_of(epoch, lane), source, peers_ptr, status_ptr,
+        _, missing = wait_for(signal, stamp_of(epoch, channel_tag), source, peers_ptr, status_ptr,
                               budget_ns, rank, ABORT, W)  # fmt: skip
         code = tl.maximum(code, missing)
     if (code == 0) & ((rows > 0) | (chunk == 0)):
@@ -361,7 +361,7 @@ def answer_part(
                 else:
                     _copy(record, out_ptr + m * ANSWER, tile - 1, ANSWER, TILE)
         _leave(counters_ptr + (W + source) * CHUNKS + chunk, own_ptr, place, from_ptr, rows * RECORD,
-               ANSWER_SIGNALS + 2 * mine, (stamp_of(epoch, lane) << 16) | rows, peers_ptr, source,
+               ANSWER_SIGNALS + 2 * mine, (stamp_of(epoch, channel_tag) << 16) | rows, peers_ptr, source,
                PARTS, PUT)  # fmt: skip
 
 
@@ -420,7 +420,7 @@ def _tile_of(t, end_t, first_m, H: tl.constexpr, HEADS: tl.constexpr, TILES: tl.
 
 @triton.jit
 def receive_heads(
-    unit, epoch, lane, rank, outs_ptr, lses_ptr, out_ptr, lse_ptr, fault_ptr, lacking_ptr,
+    task, epoch, channel_tag, rank, outs_ptr, lses_ptr, out_ptr, lse_ptr, fault_ptr, lacking_ptr,
     w_out_ptr, w_lse_ptr, first_tile_ptr, items_ptr, pairs_ptr, expected_ptr,
     own_ptr, peers_ptr, status_ptr, budget_ns,
     W: tl.constexpr, WP: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr,
@@ -433,7 +433,7 @@ def receive_heads(
 
     With IN_PARTS they lie as `attend` cut them.
     """
-    item, heads = unit // GROUPS, unit % GROUPS * HEADS + tl.arange(0, HEADS)
+    item, heads = task // GROUPS, task % GROUPS * HEADS + tl.arange(0, HEADS)
     used, columns = heads < H, tl.arange(0, CP)
     top = tl.full((HEADS,), -float("inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
@@ -469,11 +469,11 @@ def receive_heads(
             seat = tl.max(tl.where(asked == item, seats, -1), axis=0)
             # The first of them waits for everybody: without this credit a rank that asks nothing
             # could write over what the others have not read yet.
-            if (seat >= 0) | (unit == 0):
+            if (seat >= 0) | (task == 0):
                 chunk = tl.maximum(seat, 0) // CHUNK
                 message = _message(epoch, holder, chunk, W, CHUNKS)
                 answered, code = wait_for(
-                    _signal(own_ptr, ANSWER_SIGNALS, message), stamp_of(epoch, lane), holder,
+                    _signal(own_ptr, ANSWER_SIGNALS, message), stamp_of(epoch, channel_tag), holder,
                     peers_ptr, status_ptr, budget_ns, rank, ABORT, W,
                 )  # fmt: skip
                 aborted = tl.maximum(aborted, code)
@@ -499,7 +499,7 @@ def receive_heads(
     place = out_ptr + row[:, None] * C + columns[None, :]
     tl.store(place, out, mask=used[:, None] & (columns < C)[None, :])
     tl.store(lse_ptr + row, lse, mask=used)
-    tl.store(fault_ptr + item, fault, mask=unit % GROUPS == 0)
+    tl.store(fault_ptr + item, fault, mask=task % GROUPS == 0)
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 """How a CTA tells CTAs of another GPU that data is there, and how they learn it.
 
-A signal is one word of the receiver's memory: 31 bits of the epoch, 16 of the lane (which channel of
-which incarnation), 16 of a number of rows. It belongs to one chunk of one message, is set and never
-added to, and is compared for equality, so that nothing of another epoch, channel or incarnation is
-taken for it.
+A signal is one word of the receiver's memory: 31 bits of the epoch, 16 of the channel tag (which
+channel of which incarnation), 16 of a number of rows. It belongs to one chunk of one message, is set
+and never added to, and is compared for equality, so that nothing of another epoch, channel or
+incarnation is taken for it.
 
     writer                                     reader
     stores of all CTAs of the chunk            `wait_for` (acquire, system; then a barrier)
@@ -34,9 +34,9 @@ def blame(code: int) -> tuple[int, int]:
 
 
 @triton.jit
-def stamp_of(epoch, lane):
+def stamp_of(epoch, channel_tag):
     """What a signal of this epoch has above its lowest 16 bits."""
-    return ((tl.cast(epoch, tl.int64) & 0x7FFFFFFF) << 16) | lane
+    return ((tl.cast(epoch, tl.int64) & 0x7FFFFFFF) << 16) | channel_tag
 
 
 @triton.jit

@@ -21,11 +21,11 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from ..pool import Kind
 from .format import (
     HEADER_BYTES,
     MAX_MANIFEST_BYTES,
     BlockFile,
-    Kind,
     Manifest,
     decode_manifest,
     fault,
@@ -34,10 +34,9 @@ from .format import (
     is_file_name,
 )
 from .parallel_map import in_order
-from .record import block_hash
+from .record import BATCH_BYTES, block_hash, rows_within
 
 MANIFEST = "manifest"
-BATCH_BYTES = 4 << 20  # copied, hashed and written at a time by one thread
 FILE_BYTES = 64 << 20  # after which the next file begins, and this one is synced beside it
 _TEMPORARY = ".tmp"
 
@@ -263,11 +262,6 @@ def has_size(folder: Path, manifest: Manifest, file: BlockFile) -> bool:
     except OSError:
         return False
     return stat.S_ISREG(found.st_mode) and found.st_size == manifest.file_bytes(file)
-
-
-def rows_within(num_bytes: int, width: int) -> int:
-    """Records of `width` bytes, at least one, that fit into so many bytes."""
-    return max(num_bytes // max(width, 1), 1)
 
 
 def read_verified(

@@ -6,10 +6,10 @@ Letters: G branches, B tokens of a block. A snapshot is a folder:
     TOKEN-RANK-KIND-NUMBER.safetensors         blocks; written once, never changed
     lock                                       held by whoever writes, or reads all of it
 
-It holds the records (`records.py`) of the closed blocks of its documents, of two kinds: `entries` of a
+It holds the records (`record.py`) of the closed blocks of its documents, of two kinds: `entries` of a
 (block, branch), `index` keys of a block. Records are known by their hashes alone, so a snapshot says
 nothing of ids, slots, ranks or placement, and what is on disk already is not written again. Of the
-directory it has the documents in their order, with what they say (`hashes.py`), so that beginnings
+directory it has the documents in their order, with what they say (`prefix_hash.py`), so that beginnings
 which are shared come back shared; groups, pins and quotas. Serial numbers and generations tell a
 world's own things apart, and are not saved.
 
@@ -33,17 +33,15 @@ import struct
 from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Literal, NamedTuple, TypeGuard, get_args
+from typing import Any, NamedTuple, TypeGuard
 
 import msgpack
 
 from ..codec import Codec
 from ..layout import Layout
+from ..pool import KINDS, Kind
 from ..prefix_hash import CONTENT_BYTES, split_contents
 from .record import HASH_BYTES
-
-Kind = Literal["entries", "index"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 
 HEADER_BYTES = 256  # of a data file, its length field included
 MAX_MANIFEST_BYTES = 1 << 28
@@ -88,7 +86,7 @@ class BlockFile:
 class SavedDocument:
     """A document, and the hashes of its blocks: (blocks, G) of entries, (blocks,) of index keys.
 
-    contents: of its full blocks by `hashes.py`, concatenated; none if it does not say what they are.
+    contents: of its full blocks by `prefix_hash.py`, concatenated; none if it does not say what they are.
     """
 
     name: str

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..pool import BlockStore
 
 HASH_BYTES = 16
+BATCH_BYTES = 4 << 20  # copied, hashed, sent or written at a time by one thread
 
 
 def block_hash(record: Tensor, tokens: int) -> bytes:
@@ -48,6 +49,11 @@ def is_known(table: Tensor) -> Tensor:
 
 def record_bytes(store: BlockStore) -> int:
     return sum(codec.entry_bytes for codec in store.codecs if codec) * store.block_tokens
+
+
+def rows_within(num_bytes: int, width: int) -> int:
+    """Records of `width` bytes, at least one, that fit into so many bytes."""
+    return max(num_bytes // max(width, 1), 1)
 
 
 def closed(store: BlockStore, keys: Tensor, tokens: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from ..pool import KINDS
 from .folder import MANIFEST, FolderLock, RecordReader, by_file, read_manifest
-from .format import KINDS, UNCLOSED, BlockFile, Manifest, fault, split_hashes, users
+from .format import UNCLOSED, BlockFile, Manifest, fault, split_hashes, users
 from .record import block_hash
 
 

@@ -24,7 +24,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ...indexer import head_weights, index_key, index_query
-from ...partition.layout import IndexLayout, Layout, ModelLayout, Pairing, Yarn, mla
+from ...partition.layout import IndexLayout, Layout, ModelLayout, Pairing, Yarn
+from ...partition.presets import mla
 from ..runtime import Runtime
 from ..scope import Request, Scope, Selection
 

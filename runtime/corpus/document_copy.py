@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...indexer.dsa import rotate_index
-from ...kernels.coverage import mix, to_int32
+from ...kernels.coverage import differs, mix
 from ...partition.directory import Document
 from ...partition.layout import Rope
 from ...partition.pool import BlockStore
@@ -137,7 +137,7 @@ def _rows_of(world: World, store: BlockStore, keys: Tensor) -> Rows:
     for layer, codec in enumerate(store.codecs):
         if codec is not None:
             index, here = store.resolve(layer, ids)
-            marks.append(to_int32(torch.where(here, mix(*store.identify(index)), 0)))
+            marks.append(torch.where(here, mix(*store.identify(index)), 0))
             rows.append(torch.where(here[:, None], store.rows(layer, index), 0))
     return Rows(torch.cat(rows, dim=1), torch.stack(marks, dim=1))
 
@@ -175,9 +175,9 @@ def _gathered(
     generations = world.directory.generations[
         (want.keys * (world.config.num_branches // branches)).repeat_interleave(block_tokens)
     ]
-    expected = to_int32(mix(ids, generations))[:, None]
+    expected = mix(ids, generations)[:, None]
     needed = _lines(document.tokens, branches, block_tokens)
-    lacking = (marks[needed] != expected[needed]).any(1)
+    lacking = differs(marks[needed], expected[needed])
     if bool(lacking.any()):
         holders = want.holder[needed[lacking] // block_tokens].unique().tolist()
         named = ", ".join(f"rank {rank}" for rank in holders)

@@ -31,9 +31,9 @@ from torch import Tensor
 from ...partition.codec import Codec
 from ...partition.directory import Directory
 from ...partition.directory_codec import directory_columns, directory_of
+from ...partition.pool import KINDS, Kind
 from ...partition.repair import repaired
-from ...partition.snapshot.folder import BATCH_BYTES
-from ...partition.snapshot.format import KINDS, Kind
+from ...partition.snapshot.record import BATCH_BYTES
 from ..errors import PeerError
 from ..lockstep import broadcast, settle
 from ..tables import Incarnation

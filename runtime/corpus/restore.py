@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...partition.directory import Directory, Document, with_pin, with_quota, without_document
+from ...partition.pool import KINDS, Kind
 from ...partition.prefix_hash import split_contents
 from ...partition.snapshot.folder import (
     MANIFEST,
@@ -21,7 +22,7 @@ from ...partition.snapshot.folder import (
     read_manifest,
     read_verified,
 )
-from ...partition.snapshot.format import KINDS, Kind, Manifest, SavedDocument, fault
+from ...partition.snapshot.format import Manifest, SavedDocument, fault
 from ...partition.snapshot.record import closed, hash_table, is_known, put_records
 from ..cpu.copies import lost_blocks, runs_of
 from ..errors import SnapshotError, in_words

@@ -52,8 +52,8 @@ from threading import Event
 import torch
 
 from ...partition.directory import Directory
+from ...partition.pool import KINDS, Kind
 from ...partition.snapshot.folder import (
-    BATCH_BYTES,
     MANIFEST,
     FolderLock,
     RecordWriter,
@@ -62,13 +62,10 @@ from ...partition.snapshot.folder import (
     read_manifest,
     remove_attempt,
     remove_unused,
-    rows_within,
     write_manifest,
 )
 from ...partition.snapshot.format import (
-    KINDS,
     BlockFile,
-    Kind,
     Manifest,
     check_located,
     encode_manifest,
@@ -76,7 +73,15 @@ from ...partition.snapshot.format import (
     split_hashes,
 )
 from ...partition.snapshot.parallel_map import in_order
-from ...partition.snapshot.record import closed, hash_records, is_known, record_bytes, take_records
+from ...partition.snapshot.record import (
+    BATCH_BYTES,
+    closed,
+    hash_records,
+    is_known,
+    record_bytes,
+    rows_within,
+    take_records,
+)
 from ..cpu.copies import lost_blocks
 from ..errors import SnapshotError, in_words
 from ..lockstep import settle

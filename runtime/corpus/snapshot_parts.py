@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from ...partition.directory import Directory
+from ...partition.pool import KINDS, Kind
 from ...partition.snapshot.format import (
-    KINDS,
     BlockFile,
-    Kind,
     LayerForm,
     Manifest,
     SavedDocument,

@@ -10,13 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...partition.snapshot.folder import BATCH_BYTES, rows_within
-from ...partition.snapshot.format import KINDS, Kind
+from ...partition.pool import KINDS, Kind
 from ...partition.snapshot.record import (
+    BATCH_BYTES,
     HASH_BYTES,
     closed,
     hash_records,
     record_bytes,
+    rows_within,
     take_records,
 )
 from ..world import World

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import reference
-from ...kernels.coverage import coverage, mix, tagged, to_int32
+from ...kernels.coverage import coverage, mix, tagged
 from ...partition.layout import Form
 from ..exchanger import Answer
 from ..scope import MAX_OFFSETS, MAX_TOP_K
@@ -111,7 +111,7 @@ def _routed(world: World, layer: int, form: Form, message: Message) -> dict[str,
     return {
         f"{form}.out": out.to(config.dtype),
         f"{form}.lse": lse,
-        f"{form}.covered": to_int32(tagged(covered, item)),
+        f"{form}.covered": tagged(covered, item),
     }
 
 
@@ -167,7 +167,7 @@ def _fetched(world: World, layer: int, message: Message) -> dict[str, Tensor]:
     if layer == 0:
         world.stores.entries.touch(index[here])
     mark = torch.where(here, mix(*world.stores.entries.identify(index)), 0)
-    return {"fetch.rows": world.stores.entries.rows(layer, index), "fetch.mark": to_int32(mark)}
+    return {"fetch.rows": world.stores.entries.rows(layer, index), "fetch.mark": mark}
 
 
 def answer_select(world: World, message: Message) -> dict[str, Tensor]:

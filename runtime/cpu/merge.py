@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import reference
-from ...kernels.coverage import mix, tagged, to_int32
+from ...kernels.coverage import differs, mix, tagged
 from ...partition.layout import Form
 from ..errors import Complaint
 from ..transport.messages import Message
@@ -41,8 +41,8 @@ def routed_answers(
     lse = _gathered(world, f"{form}.lse", lse_dtype, (heads,), asked, answers)
     covered = _gathered(world, f"{form}.covered", torch.int32, (2,), asked, answers)
     item = lists.items[: len(out)]
-    expected = to_int32(tagged(lists.expected[: len(out)], item))
-    uncovered = (covered != expected).any(1)
+    expected = tagged(lists.expected[: len(out)], item)
+    uncovered = differs(covered, expected)
     holder = torch.arange(world.world_size).repeat_interleave(lists.pairs)
     complaints = [
         Complaint(
@@ -70,7 +70,7 @@ def fetched_answers(
     mark = _gathered(world, "fetch.mark", torch.int32, (), asked, answers)
     units = fetch.units[: len(rows) // unit_tokens]
     ids = (units[:, None] + torch.arange(unit_tokens, dtype=torch.int32)).reshape(-1)
-    missing = mark != to_int32(mix(ids, world.tables.generations(ids)))
+    missing = mark != mix(ids, world.tables.generations(ids))
     if not bool(missing.any()):
         return FetchedPart(rows, ids, ~missing), []
     place = fetch.place[..., None] * unit_tokens + torch.arange(unit_tokens)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels.coverage import coverage
+from ...kernels.coverage import coverage, to_int32
 from ..cost.predicate import Demand
 
 _NOWHERE = torch.iinfo(torch.int64).max
@@ -45,7 +45,7 @@ class Wanted(NamedTuple):
 class RouteLists(NamedTuple):
     """Routed (item, holder) pairs of one payload form, grouped by holder, items ascending.
 
-    items, units_of: (W * N,) item and number of units of each pair. expected: (W * N, 2) int64
+    items, units_of: (W * N,) item and number of units of each pair. expected: (W * N, 2) int32
     coverage each answer must show. units: (N * K,) int32 the units of pair after pair, and their
     offsets if any differs from 0. pairs, listed: (W,) pairs and units per holder.
     """
@@ -222,7 +222,7 @@ def route(
     units_of = torch.zeros(pairs + 1, dtype=torch.int64).scatter_add(0, pair, ones)[:pairs]
     keys = (wanted.entries.long() // block_tokens).clamp(0, len(generations) - 1)
     per_unit = coverage(wanted.entries, generations[keys], wanted.exists).reshape(-1, 2)
-    expected = torch.zeros(pairs + 1, 2, dtype=torch.int64).index_add(0, pair, per_unit)[:pairs]
+    expected = torch.zeros(pairs + 1, 2, dtype=torch.int64).index_add(0, pair, per_unit.long())
 
     asked = units_of > 0
     seat = torch.where(asked, asked.long().cumsum(0) - 1, pairs)
@@ -230,7 +230,7 @@ def route(
     return RouteLists(
         items=_seated(items, seat),
         units_of=_seated(units_of, seat),
-        expected=_seated(torch.stack((expected[:, 0], expected[:, 1] & 0xFFFFFFFF), dim=1), seat),
+        expected=_seated(to_int32(expected[:pairs]), seat),
         units=wanted.units.reshape(-1)[order],
         pairs=asked.reshape(world_size, num_items).sum(1),
         listed=units_of.reshape(world_size, num_items).sum(1),

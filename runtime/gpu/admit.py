@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...kernels.coverage import mix, to_int32
+from ...kernels.coverage import mix
 from ...kernels.fetch import fetch
 from .pool import GpuPool
 
@@ -44,7 +44,7 @@ def _pull(pool: GpuPool, blocks: Tensor, slots: Tensor) -> Tensor:
     shape, device = pool.map, pool.memory.device
     keys, holder, generation, _ = blocks.unbind(1)
     units = keys[:, None] * shape.block_tokens + torch.arange(shape.block_tokens)
-    marks = to_int32(mix(units, generation[:, None])).to(device)
+    marks = mix(units, generation[:, None]).to(device)
     listed = units.reshape(-1).to(device, torch.int32)
     counts = torch.bincount(holder, minlength=len(pool.peers)) * shape.block_tokens
     counts, to = counts.to(device, torch.int32), (slots + pool.leases.first).to(device)

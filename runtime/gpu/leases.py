@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...kernels.pool_layout import PoolMap
+from ...kernels.pool_layout import PoolLayout
 from ...partition.directory import Directory
 from ...partition.pool import BlockStore
 
@@ -26,7 +26,7 @@ class BlockLeases:
     read. Both are None without slots. `version` is raised by what changes.
     """
 
-    def __init__(self, pool_map: PoolMap, slots: int, device: torch.device) -> None:
+    def __init__(self, pool_map: PoolLayout, slots: int, device: torch.device) -> None:
         """Nothing is leased, in the last `slots` of the map's. Raises: ValueError if it has no more."""
         if not 0 <= slots < pool_map.slots:
             raise ValueError(f"lease slots must be in [0, {pool_map.slots}), got {slots}")

@@ -10,18 +10,21 @@ from typing import Literal, get_args
 
 import torch
 
-from ...kernels.exchange.layout import MAX_UNITS
+from ...kernels.limits import (
+    DTYPES,
+    FP8_LATENT,
+    FP8_ROPE,
+    LATENTS,
+    MAX_HEADS,
+    MAX_QUERIES,
+    MAX_UNITS,
+    ROPES,
+)
 from ...partition.layout import ModelLayout
 
 Device = Literal["cpu", "cuda"]
 GpuMode = Literal["auto", "always-route", "always-fetch"]
 GPU_MODES: tuple[GpuMode, ...] = get_args(GpuMode)
-# What the kernels take (`kernels/plan.py`, `attend.py`), which need Triton and CUDA to be imported.
-MAX_QUERIES = 256
-MAX_HEADS = 128
-LATENTS = (128, 256, 512)
-ROPES = (0, 64)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8_v32": torch.bfloat16}  # by codec
 _PACKAGES = {"triton": "triton", "cuda.bindings": "cuda-bindings", "nvshmem": "nvshmem4py-cu13"}
 
 
@@ -52,7 +55,7 @@ def check_config(
     if codec not in DTYPES or dtype != DTYPES[codec]:
         allowed = ", ".join(f"{name} with {dtype}" for name, dtype in DTYPES.items())
         raise ValueError(f"{where} codec and dtype are {allowed}; got {codec} with {dtype}")
-    widths = ((512,), (64,)) if codec == "fp8_v32" else (LATENTS, ROPES)
+    widths = ((FP8_LATENT,), (FP8_ROPE,)) if codec == "fp8_v32" else (LATENTS, ROPES)
     if value not in widths[0] or key - value not in widths[1] or key != entry or heads > MAX_HEADS:
         raise ValueError(
             f"{where} entries of {codec} have {widths[0]} value columns, all of them key columns, "

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from ...kernels.exchange.launch import Ends
 from ...kernels.exchange.layout import Wire, chunk_of
-from ...kernels.pool_layout import PoolMap
+from ...kernels.exchange.types import Ends
+from ...kernels.pool_layout import PoolLayout
 from ..config import RuntimeConfig
 from ..cost.model import CostModel, LayerFacts
 from ..cost.prices import prices_of
@@ -52,7 +52,7 @@ def open_gpu(config: RuntimeConfig, transport: Transport) -> OpenGpu:
         )
     device = _agreed_device(transport)
     lease_slots = config.lease_entries // config.block_tokens
-    pool_layout = PoolMap(
+    pool_layout = PoolLayout(
         layers=len(layouts),
         keys=config.max_ids,
         slots=entry_slots(config, world_size) + lease_slots,

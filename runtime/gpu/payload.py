@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...kernels.attend import Tables, Workspace, attend
+from ...kernels.attend import AttendWorkspace, Tables, attend
 from ...kernels.checks import check_tensor
-from ...kernels.exchange.launch import Partials
+from ...kernels.exchange.types import Partials
 from ...kernels.gather import gather
 from ...partition.layout import Layout
 
@@ -48,7 +48,7 @@ class Absorbed:
         heads, self._value_dim = layouts[0].branch_heads, layouts[0].value_dim
         self._scales = [layout.softmax_scale for layout in layouts]
         self._combined = combined
-        self._space = Workspace.make(
+        self._space = AttendWorkspace.make(
             rows=count, heads=heads, value_dim=self._value_dim, parts=parts, device=device,
             dtype=dtype,
         )  # fmt: skip

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ...kernels.attend import Tables
-from ...kernels.plan import Directory as Records
-from ...kernels.pool_layout import PoolMap
+from ...kernels.plan import BlockTable
+from ...kernels.pool_layout import PoolLayout
 from ...partition.codec import Codec, PlainCodec
 from ...partition.directory import Directory
 from ...partition.pool import BlockStore
@@ -31,7 +31,7 @@ class GpuPool:
     def __init__(
         self,
         memory: Tensor,
-        pool_map: PoolMap,
+        pool_map: PoolLayout,
         codec: Codec,
         *,
         rank: int,
@@ -61,7 +61,7 @@ class GpuPool:
         self.generation = self._ints(pool_map.generation, slots).zero_()
         self.fill = self._ints(pool_map.fill, pool_map.layers * slots).view(-1, slots).zero_()
         nowhere = torch.tensor([-1, -1, 0, 0], dtype=torch.int32, device=memory.device)
-        self.directory = Records(nowhere.repeat(keys, 1), pool_map.block_tokens, 1)
+        self.directory = BlockTable(nowhere.repeat(keys, 1), pool_map.block_tokens, 1)
         self._tables: tuple[tuple[int, int], Directory | None, tuple[int, ...] | None]
         self._tables = ((-1, -1), None, None)
         self._fill_versions = [0] * pool_map.layers
@@ -87,7 +87,7 @@ class GpuPool:
 
         Args:
             store: keeps its rows here. directory: of the corpus; keys beyond it are private.
-            askable: (W,) uint8, whom a plan may ask, see `kernels.plan.Directory.of`; None: all.
+            askable: (W,) uint8, whom a plan may ask, see `kernels.plan.BlockTable.of`; None: all.
         """
         self.leases.drop_outdated(directory)
         asked = None if askable is None else tuple(askable.tolist())
@@ -122,7 +122,7 @@ class GpuPool:
         here, slots_or_0 = slots >= 0, slots.clamp(min=0).long()
         owners = torch.where(here, self.rank, -1)[:, None].expand(-1, directory.owners.shape[1])
         full = torch.full_like(slots, store.block_tokens)
-        return Records.of(
+        return BlockTable.of(
             torch.cat((directory.owners, owners.to(torch.int32))),
             torch.cat((directory.generations, store.generation[slots_or_0])),
             torch.cat((directory.tokens, full)),

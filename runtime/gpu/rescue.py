@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels.pool_layout import PoolMap
+from ...kernels.pool_layout import PoolLayout
 
 
 class Rescued(NamedTuple):
@@ -25,7 +25,7 @@ class Rescued(NamedTuple):
 
 
 def rescue(
-    memory: Tensor, pool_map: PoolMap, keys: Tensor | None = None
+    memory: Tensor, pool_map: PoolLayout, keys: Tensor | None = None
 ) -> tuple[Iterator[Rescued], Tensor]:
     """The closed blocks among `keys`, one at a time, and the keys that cannot be had.
 

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from ...kernels.attend import parts_of
-from ...kernels.decide import ROUTE, Mode, PriceTable
-from ...kernels.exchange.launch import Accepted, Ends, Merge, Routes, exchange
+from ...kernels.decide import ROUTE, PlanMode, PriceTable
+from ...kernels.exchange.launch import exchange
+from ...kernels.exchange.types import Accepted, Ends, Merge, Routes
 from ...kernels.fetch import compose, fetch
-from ...kernels.plan import Plan, num_sms, plan
-from ...kernels.plan import Workspace as PlanWorkspace
+from ...kernels.plan import Plan, PlanWorkspace, num_sms, plan
 from ...partition.layout import Form, Layout
 from .payload import Absorbed, Unabsorbed, Weights, check_weights
 from .pool import GpuPool
@@ -136,7 +136,7 @@ class GpuStep:
         beside = parts if ends is None else max(parts * (sms - SENDERS) // sms, 1)
         self._own = attended(rows, beside)
         self._aside = torch.cuda.Stream(device)
-        self._graphs: dict[tuple[int, Mode], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, PlanMode], torch.cuda.CUDAGraph] = {}
         if ends is not None:
             made = self.plan
             self._routes = Routes(
@@ -149,7 +149,7 @@ class GpuStep:
                 self._accepted, self._others = larger._accepted, larger._others
             self._inbox = ends.inbox.view(dtype).view(-1, heads, columns)
 
-    def run(self, layer: int, mode: Mode) -> None:
+    def run(self, layer: int, mode: PlanMode) -> None:
         """Launch one step on the current stream. With mode "given" the ways are those in `plan.way`.
 
         Raises: ValueError for a mode that may fetch where messages are put: peers are out of reach.
@@ -157,7 +157,7 @@ class GpuStep:
         self.decide(layer, mode)
         self.attend(layer, mode)
 
-    def decide(self, layer: int, mode: Mode) -> None:
+    def decide(self, layer: int, mode: PlanMode) -> None:
         """Who is asked for what, to `plan`."""
         self._check_mode(mode)
         pool = self._pool
@@ -166,7 +166,7 @@ class GpuStep:
             hidden=self.hidden, fill=pool.fill[layer], out=self.plan,
         )  # fmt: skip
 
-    def attend(self, layer: int, mode: Mode) -> None:
+    def attend(self, layer: int, mode: PlanMode) -> None:
         """Do what `plan` says, which may have been decided for another query of the same selection."""
         self._check_mode(mode)
         ends = self._ends
@@ -186,7 +186,7 @@ class GpuStep:
         )
         exchange(ends, self._routes, answer=self._others.partials, receive=merge)
 
-    def replay(self, layer: int, mode: Mode) -> None:
+    def replay(self, layer: int, mode: PlanMode) -> None:
         """`run` from a graph, captured at first use after a run outside, at which others may replay."""
         key = (layer, mode)
         if key not in self._graphs:
@@ -199,7 +199,7 @@ class GpuStep:
             return
         self._graphs[key].replay()
 
-    def _check_mode(self, mode: Mode) -> None:
+    def _check_mode(self, mode: PlanMode) -> None:
         if self._ends is not None and self._ends.put is not None and mode != "always-route":
             raise ValueError(
                 f"where messages are put nothing can be fetched: mode is always-route, got {mode!r}"
@@ -229,7 +229,7 @@ class GpuStep:
             uses=self._pool.leases.read,
         )  # fmt: skip
 
-    def _attend_here(self, layer: int, mode: Mode) -> None:
+    def _attend_here(self, layer: int, mode: PlanMode) -> None:
         """Own rows over what is here; where nothing is fetched, the plan's list is all of it."""
         if mode == "always-route":
             self._attend_own(layer, self.plan.local_units, self.plan.local_lengths)

@@ -24,16 +24,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...kernels.exchange.launch import Ends
 from ...kernels.exchange.layout import Wire
 from ...kernels.exchange.roles import STAMPS
 from ...kernels.exchange.signals import SILENT, blame
+from ...kernels.exchange.types import Ends
 from ..errors import PeerError
 
 _ALIGNMENT = 1 << 21
 _RESERVE = 1 << 30  # bytes that NVSHMEM and kernels need beside the arena
 _OLDEST, _NEWEST = (3, 4), (3, 7)  # of libnvshmem: from the first up to below the second
-_MAX_LANE = 1 << 16
+_MAX_TAGS = 1 << 16
 _UNIQUE_ID_BYTES = 128
 _MOST_SAID = 1 << 14  # bytes that a rank says at once
 _MOST_REASON = 2000
@@ -221,7 +221,7 @@ class SymmetricMemory:
             Ends(
                 wire=wire,
                 rank=self.rank,
-                lane=incarnation * channels + channel,
+                channel_tag=incarnation * channels + channel,
                 arena=memory[start : start + wire.num_bytes].view(torch.int32),
                 peers=torch.tensor([base and base + start for base in bases], device=device),
                 epoch=torch.zeros(1, dtype=torch.int64, device=device),
@@ -249,10 +249,10 @@ class SymmetricMemory:
                     f"a wire of {wire.world_size} ranks, staged {wire.staged}: here are "
                     f"{self.world_size}, and wires are staged exactly if messages are put"
                 )
-        if not wires or incarnation < 1 or (incarnation + 1) * len(wires) > _MAX_LANE:
+        if not wires or incarnation < 1 or (incarnation + 1) * len(wires) > _MAX_TAGS:
             raise ValueError(
                 f"incarnation {incarnation} of {len(wires)} channels: both must be positive, and "
-                f"{_MAX_LANE} lanes are all there are"
+                f"{_MAX_TAGS} channel tags are all there are"
             )
         device, deadline_s = self.device, self.deadline_s
         if device.type != "cuda" or device.index is None or not deadline_s > 0:

@@ -149,7 +149,7 @@ def explain(
     """Show the decisions of a hypothetical step, and why."""
     from ...partition.codec import make_codec
     from ...partition.head_split import lane_layout
-    from ...partition.layout import named_layout
+    from ...partition.presets import named_layout
     from ..cost.profile import load_profile
     from .explain import explain_step, render, render_lines
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from ...kernels import reference
-from ...partition.layout import Layout, named_layout, uniform_model, with_codec
+from ...partition.layout import Layout
+from ...partition.presets import named_layout, uniform_model, with_codec
 from ..config import RuntimeConfig
 from ..cost.profile import load_profile
 from ..errors import CoverageError, PeerError

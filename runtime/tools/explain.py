@@ -131,7 +131,7 @@ class _Case:
         if model.shifted:
             moved = replace(model, splice=True, shifted=False)
             lease = moved.fetch(mixed=not_mixed, sharers=sharers)
-            found.append(_priced("lease", lease, asked, "asked for by `Runtime.lease`"))
+            found.append(_priced("lease", lease, asked, "asked for by `Runtime.copy_document`"))
         found.append(_unpriced("recompute", "no prefill callback, so its cost is unknown"))
         return found
 
@@ -149,19 +149,7 @@ class _Case:
         return self.model.facts.branches * (shared + self.queries * (each - shared))
 
     def decide(self, mode: Mode = "auto") -> Decision:
-        model = self.model
-        return decide(
-            self.demand(),
-            model.facts,
-            model.profile,
-            rank=0,
-            unit_tokens=model.unit_tokens,
-            reuse=model.reuse,
-            mode=mode,
-            forms=self.forms,
-            splice=model.splice,
-            shifted=model.shifted,
-        )
+        return decide(self.demand(), self.model, rank=0, mode=mode, forms=self.forms)
 
 
 def explain_step(
@@ -348,17 +336,7 @@ def _step(case: _Case, demand: Demand, decision: Decision, layout: Layout) -> St
     model = case.model
 
     def parts(way: Tensor) -> StepParts:
-        return predict_step(
-            way,
-            demand,
-            model.facts,
-            model.profile,
-            rank=0,
-            unit_tokens=model.unit_tokens,
-            reuse=model.reuse,
-            splice=model.splice,
-            shifted=model.shifted,
-        )
+        return predict_step(way, demand, model, rank=0)
 
     auto = parts(decision.way)
     modes: tuple[Mode, ...] = ("always-route", "always-fetch")

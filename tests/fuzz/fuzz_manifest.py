@@ -16,9 +16,9 @@ from typing import Any
 import msgpack
 from fuzzing import HOSTILE_INTS, Target, mutated_bytes, mutated_tree, packb
 
+from qroam.partition.pool import Kind
 from qroam.partition.snapshot.format import (
     BlockFile,
-    Kind,
     LayerForm,
     Manifest,
     SavedDocument,

@@ -43,8 +43,8 @@ from qroam.partition.directory import (
     without_document,
 )
 from qroam.partition.directory_codec import directory_columns, directory_of
-from qroam.partition.layout import named_layout, uniform_model
-from qroam.partition.placement import POLICIES, Placement, place_at
+from qroam.partition.placement import PLACEMENT_POLICIES, Placement, place_at
+from qroam.partition.presets import named_layout, uniform_model
 from qroam.partition.repair import repaired
 from qroam.runtime import CoverageError, PeerError, RuntimeConfig, load_profile
 from qroam.runtime.cost.predicate import MODES
@@ -333,7 +333,7 @@ def check_config(given: dict[str, Any], config: RuntimeConfig) -> None:
     assert given["index_placement"] in ("with-blocks", "replicated")
     assert given["dtype"] in (torch.float64, torch.float32, torch.bfloat16)
     policy, run, copies = given["placement"]
-    assert policy in POLICIES
+    assert policy in PLACEMENT_POLICIES
     assert min(run, copies) >= 1
     keys = given["max_blocks"] + max(given["private_blocks"], 1) * given["request_blocks"]
     assert keys * given["block_tokens"] < 2**31

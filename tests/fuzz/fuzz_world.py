@@ -18,9 +18,9 @@ from fuzzing import HOSTILE_FLOATS, HOSTILE_INTS, HOSTILE_TEXTS
 from ranks import run_loopback
 from torch import Tensor
 
-from qroam.kernels import coverage
-from qroam.kernels.coverage import tagged, to_int32
-from qroam.partition.layout import Layout, mlra, named_layout, uniform_model
+from qroam.kernels.coverage import coverage, mix, tagged
+from qroam.partition.layout import Layout
+from qroam.partition.presets import mlra, named_layout, uniform_model
 from qroam.runtime import CoverageError, PeerError, Runtime, RuntimeConfig
 from qroam.runtime.cost.predicate import Mode
 from qroam.runtime.cpu.answer import answer_attend, answer_select
@@ -326,10 +326,10 @@ def _check_routed(subject: Subject, served: Served, message: Message, form: str)
                 ):
                     ids.append(at)
                     shifts.append(offset)
-        covered = coverage.coverage(
+        covered = coverage(
             torch.tensor([ids]), torch.zeros(1, len(ids)), torch.ones(1, len(ids)).bool()
         )
-        want = to_int32(tagged(covered, torch.tensor([item[pair]])))[0]
+        want = tagged(covered, torch.tensor([item[pair]]))[0]
         assert torch.equal(served.answer[f"{form}.covered"][pair], want), "coverage"
         if float(query[pair].abs().max()) > _TRUSTED:
             continue
@@ -371,7 +371,7 @@ def _check_fetched(subject: Subject, served: Served, message: Message) -> None:
             else:
                 assert torch.equal(rows[place], held), "another row"
                 one = torch.tensor([unit + offset])
-                assert int(mark[place]) == int(to_int32(coverage.mix(one, one * 0)))
+                assert int(mark[place]) == int(mix(one, one * 0))
 
 
 def _check_select(subject: Subject, served: Served, message: Message) -> None:

@@ -19,9 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 from wires import asked, due, partials_of, replay_unevenly, room, target
 
-from qroam.kernels.exchange.launch import Accepted, Ends, Merge, Partials, Routes, exchange
+from qroam.kernels.exchange.launch import exchange
 from qroam.kernels.exchange.layout import Wire
-from qroam.kernels.pool_layout import PoolMap
+from qroam.kernels.exchange.types import Accepted, Ends, Merge, Partials, Routes
+from qroam.kernels.pool_layout import PoolLayout
 from qroam.partition.codec import make_codec
 from qroam.partition.directory import empty_directory
 from qroam.partition.pool import BlockStore
@@ -249,7 +250,7 @@ def silence(rank: int, *, deadline_s: float) -> dict[str, Any]:
     return {"named": None}
 
 
-def filled(transport: SymmetricMemory, shape: PoolMap, blocks: int) -> dict[str, str]:
+def filled(transport: SymmetricMemory, shape: PoolLayout, blocks: int) -> dict[str, str]:
     """Random blocks in this rank's region, and one that is not closed; what the closed ones hash to,
     by key and generation."""
     codec = make_codec("fp8_v32", dim=QUERY, rope_dim=64)
@@ -288,7 +289,7 @@ def hashed(rows: Tensor) -> str:
 
 def rescued(rank: int, *, deadline_s: float, blocks: int) -> dict[str, Any]:
     """Replay until the test kills rank 1, which said what its blocks are; the other takes them."""
-    shape = PoolMap(
+    shape = PoolLayout(
         layers=3, keys=4 * blocks, slots=2 * blocks, block_tokens=64, entry_bytes=656, staged=0
     )
     wire = wire_of(8, chunk=4, put=False)

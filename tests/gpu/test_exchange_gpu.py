@@ -57,7 +57,7 @@ def late(pause: str) -> list[tuple[str, str]]:
 NOW_AND_THEN = late("tl.where((mixed >> 28) < 4, (mixed >> 8) % 30000, 0).to(tl.int64)")
 ALWAYS_ON_RANK_1 = late("rank * 300000")
 ONE_PARITY = ("return ((epoch & 1) * W + peer)", "return (peer + epoch * 0)")
-NO_CREDIT = ("if (seat >= 0) | (unit == 0):", "if seat >= 0:")
+NO_CREDIT = ("if (seat >= 0) | (task == 0):", "if seat >= 0:")
 DELAYS: Changes = {"exchange/launch.py": NOW_AND_THEN}
 CREDIT: Changes = {"exchange/launch.py": ALWAYS_ON_RANK_1, "exchange/roles.py": [ONE_PARITY]}
 WITHOUT_CREDIT: Changes = {

@@ -27,8 +27,9 @@ from gpu_world import (
 from ranks import RankPool
 from torch import Tensor
 
-from qroam.partition.layout import Layout, with_codec
+from qroam.partition.layout import Layout
 from qroam.partition.placement import Placement
+from qroam.partition.presets import with_codec
 from qroam.runtime import CoverageError, LoopbackTransport, PeerError, Runtime, RuntimeConfig
 from qroam.runtime.cost.predicate import Mode
 from qroam.runtime.transport.base import Transport

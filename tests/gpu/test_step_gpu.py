@@ -17,13 +17,14 @@ from torch import Tensor
 from wires import replay_unevenly
 
 from qroam.kernels import reference
-from qroam.kernels.decide import FETCH, LOCAL, ROUTE, Mode
-from qroam.kernels.exchange.launch import Ends
+from qroam.kernels.decide import FETCH, LOCAL, ROUTE, PlanMode
 from qroam.kernels.exchange.layout import Wire
-from qroam.kernels.plan import Directory
-from qroam.kernels.pool_layout import PoolMap
+from qroam.kernels.exchange.types import Ends
+from qroam.kernels.plan import BlockTable
+from qroam.kernels.pool_layout import PoolLayout
 from qroam.partition.codec import make_codec
-from qroam.partition.layout import Form, named_layout, with_codec
+from qroam.partition.layout import Form
+from qroam.partition.presets import named_layout, with_codec
 from qroam.runtime.cost.model import CostModel, LayerFacts
 from qroam.runtime.cost.prices import prices_of
 from qroam.runtime.cost.profile import load_profile
@@ -45,7 +46,7 @@ BF16 = torch.bfloat16
 FORMS: tuple[Form, Form] = ("A", "B")
 TURNS = 5  # of each mode
 REPLAYS, VARIANTS = 10_000, 8
-POOL = PoolMap(
+POOL = PoolLayout(
     layers=1, keys=BLOCKS, slots=BLOCKS, block_tokens=B, entry_bytes=2 * (LATENT + ROPE),
     staged=ROWS * LISTED,
 )  # fmt: skip
@@ -83,7 +84,7 @@ class Corpus(NamedTuple):
         pool.entries(0)[: len(own) * B] = self.entries.view(BLOCKS, B, -1)[own].flatten(0, 1)
         pool.slot_of.copy_(slots)
         pool.fill.fill_(B)
-        directory = Directory.of(
+        directory = BlockTable.of(
             self.owner[:, None], zeros, torch.full_like(zeros, B), slots, rank=rank, block_tokens=B,
             num_branches=1,
         )  # fmt: skip
@@ -205,7 +206,7 @@ def step_of(
 
 
 def taken_turns(
-    step: GpuStep, corpus: Corpus, form: Form, rank: int, modes: Sequence[Mode]
+    step: GpuStep, corpus: Corpus, form: Form, rank: int, modes: Sequence[PlanMode]
 ) -> Iterator[str]:
     """What is wrong with a rank's turns, each in the next of the modes."""
     for number in range(TURNS * len(modes)):
@@ -228,7 +229,7 @@ def taken_turns(
         yield from (f"form {form}, turn {number}, {mode}: {what}" for what in found)
 
 
-def lived(transport: Transport, put: bool, modes: tuple[Mode, ...]) -> list[str]:
+def lived(transport: Transport, put: bool, modes: tuple[PlanMode, ...]) -> list[str]:
     """A rank's turns in both forms; what was wrong, first of all."""
     assert isinstance(transport, TorchTransport)
     rank, device = transport.rank, torch.device("cuda", transport.rank)
@@ -251,9 +252,9 @@ def lived(transport: Transport, put: bool, modes: tuple[Mode, ...]) -> list[str]
     return wrong[:6]
 
 
-def taken(step: GpuStep) -> Iterator[Mode]:
+def taken(step: GpuStep) -> Iterator[PlanMode]:
     """Modes that may fetch and yet are not refused."""
-    modes: tuple[Mode, ...] = ("auto", "always-fetch", "given")
+    modes: tuple[PlanMode, ...] = ("auto", "always-fetch", "given")
     for mode in modes:
         for verb in (step.run, step.decide, step.attend):
             try:
@@ -269,7 +270,7 @@ class Soak:
     with the first time.
     """
 
-    def __init__(self, step: GpuStep, corpus: Corpus, rank: int, mode: Mode) -> None:
+    def __init__(self, step: GpuStep, corpus: Corpus, rank: int, mode: PlanMode) -> None:
         device, self._mode = corpus.entries.device, mode
         turns = [Turn.draw(corpus, rank, n, LATENT + ROPE) for n in range(VARIANTS)]
         self._query = torch.stack([turn.query for turn in turns])
@@ -301,7 +302,7 @@ class Soak:
         self._lse[number].copy_(self._step.lse)
 
 
-def soaked(transport: Transport, mode: Mode) -> list[str]:
+def soaked(transport: Transport, mode: PlanMode) -> list[str]:
     """Turns one by one against fp64; then replays back to back, one rank late at first and both now and
     then, that must leave the same bits. What was wrong."""
     assert isinstance(transport, TorchTransport)
@@ -335,7 +336,7 @@ def soaked(transport: Transport, mode: Mode) -> list[str]:
 
 
 @pytest.mark.parametrize("mode", ["given", "always-route", "auto"])
-def test_replays_leave_the_same_bits(tmp_path: Path, mode: Mode) -> None:
+def test_replays_leave_the_same_bits(tmp_path: Path, mode: PlanMode) -> None:
     with RankPool(2, tmp_path, deadline_s=LATE_S, patience_s=400.0) as pool:
         assert pool.run(soaked, mode) == [[], []]
 
@@ -348,7 +349,7 @@ def test_replays_leave_the_same_bits(tmp_path: Path, mode: Mode) -> None:
     ],
     ids=["stores", "put"],
 )
-def test_any_plan_in_both_forms(tmp_path: Path, put: bool, modes: tuple[Mode, ...]) -> None:
+def test_any_plan_in_both_forms(tmp_path: Path, put: bool, modes: tuple[PlanMode, ...]) -> None:
     with RankPool(2, tmp_path, deadline_s=LATE_S, patience_s=400.0) as pool:
         assert pool.run(lived, put, modes) == [[], []]
 

@@ -19,15 +19,12 @@ from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as hf_glm
 from transformers.models.glm_moe_dsa.configuration_glm_moe_dsa import GlmMoeDsaConfig
 
 from qroam.indexer import (
-    apply_rope,
-    deinterleave,
     hadamard,
     head_weights,
     index_key,
     index_query,
     local_topk,
     merge_topk,
-    rope_tables,
     scores,
     select_blocks,
     unit_scores,
@@ -35,6 +32,7 @@ from qroam.indexer import (
 )
 from qroam.partition.codec import make_codec
 from qroam.partition.layout import IndexLayout, Pairing
+from qroam.partition.rope import apply_rope, deinterleave, rope_tables
 
 TILE = 1 << 20
 NEVER = 2**31 - 1

@@ -59,9 +59,10 @@ def compile_roles(folder: str, *chosen: str) -> None:
     """In the child: PTX of the chosen launches, or all, and of the probe; one file each."""
     from test_kernel_compile import StandIn, on_gpu, pretend_hopper
 
-    from qroam.kernels.attend import Workspace
-    from qroam.kernels.exchange.launch import Accepted, Ends, Merge, Partials, Routes, exchange
+    from qroam.kernels.attend import AttendWorkspace
+    from qroam.kernels.exchange.launch import exchange
     from qroam.kernels.exchange.layout import Wire
+    from qroam.kernels.exchange.types import Accepted, Ends, Merge, Partials, Routes
 
     wire = Wire(
         world_size=2, rows=8, heads=128, query_words=36864, answer_words=32768, units=2048
@@ -86,7 +87,7 @@ def compile_roles(folder: str, *chosen: str) -> None:
             "answer": Partials(out, lse, on_gpu(8, 2)),
             "receive": Merge(out[None], lse[None], out, lse, on_gpu(8)),
         }
-        parts = Workspace(
+        parts = AttendWorkspace(
             on_gpu(66, 2, 128, 512, dtype=BF16), on_gpu(66, 2, 128, dtype=F32), on_gpu(66, 2, 2),
             on_gpu(10),
         )  # fmt: skip

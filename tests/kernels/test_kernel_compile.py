@@ -26,10 +26,10 @@ from torch.overrides import TorchFunctionMode
 
 from qroam.kernels import nvrtc
 from qroam.kernels import plan as plan_module
-from qroam.kernels.decide import SOURCE, Mode, PriceTable
+from qroam.kernels.decide import SOURCE, PlanMode, PriceTable
 from qroam.kernels.nvrtc import compiled
-from qroam.kernels.plan import Directory
-from qroam.kernels.pool_layout import PoolMap
+from qroam.kernels.plan import BlockTable
+from qroam.kernels.pool_layout import PoolLayout
 
 _USED = re.compile(
     r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
@@ -55,7 +55,7 @@ def attend(
     dtype: torch.dtype = _BF16,
     combined: bool = True,
 ) -> None:
-    from qroam.kernels.attend import Tables, Workspace, attend, parts_of
+    from qroam.kernels.attend import AttendWorkspace, Tables, attend, parts_of
 
     rows = 64
     entries = on_gpu(262144, 656, dtype=_U8) if fp8 else on_gpu(262144, 576, dtype=dtype)
@@ -66,7 +66,7 @@ def attend(
         value_dim=512,
         scale=0.1,
         unit_tokens=unit_tokens,
-        workspace=Workspace.make(
+        workspace=AttendWorkspace.make(
             rows=rows,
             heads=heads,
             value_dim=512,
@@ -144,9 +144,10 @@ def exchange(
 ) -> None:
     """All roles at once; or, on a few SMs beside an attention, those that go beside one, and the
     others after it, which merge parts or take what is merged."""
-    from qroam.kernels.attend import Workspace
-    from qroam.kernels.exchange.launch import Accepted, Ends, Merge, Partials, Routes, exchange
+    from qroam.kernels.attend import AttendWorkspace
+    from qroam.kernels.exchange.launch import exchange
     from qroam.kernels.exchange.layout import Wire
+    from qroam.kernels.exchange.types import Accepted, Ends, Merge, Partials, Routes
 
     wire = Wire(
         world_size=2, rows=rows, heads=128, query_words=64 * columns, answer_words=64 * answered,
@@ -164,7 +165,9 @@ def exchange(
     out, lse = on_gpu(rows, 128, answered, dtype=_BF16), on_gpu(rows, 128, dtype=_F32)
     parts = None
     if in_parts:
-        parts = Workspace.make(rows=rows, heads=128, value_dim=answered, parts=66, device=_GPU)
+        parts = AttendWorkspace.make(
+            rows=rows, heads=128, value_dim=answered, parts=66, device=_GPU
+        )
     query, accepted = on_gpu(rows, 128, columns, dtype=_BF16), Accepted.make(wire, _GPU)
     answer = Partials(out, lse, on_gpu(rows, 2))
     merge = Merge(out[None], lse[None], out, lse, on_gpu(rows))
@@ -177,10 +180,10 @@ def exchange(
         exchange(ends, routes, send=query, accept=accepted, answer=answer, receive=merge)
 
 
-def fetched(*, entry_bytes: int, world: int) -> tuple[PoolMap, plan_module.Plan, Tensor]:
+def fetched(*, entry_bytes: int, world: int) -> tuple[PoolLayout, plan_module.Plan, Tensor]:
     """A pool of 61 layers, the plan of 64 items of 2048 units, and its `came`."""
     rows, listed = 64, 2048
-    pool = PoolMap(
+    pool = PoolLayout(
         layers=61, keys=65536, slots=4096, block_tokens=64, entry_bytes=entry_bytes,
         staged=rows * listed,
     )  # fmt: skip
@@ -383,7 +386,7 @@ def test_compiles_for_hopper(name: str, reports: dict[str, str]) -> None:
 
 
 # (items, units of an item, ranks, forms, mode)
-PLANS: dict[str, tuple[int, int, int, int, Mode]] = {
+PLANS: dict[str, tuple[int, int, int, int, PlanMode]] = {
     "plan of 1 item": (1, 2048, 8, 2, "auto"),
     "plan of 8 items": (8, 2048, 8, 1, "auto"),
     "plan of 24 items": (24, 2048, 8, 1, "always-fetch"),
@@ -401,7 +404,7 @@ def planned(
     listed: int,
     world: int,
     forms: int,
-    mode: Mode,
+    mode: PlanMode,
     monkeypatch: pytest.MonkeyPatch,
     *,
     clusters: bool = True,
@@ -420,8 +423,8 @@ def planned(
     monkeypatch.setattr(plan_module, "has_clusters", lambda device: clusters)
     with StandIn():
         prices = PriceTable(on_gpu(world, 16, dtype=torch.float64), forms, 2)
-        directory = Directory(on_gpu(4096, 4), block_tokens=64, num_branches=1)
-        workspace = plan_module.Workspace.make(
+        directory = BlockTable(on_gpu(4096, 4), block_tokens=64, num_branches=1)
+        workspace = plan_module.PlanWorkspace.make(
             num_items=256, num_branches=1, num_units=262144, world_size=world, device=_GPU
         )
         out = plan_module.Plan.make(

@@ -14,12 +14,13 @@ import triton.language as tl
 from triton.runtime.errors import InterpreterError
 from wires import asked, connected, due, partials_of, room, target
 
-from qroam.kernels.attend import Workspace
+from qroam.kernels.attend import AttendWorkspace
 from qroam.kernels.exchange import roles, signals
-from qroam.kernels.exchange.launch import Accepted, Ends, Merge, Partials, exchange
+from qroam.kernels.exchange.launch import exchange
 from qroam.kernels.exchange.layout import Wire
 from qroam.kernels.exchange.roles import STAMPS
 from qroam.kernels.exchange.signals import SILENT, UNTRUE, blame
+from qroam.kernels.exchange.types import Accepted, Ends, Merge, Partials
 
 COLUMNS = 16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,7 +125,7 @@ def cut(answer: Partials, rows: int, *, parts: int, seed: int) -> Partials:
     tiles[:rows] = torch.randint(1, 6, (rows,), generator=g)
     ends = tiles.cumsum(0)
     chunk = max(-(-int(ends[-1]) // parts), 1)
-    made = Workspace.make(
+    made = AttendWorkspace.make(
         rows=capacity, heads=answer.out.shape[1], value_dim=answer.out.shape[2], parts=parts,
         device="cpu", dtype=answer.out.dtype,
     )  # fmt: skip

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qroam.kernels import coverage
+from qroam.kernels.coverage import coverage, mix
 from qroam.kernels.decide import FETCH, LOCAL, ROUTE
-from qroam.kernels.pool_layout import PoolMap
+from qroam.kernels.pool_layout import PoolLayout
 
 pytest.importorskip("triton")
 from qroam.kernels.fetch import compose, fetch
@@ -21,14 +21,14 @@ from qroam.kernels.plan import Plan
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 POISON = torch.iinfo(torch.int32).max
-SMALL = PoolMap(layers=3, keys=21, slots=10, block_tokens=8, entry_bytes=656, staged=200)
+SMALL = PoolLayout(layers=3, keys=21, slots=10, block_tokens=8, entry_bytes=656, staged=200)
 RANK = 0  # who fetches
 
 
 class Region:
     """One rank's memory, random bytes but for its tables, and views of those."""
 
-    def __init__(self, pool: PoolMap, seed: int) -> None:
+    def __init__(self, pool: PoolLayout, seed: int) -> None:
         """A random part of the keys in random slots, filled to random lengths."""
         g = torch.Generator().manual_seed(seed)
         self.pool = pool
@@ -65,7 +65,7 @@ class Region:
         return there, slot * pool.block_tokens + offset, self.generation[slot]
 
 
-def world_of(pool: PoolMap, world: int, seed: int = 0) -> tuple[list[Region], Tensor]:
+def world_of(pool: PoolLayout, world: int, seed: int = 0) -> tuple[list[Region], Tensor]:
     regions = [Region(pool, 100 * seed + rank) for rank in range(world)]
     return regions, torch.tensor([r.memory.data_ptr() for r in regions], device=DEVICE)
 
@@ -102,7 +102,7 @@ def planned(
     start = 0
     for rank, (there, index, generation) in enumerate(found):
         asked = holder == rank
-        plan.expected[:, rank] = coverage.coverage(ids, generation, asked & there).int()
+        plan.expected[:, rank] = coverage(ids, generation, asked & there)
         if rank == RANK:
             plan.counts[rank] = 0
             plan.local_lengths.copy_(asked.sum(1))
@@ -175,14 +175,14 @@ def due(regions: list[Region], layer: int, plan: Plan) -> tuple[Tensor, Tensor]:
     for region, count in zip(regions, plan.counts.tolist(), strict=True):
         ids = plan.fetch_units[start : start + count]
         there, index, generation = region.find(layer, ids)
-        mixed = torch.where(there, coverage.mix(ids, generation), 0)
-        came[start : start + count] = torch.stack([there, mixed], 1).int()
+        mixed = torch.where(there, mix(ids, generation), 0)
+        came[start : start + count] = torch.stack([there.int(), mixed], 1)
         staged[start : start + count][there] = region.rows(layer)[index[there]]
         start += count
     return came, memory
 
 
-def check_lists(pool: PoolMap, layer: int, plan: Plan, result: Result) -> None:
+def check_lists(pool: PoolLayout, layer: int, plan: Plan, result: Result) -> None:
     for n, place in enumerate(plan.place.tolist()):
         want = plan.local_units[n, : plan.local_lengths[n]].tolist()
         for seat in filter(lambda seat: seat >= 0, place):
@@ -299,7 +299,7 @@ def test_an_entry_that_is_not_the_expected_one_is_a_fault_of_its_holder(how: str
     for n in range(4):
         asked = plan.fetch_units[plan.place[n][plan.place[n] >= seat].long()]
         there, _, generation = regions[3].find(layer, asked)
-        got = coverage.coverage(asked, generation, there).int()
+        got = coverage(asked, generation, there)
         differs = not torch.equal(got, plan.expected[n, 3]) and int(plan.way[n, 3]) == FETCH
         assert int(result.fault[n]) == (4 if differs else 0)
         assert differs >= bool(lists_it[n])
@@ -407,7 +407,7 @@ def test_map_refuses(field: str, value: int, says: str) -> None:
 
 
 @pytest.mark.parametrize("pool", [SMALL, replace(SMALL, keys=1, slots=33, entry_bytes=1152)])
-def test_parts_of_a_region_follow_one_another(pool: PoolMap) -> None:
+def test_parts_of_a_region_follow_one_another(pool: PoolLayout) -> None:
     parts = [
         (pool.slot_of, 4 * pool.keys),
         (pool.generation, 4 * pool.slots),
@@ -425,7 +425,7 @@ def test_parts_of_a_region_follow_one_another(pool: PoolMap) -> None:
     assert pool.num_bytes - pool.entries_of(pool.layers) == pool.staged * pool.entry_bytes
 
 
-BIG = PoolMap(
+BIG = PoolLayout(
     layers=2, keys=8192, slots=2048, block_tokens=64, entry_bytes=1152, staged=64 * 2048
 )  # fmt: skip
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from qroam.kernels import nvrtc
 from qroam.kernels import plan as plan_module
-from qroam.kernels.decide import SOURCE, Mode, PriceTable, decide
-from qroam.kernels.plan import Directory, Plan, Workspace, plan
-from qroam.partition.layout import Form, named_layout
+from qroam.kernels.decide import SOURCE, PlanMode, PriceTable, decide
+from qroam.kernels.plan import BlockTable, Plan, PlanWorkspace, plan
+from qroam.partition.layout import Form
+from qroam.partition.presets import named_layout
 from qroam.runtime import load_profile
 from qroam.runtime.cost import predicate
 from qroam.runtime.cost.model import CostModel, LayerFacts
@@ -124,10 +125,10 @@ def test_ways_are_the_predicates(name: str, forms: tuple[Form, ...]) -> None:
         wait_s = torch.rand(world, dtype=torch.float64) * 1e-5 if seed % 2 else None
         modes: tuple[predicate.Mode, ...] = ("auto", "always-route", "always-fetch")
         for mode in modes[: 3 if seed == 1 else 1]:
+            model = CostModel(facts=V32, profile=profile, reuse=reuse, splice=splice)
             ways = predicate.decide(
-                demand, V32, profile, rank=1, unit_tokens=1, reuse=reuse, mode=mode, forms=forms,
-                splice=splice, wait_s=wait_s,
-            ).way  # fmt: skip
+                demand, model, rank=1, mode=mode, forms=forms, wait_s=wait_s
+            ).way
             got = device_decide(demand, prices, rank=1, mode=mode, wait_s=wait_s)
             assert torch.equal(got, ways), (seed, mode)
             seen |= set(ways.unique().tolist())
@@ -147,7 +148,7 @@ def test_some_holders_are_split() -> None:
             torch.cat((few.fair_units, many.fair_units)),
         )
         ways = device_decide(demand, table_of(profile, world=3), rank=0, mode="auto")
-        expected = predicate.decide(demand, V32, profile, rank=0, unit_tokens=1).way
+        expected = predicate.decide(demand, CostModel(facts=V32, profile=profile), rank=0).way
         assert torch.equal(ways, expected)
         split += int(((ways == Way.FETCH).any(0) & (ways == Way.ROUTE_A).any(0)).sum())
     assert split > 0
@@ -234,8 +235,8 @@ class Drawn(NamedTuple):
     fill: Tensor
 
 
-def directory_of(case: Case, drawn: Drawn) -> Directory:
-    return Directory.of(
+def directory_of(case: Case, drawn: Drawn) -> BlockTable:
+    return BlockTable.of(
         drawn.owners, drawn.generations, drawn.tokens, drawn.slot_of, rank=case.rank,
         block_tokens=case.block_tokens, num_branches=case.branches,
     )  # fmt: skip
@@ -262,7 +263,7 @@ def defined(case: Case, drawn: Drawn) -> definition.Wanted:
 
 class Run(NamedTuple):
     plan: Plan
-    workspace: Workspace
+    workspace: PlanWorkspace
 
 
 def run(
@@ -270,15 +271,15 @@ def run(
     drawn: Drawn,
     prices: PriceTable,
     *,
-    mode: Mode,
+    mode: PlanMode,
     way: Tensor | None = None,
-    workspace: Workspace | None = None,
+    workspace: PlanWorkspace | None = None,
     fill: bool = True,
 ) -> Run:
     items, listed = drawn.units.shape
     num_units = len(drawn.owners) * case.block_tokens // case.unit_tokens
     if workspace is None:
-        workspace = Workspace.make(
+        workspace = PlanWorkspace.make(
             num_items=items, num_branches=case.branches, num_units=num_units,
             world_size=case.world, device=DEVICE,
         )  # fmt: skip
@@ -327,7 +328,7 @@ def check_expected(case: Case, drawn: Drawn, wanted: definition.Wanted, got: Pla
     )
     used = int(lists.pairs.sum())
     holder = torch.arange(case.world).repeat_interleave(lists.pairs)
-    mine = got.expected[lists.items[:used], holder].long() & 0xFFFFFFFF
+    mine = got.expected[lists.items[:used], holder]
     assert torch.equal(mine, lists.expected[:used])
     assert int(got.expected[..., 0].sum()) == int(lists.expected[:used, 0].sum())
 
@@ -343,7 +344,7 @@ def check_routes(
     pairs, listed = int(lists.pairs.sum()), int(lists.listed.sum())
     assert torch.equal(got.items[f, :pairs].long(), lists.items[:pairs])
     assert torch.equal(got.units_of[f, :pairs].long(), lists.units_of[:pairs])
-    expected = got.items_expected[f, :pairs].long() & 0xFFFFFFFF
+    expected = got.items_expected[f, :pairs]
     assert torch.equal(expected, lists.expected[:pairs])
     assert torch.equal(got.route_units[f, :listed], lists.units[:listed])
     for tensor, used in (
@@ -449,9 +450,8 @@ def test_plan(case: Case, mode: predicate.Mode) -> None:
     prices = table_of(profile, world=case.world, unit_tokens=case.unit_tokens)
     got = run(case, drawn, prices, mode=mode).plan
     seen = Demand(got.pairs_units.long(), got.unique_units.long(), got.fair_units)
-    ways = predicate.decide(
-        seen, V32, profile, rank=case.rank, unit_tokens=case.unit_tokens, mode=mode
-    ).way
+    model = CostModel(facts=V32, profile=profile, unit_tokens=case.unit_tokens)
+    ways = predicate.decide(seen, model, rank=case.rank, mode=mode).way
     assert torch.equal(got.way, ways)
     check(case, drawn, got, ("A",), fill=True)
 
@@ -477,7 +477,7 @@ def test_any_ways(case: Case) -> None:
 
 @pytest.mark.parametrize("case", slow_after(1, SPREAD), ids=named)
 @pytest.mark.parametrize("mode", ["given", "auto"])
-def test_items_over_several_blocks(case: Case, mode: Mode) -> None:
+def test_items_over_several_blocks(case: Case, mode: PlanMode) -> None:
     drawn, prices = case.draw(), table_of(load_profile("nvlink4"), world=case.world)
     g = torch.Generator().manual_seed(case.seed + 1)
     ways = torch.tensor([0, 2, 4, 4])[torch.randint(4, (len(drawn.units), case.world), generator=g)]
@@ -559,7 +559,7 @@ def test_a_lost_copy_is_not_asked() -> None:
     i32 = torch.int32
 
     def asked(askable: Tensor | None) -> list[int]:
-        directory = Directory.of(
+        directory = BlockTable.of(
             owners, torch.zeros(4, dtype=i32), torch.ones(4, dtype=i32), torch.zeros(0, dtype=i32),
             rank=0, block_tokens=1, num_branches=1, askable=askable,
         )  # fmt: skip
@@ -640,7 +640,9 @@ BIG = [
 @needs_gpu
 @pytest.mark.parametrize("mode", ["auto", "always-route", "always-fetch", "given"])
 @pytest.mark.parametrize("case", BIG, ids=named)
-def test_full_size_in_one_launch(case: Case, mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_size_in_one_launch(
+    case: Case, mode: PlanMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn, launched, launch = case.draw(), [], nvrtc.launch
 
     def counted(source: Path, kernel: str, *arguments: object, **options: object) -> None:
@@ -665,7 +667,7 @@ def test_replays_of_a_graph_plan_new_selections() -> None:
     prices = table_of(load_profile("nvlink4"), world=case.world)
     tables = Drawn(*(tensor.to(DEVICE) for tensor in drawn[0]))
     directory = directory_of(case, tables)
-    workspace = Workspace.make(
+    workspace = PlanWorkspace.make(
         num_items=case.queries, num_branches=1, world_size=case.world, device=DEVICE,
         num_units=len(tables.owners) * case.block_tokens,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from qroam.partition.directory import (
     without_document,
 )
 from qroam.partition.directory_codec import directory_columns, directory_of
-from qroam.partition.placement import POLICIES, Placement, place
+from qroam.partition.placement import PLACEMENT_POLICIES, Placement, place
 from qroam.partition.repair import repaired
 
 B = 8  # tokens of a block
@@ -71,7 +71,7 @@ def frozen_copy(directory: Directory) -> dict[str, object]:
 
 @given(
     lengths=st.lists(st.integers(1, 5 * B), min_size=1, max_size=5),
-    policy=st.sampled_from(POLICIES),
+    policy=st.sampled_from(PLACEMENT_POLICIES),
     branches=st.sampled_from((1, 4)),
     world=st.integers(1, 5),
     copies=st.integers(1, 2),

@@ -10,7 +10,6 @@ import pytest
 
 from qroam.partition.codec import make_codec
 from qroam.partition.layout import (
-    LAYOUT_NAMES,
     Branch,
     Form,
     IndexLayout,
@@ -20,11 +19,8 @@ from qroam.partition.layout import (
     Projection,
     Rope,
     Stream,
-    mlra,
-    named_layout,
-    uniform_model,
-    with_codec,
 )
+from qroam.partition.presets import LAYOUT_NAMES, mlra, named_layout, uniform_model, with_codec
 
 LATENT = Stream(name="latent", dim=64, role="kv")
 ROPE_KEY = Stream(name="rope_key", dim=16, role="k")

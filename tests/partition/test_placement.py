@@ -8,9 +8,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qroam.partition.placement import POLICIES, Placement, Policy, place, place_at
+from qroam.partition.placement import (
+    PLACEMENT_POLICIES,
+    Placement,
+    PlacementPolicy,
+    place,
+    place_at,
+)
 
-policies = st.sampled_from(POLICIES)
+policies = st.sampled_from(PLACEMENT_POLICIES)
 
 
 def placed(
@@ -48,7 +54,7 @@ def per_rank(ranks: Tensor, world: int) -> Tensor:
     used=st.lists(st.integers(0, 30), min_size=9, max_size=9),
 )
 def test_every_block_has_distinct_copies_deterministically(
-    policy: Policy,
+    policy: PlacementPolicy,
     num_blocks: int,
     branches: int,
     world: int,
@@ -88,7 +94,7 @@ def test_every_block_has_distinct_copies_deterministically(
     data=st.data(),
 )
 def test_even_policies_differ_by_at_most_one_block(
-    policy: Policy, num_blocks: int, world: int, data: st.DataObject
+    policy: PlacementPolicy, num_blocks: int, world: int, data: st.DataObject
 ) -> None:
     placement = Placement(policy=policy, copies=data.draw(st.integers(1, world)))
     counts = per_rank(placed(placement, num_blocks, world=world)[..., 0], world)
@@ -162,7 +168,7 @@ def test_branch_split_never_puts_two_branches_of_a_block_together(world: int) ->
 
 
 def test_a_world_of_one_holds_everything() -> None:
-    for policy in POLICIES:
+    for policy in PLACEMENT_POLICIES:
         owners = placed(Placement(policy=policy), 3, world=1, branches=4)
         assert owners.unique().tolist() == [0]
 
@@ -185,7 +191,7 @@ def test_an_absurd_load_is_refused(bad: float) -> None:
 
 
 def test_a_world_of_fewer_ranks_than_copies_lacks_some_and_has_none_twice() -> None:
-    for policy in POLICIES:
+    for policy in PLACEMENT_POLICIES:
         ranks = placed(Placement(policy=policy, copies=3), 6, world=2)
         assert bool((ranks[..., 2] == -1).all())
         assert bool((ranks[..., 0] != ranks[..., 1]).all())

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qroam.partition.codec import CODEC_NAMES, Codec, make_codec
-from qroam.partition.pool import BlockStore, Leases
+from qroam.partition.lease_table import LeaseTable
+from qroam.partition.pool import BlockStore
 
 B = 8
 DIMS = {"fp64": (6, 0), "fp32": (5, 0), "bf16": (7, 0), "fp8_v32": (144, 16), "fp8_index": (32, 0)}
@@ -351,7 +352,7 @@ def test_admitting_more_than_fits_keeps_the_first_and_counts_evictions() -> None
 
 
 def test_without_lease_entries_nothing_is_kept() -> None:
-    leases: Leases = store_of(codec_of("fp32")).leases(0)
+    leases: LeaseTable = store_of(codec_of("fp32")).leases(0)
     assert leases.admit(ids(1), ids(0), rows_for(codec_of("fp32"), 1)) == 0
     assert not bool(leases.find(ids(1, -1), ids(0, 0))[1].any())
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from snapshot_files import WIDTH, B, form, written
 
 from qroam.partition.codec import make_codec
-from qroam.partition.pool import BlockStore
+from qroam.partition.pool import KINDS, BlockStore
 from qroam.partition.snapshot.folder import (
     FolderLock,
     RecordReader,
@@ -29,7 +29,6 @@ from qroam.partition.snapshot.folder import (
     write_manifest,
 )
 from qroam.partition.snapshot.format import (
-    KINDS,
     Manifest,
     SavedDocument,
     decode_manifest,

@@ -27,8 +27,8 @@ from small_world import Small, small, small_config
 from strategies import EVERYWHERE, cases
 from torch import Tensor
 
-from qroam.partition.layout import named_layout, uniform_model
 from qroam.partition.placement import Placement
+from qroam.partition.presets import named_layout, uniform_model
 from qroam.runtime import BlocksLostError, PeerError, Runtime
 from qroam.runtime.cpu import answer as answering
 from qroam.runtime.service.server import Service

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qroam.partition.layout import Form, mla, named_layout
+from qroam.partition.layout import Form
+from qroam.partition.presets import mla, named_layout
 from qroam.runtime.cost.model import (
     COVERAGE_BYTES,
     HEADER_BYTES,
@@ -141,8 +142,17 @@ def same_units(items: int, units: int) -> Demand:
     return demand_of([[set(), set(range(units))] for _ in range(items)])
 
 
-def decided(demand: Demand, profile: FabricProfile, **options: object) -> Decision:
-    return decide(demand, V32, profile, rank=0, unit_tokens=1, **options)  # type: ignore[arg-type]
+def decided(
+    demand: Demand,
+    profile: FabricProfile,
+    *,
+    reuse: float = 1.0,
+    splice: bool = False,
+    shifted: bool = False,
+    **options: object,
+) -> Decision:
+    model = CostModel(facts=V32, profile=profile, reuse=reuse, splice=splice, shifted=shifted)
+    return decide(demand, model, rank=0, **options)  # type: ignore[arg-type]
 
 
 # Profiles
@@ -495,7 +505,7 @@ def test_margin_is_the_cost_of_one_change(mode: Mode) -> None:
     for item in (0, 2, 3, 42):
         way = decision.way.clone()
         way[item, 1] = Way.ROUTE_A if way[item, 1] == Way.FETCH else Way.FETCH
-        step = predict_step(way, demand, V32, paper(), rank=0, unit_tokens=1)
+        step = predict_step(way, demand, CostModel(facts=V32, profile=paper()), rank=0)
         expected = step.exchange.item() / decision.predicted[1].item() - 1
         assert decision.margin[item, 1].item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
@@ -510,7 +520,7 @@ def test_form_b_is_chosen_only_if_it_can_be_executed() -> None:
         replace(named_layout("mla-v3.2"), projection=None), entry_bytes=656, element_bytes=2
     )
     with pytest.raises(ValueError, match="forms must be some of A for this layout"):
-        decide(demand, plain, paper(), rank=0, unit_tokens=1, forms=both)
+        decide(demand, CostModel(facts=plain, profile=paper()), rank=0, forms=both)
 
 
 Lists = list[list[set[int]]]
@@ -535,8 +545,8 @@ def test_a_mix_is_never_under_estimated(case: tuple[Lists, int], mode: Mode, see
     """Against the true number of different units among those fetched."""
     lists, rank = case
     demand = demand_of(lists)
-    decision = decide(demand, V32, paper(), rank=rank, unit_tokens=1, mode=mode, seed=seed)
     model = CostModel(facts=V32, profile=paper())
+    decision = decide(demand, model, rank=rank, mode=mode, seed=seed)
     talked_to = [h != rank and any(row[h] for row in lists) for h in range(len(lists[0]))]
     sharers = ONE * max(1, sum(talked_to))
     for h in range(len(talked_to)):
@@ -591,29 +601,13 @@ def test_auto_is_never_predicted_worse_than_either_pure_mode(
     profile = load_profile(name)
     facts = LayerFacts.of(named_layout(layout), entry_bytes=656, element_bytes=2)
 
+    model = CostModel(
+        facts=facts, profile=profile, unit_tokens=unit_tokens, reuse=reuse, splice=splice
+    )
+
     def run(mode: Mode) -> tuple[Decision, float]:
-        decision = decide(
-            demand,
-            facts,
-            profile,
-            rank=rank,
-            unit_tokens=unit_tokens,
-            reuse=reuse,
-            mode=mode,
-            forms=forms,
-            splice=splice,
-        )
-        step = predict_step(
-            decision.way,
-            demand,
-            facts,
-            profile,
-            rank=rank,
-            unit_tokens=unit_tokens,
-            reuse=reuse,
-            splice=splice,
-        )
-        return decision, step.total.item()
+        decision = decide(demand, model, rank=rank, mode=mode, forms=forms)
+        return decision, predict_step(decision.way, demand, model, rank=rank).total.item()
 
     (auto, auto_s), (routed, route_s), (fetched, fetch_s) = (
         run("auto"),
@@ -664,7 +658,7 @@ def test_shapes_are_static_and_nothing_is_read(mode: Mode) -> None:
             fair_units=torch.zeros(6, 4, dtype=torch.float64),
         )
         decision = decided(demand, paper(), mode=mode, forms=("A", "B"), reuse=2.0, splice=True)
-        step = predict_step(decision.way, demand, V32, paper(), rank=0, unit_tokens=1)
+        step = predict_step(decision.way, demand, CostModel(facts=V32, profile=paper()), rank=0)
         assert decision.way.shape == decision.margin.shape == decision.reason.shape == (6, 4)
         assert decision.way.dtype == decision.reason.dtype == torch.int8
         assert decision.predicted.shape == decision.route_s.shape == decision.fetch_s.shape == (4,)
@@ -675,8 +669,8 @@ def test_a_step_is_a_maximum() -> None:
     demand = demand_of([[set(range(5000)), set(range(100)), set(range(300))]])
     profile = paper()
     decision = decided(demand, profile, mode="always-fetch")
-    step = predict_step(decision.way, demand, V32, profile, rank=0, unit_tokens=1)
     model = CostModel(facts=V32, profile=profile)
+    step = predict_step(decision.way, demand, model, rank=0)
     assert step.own == model.attend().of(model.asked(n(1), n(5000), n(0)))
     assert step.exchange == decision.predicted.max() == decision.predicted[2]
     expected = step.plan + torch.maximum(step.own, step.exchange) + step.merge
@@ -687,7 +681,7 @@ def test_a_step_is_a_maximum() -> None:
 def test_what_the_predicate_refuses() -> None:
     demand = same_units(2, 3)
     with pytest.raises(ValueError, match=r"rank must be in \[0, 2\), got 2"):
-        decide(demand, V32, paper(), rank=2, unit_tokens=1)
+        decide(demand, CostModel(facts=V32, profile=paper()), rank=2)
     with pytest.raises(ValueError, match="mode must be one of auto, always-route"):
         decided(demand, paper(), mode="best")
     with pytest.raises(ValueError, match="forms must be some of A, B for this layout"):
@@ -703,4 +697,4 @@ def test_what_the_predicate_refuses() -> None:
     with pytest.raises(ValueError, match=r"wait_s must be \(2,\)"):
         decided(demand, paper(), wait_s=torch.zeros(3, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"way must be \(2, 2\)"):
-        predict_step(torch.zeros(3, 2), demand, V32, paper(), rank=0, unit_tokens=1)
+        predict_step(torch.zeros(3, 2), demand, CostModel(facts=V32, profile=paper()), rank=0)

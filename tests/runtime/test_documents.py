@@ -12,8 +12,8 @@ from ranks import run_loopback
 from torch import Tensor
 
 from qroam.partition.directory import Document
-from qroam.partition.layout import named_layout, uniform_model, with_codec
 from qroam.partition.placement import Placement
+from qroam.partition.presets import named_layout, uniform_model, with_codec
 from qroam.runtime import CoverageError, PeerError, Request, Runtime, RuntimeConfig, Scope
 from qroam.runtime.transport.base import Transport
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from qroam.partition.layout import named_layout
-from qroam.runtime.cost.model import LayerFacts
+from qroam.partition.presets import named_layout
+from qroam.runtime.cost.model import CostModel, LayerFacts
 from qroam.runtime.cost.predicate import Demand, Way, decide
 from qroam.runtime.cost.profile import load_profile
 from qroam.runtime.tools.explain import (
@@ -49,8 +49,9 @@ def decided_way(queries: int, units: int, holders: int, **options: Any) -> str:
     facts = LayerFacts.of(named_layout("mla-v3.2"), entry_bytes=656, element_bytes=2)
     pairs = torch.tensor([0, *[units] * holders]).repeat(queries, 1)
     demand = Demand(pairs, pairs.sum(0), pairs.double())
-    profile = load_profile("ibgda-ndr200")
-    decision = decide(demand, facts, profile, rank=0, unit_tokens=1, **options)
+    reuse = options.pop("reuse", 1.0)
+    model = CostModel(facts=facts, profile=load_profile("ibgda-ndr200"), reuse=reuse)
+    decision = decide(demand, model, rank=0, **options)
     (way,) = set(decision.way[:, 1:].flatten().tolist())
     return WAYS[Way(way)]
 
@@ -91,7 +92,7 @@ def test_documents_at_other_positions_are_priced_by_rotation_and_by_lease() -> N
     assert lease["parts_us"] is not None
     assert lease["parts_us"]["splice"] > 0
     assert lease["parts_us"]["turn"] == 0
-    assert "Runtime.lease" in render([moved])
+    assert "Runtime.copy_document" in render([moved])
     assert "lease" not in render([plain])
 
 

@@ -37,9 +37,10 @@ from torch import Tensor
 from qroam.kernels import attend as kernel
 from qroam.kernels import plan as kernel_plan
 from qroam.partition.directory import empty_directory, with_document
-from qroam.partition.layout import Layout, ModelLayout, mlra, named_layout, with_codec
+from qroam.partition.layout import Layout, ModelLayout
 from qroam.partition.placement import Placement
 from qroam.partition.pool import BlockStore
+from qroam.partition.presets import mlra, named_layout, with_codec
 from qroam.runtime import (
     CoverageError,
     LoopbackTransport,
@@ -111,8 +112,11 @@ def test_what_the_step_does(layout: Layout, dtype: torch.dtype) -> None:
 
 
 def test_limits_are_those_of_the_kernels() -> None:
-    assert (limits.LATENTS, limits.ROPES) == (kernel._LATENTS, kernel._ROPES)
-    assert limits.MAX_QUERIES == kernel_plan.MAX_QUERIES
+    of_runtime, of_attend, of_plan = vars(limits), vars(kernel), vars(kernel_plan)
+    for name in ("LATENTS", "ROPES", "MAX_HEADS", "FP8_LATENT", "FP8_ROPE"):
+        assert of_runtime[name] is of_attend[name]
+    for name in ("MAX_QUERIES", "MAX_UNITS"):
+        assert of_runtime[name] is of_plan[name]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

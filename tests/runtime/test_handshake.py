@@ -11,8 +11,8 @@ import torch
 from ranks import run_loopback
 from torch import Tensor
 
-from qroam.partition.layout import named_layout, uniform_model
 from qroam.partition.placement import Placement
+from qroam.partition.presets import named_layout, uniform_model
 from qroam.runtime import PeerError, Runtime, RuntimeConfig, load_profile
 from qroam.runtime.transport.base import Transport
 from qroam.runtime.transport.handshake import difference, introduction

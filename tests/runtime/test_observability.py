@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from ranks import run_loopback
 
-from qroam.partition.layout import named_layout, uniform_model
+from qroam.partition.presets import named_layout, uniform_model
 from qroam.partition.residence import Histogram, Places, Residence
 from qroam.runtime import CoverageError, PeerError, Runtime, RuntimeConfig
 from qroam.runtime.adapters.metrics import RuntimeCollector

@@ -12,20 +12,11 @@ import torch
 from ranks import run_loopback
 from torch import Tensor
 
-from qroam.indexer import apply_rope, hadamard, scores
-from qroam.indexer.dsa import rotate_index
+from qroam.indexer import hadamard, rotate_index, scores
 from qroam.partition.codec import make_codec
-from qroam.partition.layout import (
-    IndexLayout,
-    ModelLayout,
-    Pairing,
-    Rope,
-    Yarn,
-    named_layout,
-    uniform_model,
-    with_codec,
-)
-from qroam.partition.rope import inverse_frequencies, rotate
+from qroam.partition.layout import IndexLayout, ModelLayout, Pairing, Rope, Yarn
+from qroam.partition.presets import named_layout, uniform_model, with_codec
+from qroam.partition.rope import apply_rope, inverse_frequencies, rotate
 from qroam.runtime import CoverageError, PeerError, Runtime, RuntimeConfig
 from qroam.runtime.scope import MAX_OFFSETS
 from qroam.runtime.transport.base import Transport

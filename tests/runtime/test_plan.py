@@ -13,10 +13,11 @@ from ranks import run_loopback
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qroam.kernels import coverage, reference
-from qroam.partition.layout import named_layout, uniform_model
+from qroam.kernels import reference
+from qroam.kernels.coverage import mix
+from qroam.partition.presets import named_layout, uniform_model
 from qroam.runtime import Runtime, RuntimeConfig, load_profile
-from qroam.runtime.cost.model import LayerFacts
+from qroam.runtime.cost.model import CostModel, LayerFacts
 from qroam.runtime.cost.predicate import Mode, Way, decide
 from qroam.runtime.cpu import plan
 from qroam.runtime.stores import entry_codec
@@ -201,10 +202,10 @@ def test_route_lists(form: Way, case: Case) -> None:
             there = wanted.exists[item, mine]
             ids = wanted.entries[item, mine][there]
             generations = case.generations[ids.long() // B]
-            mixed = int(coverage.mix(ids, generations).sum()) % 2**32
+            mixed = int(mix(ids, generations).sum()) % 2**32
             items.append(item)
             counts.append(len(mine))
-            expected.append([len(ids), mixed])
+            expected.append([len(ids), mixed - 2**32 * (mixed >= 2**31)])
             listed += [units[item][k] for k in mine]
             pairs[holder] += 1
             per_holder[holder] += len(mine)
@@ -305,10 +306,8 @@ def test_plan_and_merge_run_without_data(mode: Mode, unit_tokens: int) -> None:
         )
         decision = decide(
             wanted.demand,
-            facts,
-            load_profile("nvlink4"),
+            CostModel(facts=facts, profile=load_profile("nvlink4"), unit_tokens=width),
             rank=1,
-            unit_tokens=width,
             mode=mode,
             forms=("A", "B"),
         )

@@ -34,7 +34,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from qroam.partition.directory import empty_directory, with_document, without_document
 from qroam.partition.directory_codec import directory_columns, directory_of
-from qroam.partition.placement import POLICIES, Placement, place
+from qroam.partition.placement import PLACEMENT_POLICIES, Placement, place
 from qroam.partition.repair import repaired
 from qroam.runtime import BlocksLostError, PeerError, Runtime, SnapshotError
 from qroam.runtime.cpu import answer as answering
@@ -760,7 +760,7 @@ def test_a_repaired_directory_keeps_every_copy_that_is_left(
     for number in range(data.draw(st.integers(0, 4))):
         tokens = data.draw(st.integers(1, 20))
         blocks = before.free_blocks("", -(-tokens // 4))
-        policy = data.draw(st.sampled_from(POLICIES))
+        policy = data.draw(st.sampled_from(PLACEMENT_POLICIES))
         ranks = place(
             Placement(policy=policy, copies=copies),
             blocks,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qroam.partition.layout import named_layout
-from qroam.runtime.cost.model import LayerFacts
+from qroam.partition.presets import named_layout
+from qroam.runtime.cost.model import CostModel, LayerFacts
 from qroam.runtime.cost.predicate import Mode, Way, decide, predict_step
 from qroam.runtime.cost.profile import FabricProfile, load_profile
 from qroam.runtime.cpu import plan
@@ -78,9 +78,12 @@ def replay(
             block_tokens=BLOCK,
         )
         demand = wanted.demand
-        decision = decide(demand, V32, profile, rank=0, unit_tokens=1, reuse=reuse, mode=mode)
+        model = CostModel(facts=V32, profile=profile, reuse=reuse)
+        decision = decide(demand, model, rank=0, mode=mode)
         ways.update(decision.way[:, 1:].flatten().tolist())
-        predicted = predict_step(decision.way, demand, V32, profile, rank=0, unit_tokens=1)
+        predicted = predict_step(
+            decision.way, demand, CostModel(facts=V32, profile=profile), rank=0
+        )
         seconds += float(predicted.total)
         if leases:
             fetched = plan.fetch(wanted, decision.way, Way.FETCH)

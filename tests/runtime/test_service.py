@@ -24,9 +24,9 @@ from torch import Tensor
 from qroam.partition import codec as codec_module
 from qroam.partition import pool
 from qroam.partition.codec import make_codec
-from qroam.partition.layout import named_layout, uniform_model
 from qroam.partition.placement import Placement
 from qroam.partition.pool import BlockStore
+from qroam.partition.presets import named_layout, uniform_model
 from qroam.runtime import PeerError, Request, Runtime
 from qroam.runtime.cpu import answer as answering
 from qroam.runtime.service import server as service

@@ -19,8 +19,8 @@ from snapshot_world import B, add, attended, config, contents, late_writer, refu
 from snapshots import restore, save
 from spoiling import on, spoiling
 
-from qroam.partition.layout import uniform_model
 from qroam.partition.placement import Placement
+from qroam.partition.presets import uniform_model
 from qroam.partition.snapshot import folder as folder_module
 from qroam.partition.snapshot.folder import read_manifest
 from qroam.partition.snapshot.record import take_records

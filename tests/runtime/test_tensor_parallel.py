@@ -24,17 +24,9 @@ from ranks import RankPool, run_loopback
 from torch import Tensor
 
 from qroam.partition.head_split import Heads, lane_layout
-from qroam.partition.layout import (
-    Form,
-    IndexLayout,
-    Layout,
-    ModelLayout,
-    mla,
-    mlra,
-    named_layout,
-    uniform_model,
-)
+from qroam.partition.layout import Form, IndexLayout, Layout, ModelLayout
 from qroam.partition.placement import Placement
+from qroam.partition.presets import mla, mlra, named_layout, uniform_model
 from qroam.runtime import FabricProfile, PeerError, Runtime, RuntimeConfig, load_profile
 from qroam.runtime.cost.model import LayerFacts
 from qroam.runtime.cost.predicate import Mode

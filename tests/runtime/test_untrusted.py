@@ -10,7 +10,7 @@ from ranks import run_loopback
 from spoiling import Spoil, on, spoiling
 from torch import Tensor
 
-from qroam.partition.layout import named_layout, uniform_model
+from qroam.partition.presets import named_layout, uniform_model
 from qroam.runtime import PeerError, Runtime, RuntimeConfig
 from qroam.runtime.transport.base import Transport
 from qroam.runtime.transport.loopback import LoopbackTransport

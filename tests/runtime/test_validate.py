@@ -14,14 +14,9 @@ import torch
 from ranks import run_loopback
 from torch import Tensor
 
-from qroam.partition.layout import (
-    Rope,
-    mlra,
-    named_layout,
-    uniform_model,
-    with_codec,
-)
+from qroam.partition.layout import Rope
 from qroam.partition.placement import Placement
+from qroam.partition.presets import mlra, named_layout, uniform_model, with_codec
 from qroam.runtime import (
     CoverageError,
     LoopbackTransport,

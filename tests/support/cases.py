@@ -30,11 +30,9 @@ from qroam.partition.layout import (
     Rope,
     Stream,
     Yarn,
-    mla,
-    mlra,
-    uniform_model,
 )
-from qroam.partition.placement import Placement, Policy
+from qroam.partition.placement import Placement, PlacementPolicy
+from qroam.partition.presets import mla, mlra, uniform_model
 from qroam.runtime.config import IndexPlacement, RuntimeConfig
 from qroam.runtime.cost.predicate import Mode
 from qroam.runtime.cost.profile import PROFILE_NAMES, load_profile
@@ -94,7 +92,7 @@ class Case:
     documents: tuple[int, ...] = (40, 21, 16)
     prefilled: int = 0
     chunk: int = 11
-    policy: Policy = "block-cyclic"
+    policy: PlacementPolicy = "block-cyclic"
     run: int = 1
     copies: int = 1
     index_placement: IndexPlacement = "with-blocks"

@@ -23,16 +23,17 @@ from torch import Tensor
 from qroam.kernels import reference
 from qroam.kernels.decide import FETCH, LOCAL, ROUTE
 from qroam.kernels.fetch import fetch
+from qroam.kernels.limits import DTYPES
 from qroam.kernels.plan import Plan
-from qroam.kernels.pool_layout import PoolMap
+from qroam.kernels.pool_layout import PoolLayout
 from qroam.partition.directory import Directory, empty_directory, with_document
-from qroam.partition.layout import IndexLayout, Layout, mla, uniform_model
+from qroam.partition.layout import IndexLayout, Layout
 from qroam.partition.pool import BlockStore
+from qroam.partition.presets import mla, uniform_model
 from qroam.runtime import Runtime, RuntimeConfig
 from qroam.runtime.cost.predicate import Mode
 from qroam.runtime.gpu import admit
 from qroam.runtime.gpu import open as gpu_open
-from qroam.runtime.gpu.limits import DTYPES
 from qroam.runtime.gpu.open import OpenGpu
 from qroam.runtime.gpu.pool import GpuPool
 from qroam.runtime.stores import entry_codec, entry_slots
@@ -94,7 +95,7 @@ def eighths(x: Tensor) -> Tensor:
 def pool_of(config: RuntimeConfig, rank: int, world_size: int, *, staged: int = 64) -> GpuPool:
     """A pool in memory of the host."""
     codec, lease_slots = entry_codec(config.model.layers[0]), config.lease_entries // B
-    pool_map = PoolMap(
+    pool_map = PoolLayout(
         layers=len(config.model.layers),
         keys=config.max_ids,
         slots=entry_slots(config, world_size) + lease_slots,

@@ -15,9 +15,9 @@ import torch
 COMPILER = shutil.which("g++")
 _HEADER = Path(__file__).with_name("on_cpu.h")
 _ENTRY = """
-extern "C" int run(const Step* step, int grid, int block, int cluster, long shared, unsigned seed) {{
+extern "C" int run(const StepArgs* step, int grid, int block, int cluster, long shared, unsigned seed) {{
     on_cpu::step = step;
-    on_cpu::kernel = [](const void* step) {{ {kernel}(*(const Step*)step); }};
+    on_cpu::kernel = [](const void* step) {{ {kernel}(*(const StepArgs*)step); }};
     return on_cpu::run(grid, block, cluster, shared, seed);
 }}
 """

@@ -9,8 +9,8 @@ import dense
 import torch
 from torch import Tensor
 
-from qroam.partition.layout import named_layout, uniform_model
 from qroam.partition.placement import Placement
+from qroam.partition.presets import named_layout, uniform_model
 from qroam.runtime import Runtime, RuntimeConfig
 from qroam.runtime.scope import Selection
 

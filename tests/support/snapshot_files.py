@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from qroam.partition.pool import Kind
 from qroam.partition.snapshot.folder import FolderLock, RecordWriter, write_manifest
 from qroam.partition.snapshot.format import (
-    Kind,
     LayerForm,
     Manifest,
     SavedDocument,

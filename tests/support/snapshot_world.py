@@ -11,7 +11,7 @@ import pytest
 import torch
 from ranks import run_loopback
 
-from qroam.partition.layout import mla, uniform_model
+from qroam.partition.presets import mla, uniform_model
 from qroam.partition.snapshot.record import take_records
 from qroam.runtime import Runtime, RuntimeConfig, SnapshotError
 from qroam.runtime.corpus import snapshot as step

@@ -8,7 +8,7 @@ from cases import STORAGE, Architecture, Case, Picks
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from qroam.partition.placement import POLICIES
+from qroam.partition.placement import PLACEMENT_POLICIES
 from qroam.runtime.cost.predicate import MODES
 
 EVERYWHERE = settings(
@@ -43,7 +43,7 @@ def cases(draw: st.DrawFn, worlds: tuple[int, ...]) -> Case:
         documents=documents,
         prefilled=draw(st.integers(0, len(documents))),
         chunk=draw(st.integers(11, 30)),
-        policy=draw(st.sampled_from(POLICIES)),
+        policy=draw(st.sampled_from(PLACEMENT_POLICIES)),
         run=draw(st.integers(1, 3)),
         copies=draw(st.integers(1, min(world, 3))),
         index_placement=draw(st.sampled_from(("with-blocks", "replicated"))),

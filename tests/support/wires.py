@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from qroam.kernels import reference
-from qroam.kernels.exchange.launch import Accepted, Ends, Merge, Partials, Routes
 from qroam.kernels.exchange.layout import Wire
 from qroam.kernels.exchange.roles import STAMPS
+from qroam.kernels.exchange.types import Accepted, Ends, Merge, Partials, Routes
 
 
 def connected(
     wire: Wire,
     devices: list[torch.device] | None = None,
     *,
-    lane: int = 1,
+    channel_tag: int = 1,
     budget_s: float = 10.0,
     ring: int = 0,
 ) -> list[Ends]:
@@ -29,7 +29,7 @@ def connected(
         Ends(
             wire=wire,
             rank=rank,
-            lane=lane,
+            channel_tag=channel_tag,
             arena=arena,
             peers=addresses.to(arena.device),
             epoch=torch.zeros(1, dtype=torch.int64, device=arena.device),

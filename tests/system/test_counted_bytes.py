@@ -6,7 +6,7 @@ import pytest
 import torch
 from ranks import run_loopback
 
-from qroam.partition.layout import named_layout, uniform_model
+from qroam.partition.presets import named_layout, uniform_model
 from qroam.runtime import Runtime, RuntimeConfig
 from qroam.runtime.cost.model import (
     COVERAGE_BYTES,

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from qroam.partition.layout import named_layout, uniform_model
+from qroam.partition.presets import named_layout, uniform_model
 from qroam.runtime import Runtime, RuntimeConfig
 
 

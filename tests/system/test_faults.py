@@ -16,7 +16,7 @@ import torch
 from effort import slow_after
 from faults import VICTIM, Progress, run
 
-from qroam.partition.layout import named_layout, uniform_model
+from qroam.partition.presets import named_layout, uniform_model
 from qroam.runtime import Runtime, RuntimeConfig
 from qroam.runtime.cpu import step
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from ranks import run_loopback
 
-from qroam.partition.layout import named_layout, uniform_model
+from qroam.partition.presets import named_layout, uniform_model
 from qroam.runtime import Runtime, RuntimeConfig
 from qroam.runtime.tools.memory import peak_bytes, reset_peak
 from qroam.runtime.transport.base import Transport

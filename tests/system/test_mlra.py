@@ -14,10 +14,10 @@ import torch
 from ranks import run_loopback
 from torch import Tensor
 
-from qroam.indexer import apply_rope, rope_tables
 from qroam.kernels import reference
-from qroam.partition.layout import mlra, uniform_model
 from qroam.partition.placement import Placement
+from qroam.partition.presets import mlra, uniform_model
+from qroam.partition.rope import apply_rope, rope_tables
 from qroam.runtime import Runtime, RuntimeConfig
 from qroam.runtime.transport.base import Transport
 

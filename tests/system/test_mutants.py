@@ -18,7 +18,8 @@ from torch import Tensor
 
 from qroam.kernels import reference
 from qroam.partition.layout import Layout
-from qroam.partition.pool import BlockStore, Leases
+from qroam.partition.lease_table import LeaseTable
+from qroam.partition.pool import BlockStore
 from qroam.runtime import CoverageError, PeerError
 from qroam.runtime.cpu import answer as holder
 from qroam.runtime.cpu import plan, step
@@ -246,7 +247,7 @@ def unwritten_attended(resolve: Callable[..., tuple[Tensor, Tensor]]) -> Any:
 def next_lease(find: Callable[..., tuple[Tensor, Tensor]]) -> Any:
     """The table says which lease an id has, and is off by one."""
 
-    def wrong(self: Leases, ids: Tensor, generations: Tensor) -> tuple[Tensor, Tensor]:
+    def wrong(self: LeaseTable, ids: Tensor, generations: Tensor) -> tuple[Tensor, Tensor]:
         index, found = find(self, ids, generations)
         first = self._first
         return torch.where(found, first + (index - first + 1) % 3, index), found
@@ -319,7 +320,7 @@ MUTANTS: dict[str, Mutant] = {
         "^layer 0: query",
     ),
     "wrong lease": Mutant(
-        replaced(Leases, "find", next_lease),
+        replaced(LeaseTable, "find", next_lease),
         {**FETCH, "lease_entries": 200, "repeats": 2},
         *DENSE,
     ),

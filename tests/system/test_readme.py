@@ -108,9 +108,6 @@ def test_every_sabotage_is_named() -> None:
     assert all(f"`{fault}`" in README or f" {fault}`" in README for fault in get_args(Sabotage))
 
 
-@pytest.mark.xfail(
-    reason="the documents name files of runtime/ and partition/ that are being moved"
-)
 def test_documents_name_files_that_exist() -> None:
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True

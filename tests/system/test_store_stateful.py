@@ -26,8 +26,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from torch import Tensor
 
 from qroam.partition.directory import Document
-from qroam.partition.layout import named_layout, uniform_model, with_codec
 from qroam.partition.placement import Placement
+from qroam.partition.presets import named_layout, uniform_model, with_codec
 from qroam.partition.snapshot.verify import verify
 from qroam.runtime import LoopbackTransport, Request, Runtime, RuntimeConfig, Scope
 
