@@ -93,7 +93,7 @@ def work(here: Rank) -> None:
                     for mode in MODES
                 ]
             )  # fmt: skip
-            calls[0].decide(0, "auto")
+            calls[0].make_plan(0, "auto")
             ways = calls[0].plan.way.flatten().tolist()
             better, name = min((route, MODES[1]), (fetch, MODES[2]))
             ratio = auto.median / better.median

@@ -38,7 +38,7 @@ class Call:
         self.rank, self.corpus = here.rank, corpus
         self.step = step_of(here, corpus, transport, channel, batch, LISTED)
         self.step.units.copy_(chosen(batch, LISTED, 1 - here.rank, here.device))
-        self.step.decide(0, "always-fetch")
+        self.step.make_plan(0, "always-fetch")
         torch.cuda.synchronize()
         self.count = int(self.step.plan.counts[1 - here.rank])  # NCCL has to know it
         counts = [0, 0]

@@ -67,20 +67,20 @@ class Call:
         self.workspace = AttendWorkspace.make(
             rows=batch, heads=HEADS, value_dim=VALUE, parts=parts_of(HEADS, device), device=device
         )
-        step.decide(0, "always-route")
+        step.make_plan(0, "always-route")
 
     def qroam(self, mode: PlanMode) -> tuple[Tensor, Tensor, Tensor]:
         self.step.run(0, mode)
         return self.out, self.lse, self.step.fault
 
     def given(self) -> tuple[Tensor, Tensor, Tensor]:
-        self.step.attend(0, "always-route")
+        self.step.carry_out(0, "always-route")
         return self.out, self.lse, self.step.fault
 
     def nccl(self, group: dist.ProcessGroup, *, planned: bool) -> tuple[Tensor, Tensor]:
         peer, made = 1 - self.rank, self.step.plan
         if planned:
-            self.step.decide(0, "always-route")
+            self.step.make_plan(0, "always-route")
         batch, pool = len(self.query), self.corpus.pool
         # All lists are of one length here, which NCCL has to know; ours reads it on the device.
         lists = made.route_units[0][: batch * SELECTED // 2].view(batch, -1)
@@ -139,17 +139,17 @@ class Projected:
         )  # fmt: skip
         self.b.units.copy_(self.units)
         self.b.query.normal_()
-        self.b.decide(0, "always-route")
+        self.b.make_plan(0, "always-route")
         self.out = torch.empty_like(self.b.out)
 
     def form_a(self) -> tuple[Tensor, Tensor, Tensor]:
         absorb(self.b.query, self.w_uk, out=self.a.query)
-        self.a.attend(0, "always-route")
+        self.a.carry_out(0, "always-route")
         project(self.a.out, self.w_uv, out=self.out)
         return self.out, self.a.lse, self.a.fault
 
     def form_b(self) -> tuple[Tensor, Tensor, Tensor]:
-        self.b.attend(0, "always-route")
+        self.b.carry_out(0, "always-route")
         return self.b.out, self.b.lse, self.b.fault
 
     def due(self, item: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,17 @@
-"""One layer-step on the device, in the order the data travels: decide, move, attend, merge.
+"""One layer-step on the device, in the order the data travels. `cpu/step.py` has the same verbs.
+
+    main stream    plan   send   attend others   receive and merge
+    own stream          \\ attend own          /
+
+Everything between the selection and the merged output is launched without a host read, so a step is
+captured in one CUDA graph and replayed with new queries and selections. Own rows are attended beside
+the exchange, over what this rank has and what it pulls: a few SMs send queries, the others attend
+meanwhile. What travels is of one payload form (`payload.py`): A absorbed rows, or, where every rank has
+the projections, B un-absorbed ones. Of form A, rows that `attend` cuts stay in parts: they are merged
+when answers leave, and when answers are received.
 
 Letters: N items of this rank (a query each), K listed entries, H heads, D query columns, V output
-columns, W ranks. Everything between the selection and the merged output is launched without a look
-at the device, so a step is captured in one CUDA graph and replayed with new queries and selections;
-`runtime/cpu/step.py` tells the same story on CPUs.
-
-    main stream    plan   send, accept    others' rows   answer, receive
-    own stream          \\ pull, own rows             /
-
-What this rank has and what it pulled is attended beside the exchange: queries are sent by a few SMs,
-the others attend meanwhile. What travels is of one payload form, which `forms.py` knows: A absorbed
-rows, or, where every rank has the projections, B un-absorbed ones. Of form A, rows that `attend` cuts
-stay in parts: they are merged as answers leave, and as answers are received.
+columns, W ranks.
 """
 
 from __future__ import annotations
@@ -154,11 +154,11 @@ class GpuStep:
 
         Raises: ValueError for a mode that may fetch where messages are put: peers are out of reach.
         """
-        self.decide(layer, mode)
-        self.attend(layer, mode)
+        self.make_plan(layer, mode)
+        self.carry_out(layer, mode)
 
-    def decide(self, layer: int, mode: PlanMode) -> None:
-        """Who is asked for what, to `plan`."""
+    def make_plan(self, layer: int, mode: PlanMode) -> None:
+        """PLAN: who is asked for what, to `plan`."""
         self._check_mode(mode)
         pool = self._pool
         plan(
@@ -166,25 +166,20 @@ class GpuStep:
             hidden=self.hidden, fill=pool.fill[layer], out=self.plan,
         )  # fmt: skip
 
-    def attend(self, layer: int, mode: PlanMode) -> None:
-        """Do what `plan` says, which may have been decided for another query of the same selection."""
+    def carry_out(self, layer: int, mode: PlanMode) -> None:
+        """Do what `plan` says, which may have been made for another query of the same selection."""
         self._check_mode(mode)
-        ends = self._ends
-        if ends is None:
-            self._alone(layer)
+        if self._ends is None:
+            self._attend_alone(layer)
             return
         main, aside = torch.cuda.current_stream(), self._aside
         aside.wait_stream(main)
-        exchange(ends, self._routes, send=self.query, accept=self._accepted, ctas=SENDERS)
+        self._send(self._ends)
         with torch.cuda.stream(aside):
-            self._attend_here(layer, mode)
-        self._attend_routed(layer)
+            self._attend_own(layer, mode)
+        self._attend_others(layer)
         main.wait_stream(aside)
-        own = self._own.partials
-        merge = Merge(
-            own.out[None], own.lse[None], self.out, self.lse, self.fault, self.lacking, own.parts
-        )
-        exchange(ends, self._routes, answer=self._others.partials, receive=merge)
+        self._receive(self._ends)
 
     def replay(self, layer: int, mode: PlanMode) -> None:
         """`run` from a graph, captured at first use after a run outside, at which others may replay."""
@@ -205,9 +200,10 @@ class GpuStep:
                 f"where messages are put nothing can be fetched: mode is always-route, got {mode!r}"
             )
 
-    def _alone(self, layer: int) -> None:
+    def _attend_alone(self, layer: int) -> None:
+        """ATTEND in a world of one: there is nobody to ask."""
         self.compose(layer)
-        self._attend_own(layer, self._own_units, self._own_lengths)
+        self._attend_listed(layer, self._own_units, self._own_lengths)
         own, whole = self._own.partials, self.lacking == 0
         self.out.copy_(torch.where(whole[:, None, None], own.out, torch.nan))
         self.lse.copy_(torch.where(whole[:, None], own.lse, torch.nan))
@@ -229,26 +225,40 @@ class GpuStep:
             uses=self._pool.leases.read,
         )  # fmt: skip
 
-    def _attend_here(self, layer: int, mode: PlanMode) -> None:
-        """Own rows over what is here; where nothing is fetched, the plan's list is all of it."""
+    def _send(self, ends: Ends) -> None:
+        """SEND queries with their unit lists, and take in what the others ask."""
+        exchange(ends, self._routes, send=self.query, accept=self._accepted, ctas=SENDERS)
+
+    def _attend_own(self, layer: int, mode: PlanMode) -> None:
+        """ATTEND OWN rows over what is here and what is pulled; where nothing is fetched, the plan's
+        list is all of it."""
         if mode == "always-route":
-            self._attend_own(layer, self.plan.local_units, self.plan.local_lengths)
+            self._attend_listed(layer, self.plan.local_units, self.plan.local_lengths)
             self.compose(layer)  # for what is lacking
         else:
             self.fetch(layer)
             self.compose(layer)
-            self._attend_own(layer, self._own_units, self._own_lengths)
+            self._attend_listed(layer, self._own_units, self._own_lengths)
 
-    def _attend_own(self, layer: int, units: Tensor, lengths: Tensor) -> None:
+    def _attend_listed(self, layer: int, units: Tensor, lengths: Tensor) -> None:
         self._own.attend(layer, self.query, self._pool.entries(layer), units, lengths=lengths)
 
-    def _attend_routed(self, layer: int) -> None:
+    def _attend_others(self, layer: int) -> None:
+        """ATTEND OTHERS: the rows that were sent here, over what is here."""
         accepted = self._accepted
         self._others.attend(
             layer, self._inbox, self._pool.entries(layer), accepted.units,
             lengths=accepted.lengths, num_rows=accepted.num_rows, query_of=accepted.query_of,
             tables=self._pool.tables(layer),
         )  # fmt: skip
+
+    def _receive(self, ends: Ends) -> None:
+        """RECEIVE and MERGE: answer the others, and merge own partials with answers as they arrive."""
+        own = self._own.partials
+        merge = Merge(
+            own.out[None], own.lse[None], self.out, self.lse, self.fault, self.lacking, own.parts
+        )
+        exchange(ends, self._routes, answer=self._others.partials, receive=merge)
 
 
 def _check_form(
