@@ -4,59 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from directories import B, added, empty
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from qroam.partition.directory import (
     Directory,
-    empty_directory,
     with_document,
     without_document,
 )
-from qroam.partition.directory_codec import directory_columns, directory_of
-from qroam.partition.placement import PLACEMENT_POLICIES, Placement, place
-from qroam.partition.repair import repaired
-
-B = 8  # tokens of a block
-
-
-def empty(*, world: int = 4, branches: int = 1, copies: int = 1, max_blocks: int = 16) -> Directory:
-    return empty_directory(
-        max_blocks=max_blocks,
-        block_tokens=B,
-        num_branches=branches,
-        copies=copies,
-        world_size=world,
-    )
-
-
-def ranks_for(directory: Directory, tokens: int, placement: Placement) -> Tensor:
-    return place(
-        placement,
-        directory.free_blocks(
-            "new", min(-(-tokens // B), directory.max_blocks - directory.num_blocks)
-        ),
-        num_branches=directory.num_branches,
-        world_size=len(directory.used),
-        used=directory.used,
-    )
-
-
-def added(
-    directory: Directory,
-    name: str,
-    tokens: int,
-    *,
-    placement: Placement | None = None,
-    position: int = 0,
-    capacity: int = 1000,
-) -> Directory:
-    copies = directory.owners.shape[1]
-    ranks = ranks_for(directory, tokens, placement or Placement(copies=copies))
-    return with_document(
-        directory, name, tokens=tokens, position=position, ranks=ranks, capacity=capacity
-    )
+from qroam.partition.placement import PLACEMENT_POLICIES, Placement
 
 
 def frozen_copy(directory: Directory) -> dict[str, object]:
@@ -197,33 +154,3 @@ def test_shared_blocks_live_as_long_as_the_last_that_holds_them() -> None:
     none = without_document(left, "b")
     assert (none.num_blocks, none.prefix(hashes)) == (0, ())
     assert none.generations[:2].tolist() == [1, 1]
-
-
-def test_a_block_that_nobody_has_is_not_shared_and_its_content_stays_known() -> None:
-    hashes = [bytes([number]) * 32 for number in range(3)]
-
-    def one_more(directory: Directory, name: str, rank: int) -> Directory:
-        fresh = 3 - len(directory.prefix(hashes))
-        ranks = torch.tensor([0, rank, 0], dtype=torch.int32)[3 - fresh :].view(-1, 1, 1)
-        return with_document(
-            directory, name, tokens=3 * B, position=0, ranks=ranks, capacity=9, hashes=hashes
-        )
-
-    def sent(directory: Directory) -> Directory:
-        read = directory_of(directory_columns(directory), empty(), world_size=4, capacity=9)
-        assert (read.documents, read.hashed) == (directory.documents, directory.hashed)
-        return read
-
-    before = one_more(one_more(empty(), "a", 1), "b", 1)
-    lost = sent(repaired(before, [0, -1, 2, 3], world_size=4, capacity=9, index_capacity=9))
-    assert lost.prefix(hashes) == lost.document("a").blocks[:1]
-    again = one_more(lost, "again", 2)
-    assert again.document("again").shared == 1
-    assert sent(again).prefix(hashes) == again.document("again").blocks
-    assert sent(without_document(again, "a")).prefix(hashes) == again.document("again").blocks
-    assert sent(without_document(again, "again")).prefix(hashes) == lost.prefix(hashes)
-    columns = directory_columns(again)
-    columns["blocks"] = columns["blocks"].clone()
-    columns["blocks"][3:6] = columns["blocks"][3:6].flip(0)  # those of b
-    with pytest.raises(ValueError, match="'b' says of a block"):
-        directory_of(columns, empty(), world_size=4, capacity=9)

@@ -1,9 +1,8 @@
-"""The snapshot's bytes: round trips, what other tools can read, and that nothing hostile is accepted."""
+"""The manifest of a snapshot: one encoding, and nothing hostile is accepted."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import struct
 from collections.abc import Callable
@@ -13,19 +12,10 @@ from typing import Any
 
 import msgpack
 import pytest
-import torch
-from safetensors.torch import load_file
-from snapshot_files import WIDTH, B, form, written
+from snapshot_files import WIDTH, B, forged, form, put, read_all, said, written
 
-from qroam.partition.codec import make_codec
-from qroam.partition.pool import KINDS, BlockStore
 from qroam.partition.snapshot.folder import (
-    FolderLock,
-    RecordReader,
-    RecordWriter,
-    check_files,
     read_manifest,
-    read_verified,
     write_manifest,
 )
 from qroam.partition.snapshot.format import (
@@ -33,99 +23,10 @@ from qroam.partition.snapshot.format import (
     SavedDocument,
     decode_manifest,
     encode_manifest,
-    file_header,
-    file_name,
     is_file_name,
     split_hashes,
-    users,
-)
-from qroam.partition.snapshot.record import (
-    BlockHashes,
-    block_hash,
-    closed,
-    put_records,
-    take_records,
 )
 from qroam.partition.snapshot.verify import verify
-
-# Records --------------------------------------------------------------------------------------------
-
-
-def test_a_record_is_the_same_wherever_its_block_lies() -> None:
-    codecs = [make_codec("fp32", dim=5), None, make_codec("fp8_index", dim=32)]
-    one, other = (BlockStore(codecs, num_slots=4, num_keys=6, block_tokens=B) for _ in range(2))
-    tokens = torch.tensor([4, 3], dtype=torch.int32)
-    one.assign(torch.tensor([0, 1]), torch.tensor([2, 0]))
-    for layer, codec in enumerate(codecs):
-        if codec is not None:
-            entries = torch.randn(7, codec.dim, generator=torch.Generator().manual_seed(layer))
-            assert not closed(one, torch.tensor([0, 1]), tokens).any()
-            one.write(layer, torch.arange(7), codec.encode(entries))
-    assert closed(one, torch.tensor([0, 1]), tokens).all()
-    assert not closed(one, torch.tensor([0, 1, 5]), torch.tensor([3, 4, 4])).any()
-    records = take_records(one, torch.tensor([2, 0]), tokens)
-    assert not records[1, 3 * 20 : 4 * 20].any()  # what lies beyond the last token says nothing
-    other.assign(torch.tensor([4, 3]), torch.tensor([1, 3]))
-    put_records(other, torch.tensor([4, 3]), tokens, records)
-    assert torch.equal(take_records(other, torch.tensor([1, 3]), tokens), records)
-    for layer in (0, 2):
-        at = torch.arange(7)
-        there = torch.tensor([16, 17, 18, 19, 12, 13, 14])
-        ours, theirs = one.resolve(layer, at)[0], other.resolve(layer, there)[0]
-        assert torch.equal(one.rows(layer, ours), other.rows(layer, theirs))
-
-
-def test_a_hash_tells_every_bit_and_the_tokens_apart() -> None:
-    record = torch.zeros(40, dtype=torch.uint8)
-    names = {block_hash(record, tokens) for tokens in (1, 2, 3)}
-    for at in range(40):
-        changed = record.clone()
-        changed[at] = 1 << (at % 8)
-        names.add(block_hash(changed, 3))
-    assert len(names) == 43
-    # Pinned: snapshots of earlier versions stay readable.
-    assert block_hash(record, 3) == hashlib.sha256(struct.pack("<q", 3) + bytes(40)).digest()[:16]
-
-
-def test_a_known_hash_is_of_one_generation() -> None:
-    hashes = BlockHashes(3)
-    keys, name = torch.tensor([1]), torch.full((1, 16), 7, dtype=torch.uint8)
-    assert not hashes.find(keys, torch.tensor([0]))[1].any()
-    hashes.keep(keys, torch.tensor([4]), name)
-    found, known = hashes.find(torch.tensor([0, 1, 1]), torch.tensor([4, 4, 5]))
-    assert known.tolist() == [False, True, False]
-    assert torch.equal(found[1], name[0])
-
-
-# Data files -----------------------------------------------------------------------------------------
-
-
-def test_any_safetensors_reader_reads_a_data_file(tmp_path: Path) -> None:
-    manifest = written(tmp_path)
-    for file in manifest.files:
-        (blocks,) = load_file(tmp_path / file.name).values()
-        assert blocks.shape == (file.rows, manifest.record_bytes(file.kind))
-        with RecordReader(tmp_path, manifest, file) as reader:
-            assert torch.equal(reader.read(range(file.rows)), blocks)
-
-
-def test_files_end_at_their_size_and_begin_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("qroam.partition.snapshot.folder.FILE_BYTES", 100)
-    writer = RecordWriter(tmp_path, token="0123abcd", rank=7, kind="index", width=40)
-    records = torch.arange(7 * 40).remainder(251).byte().view(7, 40)
-    names = [bytes([at]) * 16 for at in range(7)]
-    writer.append(records[:3], names[:3])
-    writer.append(records[3:], names[3:])
-    files = writer.close()
-    assert [file.rows for file in files] == [2, 2, 2, 1]
-    assert [file.name for file in files] == [
-        file_name("0123abcd", 7, "index", number) for number in range(4)
-    ]
-    assert all(is_file_name(path.name) for path in tmp_path.iterdir())
-    loaded = [load_file(tmp_path / file.name)["blocks"] for file in files]
-    assert torch.equal(torch.cat(loaded), records)
 
 
 @pytest.mark.parametrize(
@@ -143,26 +44,6 @@ def test_names_that_lead_elsewhere_are_none_of_ours(name: str) -> None:
 # What is wrong names the file and the field -----------------------------------------------------------
 
 
-def read_all(folder: Path) -> None:
-    """Read a whole snapshot as `restore` does."""
-    found = read_manifest(folder)
-    assert found is not None
-    manifest, _ = found
-    check_files(folder, manifest)
-    for kind in KINDS:
-        used = users(manifest, kind, str(folder / "manifest"))
-        tokens = {name: user.tokens for name, user in used.items()}
-        for names, records in read_verified(folder, manifest, kind, tokens):
-            assert len(names) == len(records)
-
-
-def said(folder: Path) -> str:
-    """What a reader says of a snapshot that is not sound."""
-    with pytest.raises(ValueError, match=": ") as caught:
-        read_all(folder)
-    return str(caught.value)
-
-
 def test_a_sound_snapshot_is_read_back(tmp_path: Path) -> None:
     manifest = written(tmp_path)
     found = read_manifest(tmp_path)
@@ -172,82 +53,6 @@ def test_a_sound_snapshot_is_read_back(tmp_path: Path) -> None:
     assert (result.records, result.unclosed, result.damage) == (6, 1, ())
     assert result.num_bytes == 3 * WIDTH + 3 * B * 3
     read_all(tmp_path)
-
-
-@pytest.mark.parametrize("which", [0, 2])
-def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path, which: int) -> None:
-    manifest = written(tmp_path)
-    rng = random.Random(which)
-    for path in (tmp_path / "manifest", tmp_path / manifest.files[which].name):
-        raw = path.read_bytes()
-        for at in rng.sample(range(len(raw)), min(60, len(raw))):
-            path.write_bytes(raw[:at] + bytes([raw[at] ^ (1 << rng.randrange(8))]) + raw[at + 1 :])
-            assert said(tmp_path).startswith(f"{path}: ")
-            path.write_bytes(raw[:at])
-            assert said(tmp_path).startswith(f"{path}: ")
-        path.write_bytes(raw + b"\0")
-        assert said(tmp_path).startswith(f"{path}: ")
-        path.write_bytes(raw)
-
-
-def test_a_header_of_another_shape_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    """The right size, a valid safetensors file, and yet not what the manifest says."""
-    manifest = written(tmp_path)
-    path = tmp_path / manifest.files[0].name
-    raw = path.read_bytes()
-    other = file_header("entries", 1, 2 * WIDTH)
-    path.write_bytes(other + raw[len(other) :])
-    assert load_file(path)["blocks"].shape == (1, 2 * WIDTH)
-    assert said(tmp_path) == f"{path}: header: is not that of the records in the manifest"
-
-
-def test_a_file_cut_short_underneath_is_an_error_and_not_a_signal(tmp_path: Path) -> None:
-    manifest = written(tmp_path)
-    file = manifest.files[0]
-    with RecordReader(tmp_path, manifest, file) as reader:
-        os.truncate(tmp_path / file.name, 300)
-        with pytest.raises(ValueError, match="record 1: the file was cut short"):
-            reader.read([1])
-
-
-def test_pipes_and_missing_files_do_not_hang(tmp_path: Path) -> None:
-    manifest = written(tmp_path)
-    path = tmp_path / manifest.files[1].name
-    path.unlink()
-    assert said(tmp_path).startswith(f"{path}: size: no such file")
-    os.mkfifo(path)
-    assert said(tmp_path) == f"{path}: type: is not a regular file"
-    (tmp_path / "manifest").unlink()
-    os.mkfifo(tmp_path / "manifest")
-    assert said(tmp_path) == f"{tmp_path / 'manifest'}: type: is not a regular file"
-
-
-def forged(
-    folder: Path, change: Callable[[dict[str, Any]], None], table: bytes | None = None
-) -> None:
-    """Change the manifest's header as an attacker would: with the right checksum."""
-    path = folder / "manifest"
-    raw = path.read_bytes()
-    (size,) = struct.unpack_from("<I", raw, 8)
-    head = msgpack.unpackb(raw[44 : 44 + size])
-    change(head)
-    packed = head["raw"] if "raw" in head else msgpack.packb(head)
-    body = packed + (raw[44 + size :] if table is None else table)
-    path.write_bytes(
-        struct.pack("<8sI32s", raw[:8], len(packed), hashlib.sha256(body).digest()) + body
-    )
-
-
-def put(*place: Any) -> Callable[[dict[str, Any]], None]:
-    """Set head[place[0]][place[1]]... to the last of `place`."""
-
-    def change(head: Any) -> None:
-        *path, last, value = place
-        for step in path:
-            head = head[step]
-        head[last] = value
-
-    return change
 
 
 HOSTILE = [
@@ -432,39 +237,3 @@ def test_random_mutations_of_a_forged_manifest_are_refused_or_sound(tmp_path: Pa
             assert decode_manifest(encode_manifest(again), "here") == again
     assert all(text.startswith("here: ") for text in refused)
     assert len(refused) > 1000
-
-
-# The lock, and verification ---------------------------------------------------------------------------
-
-
-def test_the_lock_is_for_one_writer_or_many_readers(tmp_path: Path) -> None:
-    with FolderLock(tmp_path, exclusive=True):
-        for exclusive in (True, False):
-            with pytest.raises(ValueError, match=f"{tmp_path}: lock: "):
-                FolderLock(tmp_path, exclusive=exclusive)
-    with (
-        FolderLock(tmp_path, exclusive=False),
-        FolderLock(tmp_path, exclusive=False),
-        pytest.raises(ValueError, match="lock"),
-    ):
-        FolderLock(tmp_path, exclusive=True)
-    FolderLock(tmp_path, exclusive=True).release()
-
-
-def test_verify_names_the_blocks_that_are_lost(tmp_path: Path) -> None:
-    manifest = written(tmp_path)
-    entries = tmp_path / manifest.files[0].name
-    raw = bytearray(entries.read_bytes())
-    raw[-1] ^= 1
-    entries.write_bytes(raw)
-    index = tmp_path / manifest.files[2].name
-    index.unlink()
-    result = verify(tmp_path)
-    assert [damage.blocks for damage in result.damage] == [
-        (("a", 1),),
-        (("a", 0), ("a", 1), ("ü", 0)),
-    ]
-    assert result.damage[0].what == f"{entries}: record 1: its bytes are not those of its hash"
-    assert result.damage[1].what.startswith(f"{index}: size: no such file")
-    assert result.records == 6
-    assert result.num_bytes == 2 * WIDTH

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import dense
 import pytest
-import torch
 from cases import Case, Picks, make_config
 from effort import examples, slow_after
 from hypothesis import given, settings
@@ -21,15 +17,9 @@ from small_world import ONE_HOLDER, TOKENS, Small, small, small_config
 from strategies import EVERYWHERE, cases
 from torch import Tensor
 
-from qroam.partition import codec as codec_module
-from qroam.partition import pool
-from qroam.partition.codec import make_codec
 from qroam.partition.placement import Placement
-from qroam.partition.pool import BlockStore
-from qroam.partition.presets import named_layout, uniform_model
 from qroam.runtime import PeerError, Request, Runtime
 from qroam.runtime.cpu import answer as answering
-from qroam.runtime.service import server as service
 from qroam.runtime.service.server import Service
 from qroam.runtime.transport.base import Purpose, Transport
 from qroam.runtime.transport.loopback import LoopbackTransport
@@ -165,92 +155,6 @@ def test_a_rank_is_served_and_asks_at_the_same_time(monkeypatch: pytest.MonkeyPa
 
     for rank, stats in enumerate(serving(3, work)):
         assert stats["served"]["answered"] == {peer: 5 for peer in range(3) if peer != rank}
-
-
-# Bounds and turns ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("bounds", "most"),
-    [({"max_requests": 3}, 3), ({"max_bytes": 1}, 1), ({}, 8)],
-    ids=["requests", "bytes, one larger request", "without"],
-)
-def test_requests_in_work_are_bounded_and_the_others_held_back(
-    monkeypatch: pytest.MonkeyPatch, bounds: dict[str, int], most: int
-) -> None:
-    gate = Gate(monkeypatch)
-
-    def work(world: Small, served: Service) -> Any:
-        if world.rank == 0:
-            gate.open_when(lambda: in_work(served) + len(served._inbox._line) == 8)
-        else:
-            world.check()
-        assert served.wait(20.0)
-        return world.runtime.stats()["served"]
-
-    served = serving(9, work, bounds=bounds, mode="always-route", **ONE_HOLDER)[0]
-    assert served["most_requests"] == most
-    assert served["answered"] == dict.fromkeys(range(1, 9), 1)
-
-
-def test_bytes_in_work_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    def work(world: Small, served: Service) -> tuple[int, int]:
-        for _ in range(10 if world.rank else 0):
-            world.check()
-        assert served.wait(20.0)
-        stats = world.runtime.stats()
-        return stats["bytes_sent"].get("attend", 0) // 10, stats["served"]["most_bytes"]
-
-    mode = "always-route"  # equal requests
-    size = serving(2, work, mode=mode, **ONE_HOLDER)[1][0]
-    bound = 5 * size // 2
-    most = serving(6, work, bounds={"max_bytes": bound}, mode=mode, **ONE_HOLDER)[0][1]
-    assert 0 < most <= bound
-
-
-def bounded(transport: Transport) -> Any:
-    with Runtime.open(small_config(**ONE_HOLDER), transport) as runtime:
-        world = small(runtime)
-        with runtime.serve(max_requests=1) as served:
-            time.sleep(
-                0.5 if runtime.rank else 0.0
-            )  # what came before the service is taken as it is
-            for _ in range(10 if runtime.rank else 0):
-                world.check()
-            assert served.wait(20.0)
-        return runtime.stats()["served"]
-
-
-def test_listeners_hold_requests_back(four_ranks: RankPool) -> None:
-    served = four_ranks.run(bounded)[0]
-    assert served["answered"] == {1: 10, 2: 10, 3: 10}
-    assert served["most_requests"] == 1
-
-
-def test_sources_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 1 has two requests waiting before 2 and 3 have one each: they go before its second."""
-    gate = Gate(monkeypatch)
-    came = [threading.Event() for _ in range(4)]
-
-    def work(world: Small, served: Service) -> None:
-        transport = world.runtime._world.transport
-        if world.rank == 0:
-            for number, event in enumerate(came):
-                until(lambda number=number: in_work(served) == number)  # type: ignore[misc]
-                event.set()
-            gate.open_when(lambda: in_work(served) == 4)
-        elif world.rank == 1:
-            for number in (1, 2):
-                assert came[number - 1].wait(20.0)
-                header = world.runtime._world.header("attend", layer=0)
-                header = replace(header, channel=service.SERVICE_CHANNEL, epoch=number)
-                transport.send(0, header, {}, Purpose.ASK)
-        else:
-            assert came[world.rank].wait(20.0)
-            world.check()
-
-    serving(4, work, **ONE_HOLDER)
-    assert gate.order == [1, 2, 3, 1]
 
 
 # Coming and going ------------------------------------------------------------------------------
@@ -441,73 +345,6 @@ def test_bad_bounds_are_refused_before_anything_is_said() -> None:
 # State that threads share ----------------------------------------------------------------------
 
 
-def test_what_one_rank_writes_in_service_another_reads() -> None:
-    """Blocks written at rank 1 lie at all ranks; a select or attend of rank 1 brings them there."""
-    layout = replace(named_layout("mla-tiny"), codec="fp64", projection=None)
-    written = threading.Event()
-    g = torch.Generator().manual_seed(2)
-    entries = torch.randn(30, 1, layout.entry_dim, generator=g, dtype=torch.float64)
-    keys = torch.randn(30, 32, generator=g, dtype=torch.float64)
-    query = torch.randn(1, 4, layout.key_dim, generator=g, dtype=torch.float64)
-    weights = torch.rand(1, 4, generator=g, dtype=torch.float64)
-    expected = dense.attend(layout, query, entries, torch.ones(1, 1, 30, dtype=torch.bool))
-
-    def check(runtime: Runtime, scope: Any) -> None:
-        index_query = keys[:1, None].expand(-1, 4, -1).contiguous()
-        chosen = runtime.select(0, index_query, weights, scope=scope, top_k=30)
-        assert chosen.ids.tolist() == [list(range(30))]
-        out = runtime.attend(0, query, chosen)
-        assert float((out - expected).abs().max()) <= 1e-12
-
-    def rank(end: Transport, index_placement: str) -> None:
-        config = small_config(index_placement=index_placement)
-        config = replace(config, model=uniform_model(layout, 1))
-        with Runtime.open(config, end) as runtime:
-            runtime.add_document("new", tokens=30)
-            with runtime.serve() as served:
-                if runtime.rank == 1:
-                    request = runtime.request(into="new")
-                    for first, end_ in ((0, 11), (11, 30)):
-                        ids = runtime.append(request, end_ - first)
-                        runtime.write(0, ids, entries[first:end_], keys[first:end_])
-                        if end_ < 30:
-                            runtime.idle_select(0)  # brings the first part to its holders
-                    check(runtime, runtime.scope(requests=[(request, ids[-1:])]))
-                    written.set()
-                else:
-                    assert written.wait(20.0)
-                    check(runtime, runtime.scope(documents=["new"], queries=1))
-                assert served.wait(20.0)
-
-    for index_placement in ("with-blocks", "replicated"):
-        written.clear()
-        run_loopback(3, lambda end, where=index_placement: rank(end, where))  # type: ignore[misc]
-
-
-def test_changes_of_a_store_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two threads append to different blocks; the first is interrupted before it says so."""
-    codec = make_codec("fp32", dim=2, rope_dim=0)
-    store = BlockStore([codec], num_slots=3, num_keys=3, block_tokens=4)
-    store.assign(torch.arange(2), torch.arange(2))
-    scatter, second = codec_module.scatter_rows, threading.Event()
-
-    def slow(*args: Any) -> None:
-        scatter(*args)
-        if not second.is_set():
-            second.set()
-            other.start()
-            other.join(0.3)
-
-    monkeypatch.setattr(pool, "scatter_rows", slow)
-    ids, rows = torch.arange(8, dtype=torch.int32), codec.encode(torch.randn(8, 2))
-    other = threading.Thread(target=lambda: store.write(0, ids[4:], rows[4:]))
-    store.write(0, ids[:4], rows[:4])
-    other.join()
-    index, valid = store.resolve(0, ids)
-    assert bool(valid.all())
-    assert torch.equal(store.rows(0, index), rows)
-
-
 def test_one_thread_of_a_rank_asks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch)
 
@@ -543,29 +380,3 @@ def test_replicas_are_asked_instead_of_ranks_to_avoid() -> None:
 
     asked = serving(4, work, placement=Placement(copies=2))[0]
     assert asked == [{0, 1, 3}, {0, 3}, {0, 1}, {0, 1, 3}]
-
-
-@pytest.mark.parametrize("seen", [["a", "c"], [("a", 9), "c"]], ids=["in place", "at offsets"])
-def test_only_ranks_with_visible_index_keys_are_asked(seen: list[str | tuple[str, int]]) -> None:
-    layout = replace(named_layout("mla-tiny"), codec="fp64")
-
-    def rank(end: Transport) -> Any:
-        placement = Placement(policy="document-affine")
-        config = replace(small_config(placement=placement), model=uniform_model(layout, 1))
-        with Runtime.open(config, end) as runtime:
-            g = torch.Generator().manual_seed(3)
-            for name in ("a", "b", "c"):  # at ranks 0, 1, 2
-                runtime.add_document(name, tokens=16)
-                entries = torch.randn(16, layout.entry_dim, generator=g, dtype=torch.float64)
-                runtime.load_document(name, 0, entries, torch.randn(16, 32, generator=g))
-            with runtime.serve() as served:
-                if runtime.rank == 0:
-                    index_query = torch.randn(2, 4, 32, generator=g, dtype=torch.float64)
-                    weights = torch.ones(2, 4)
-                    chosen = runtime.select(0, index_query, weights, documents=seen, top_k=32)
-                    assert chosen.ids.tolist() == [[*range(16), *range(32, 48)]] * 2
-                    runtime.select(0, index_query[:0], weights[:0], documents=["c"])
-                assert served.wait(20.0)
-            return runtime.stats()["served"]["answered"]
-
-    assert run_loopback(4, rank) == [{}, {}, {0: 1}, {}]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pytest
-from cases import Player
+from player import Player
 from ranks import run_loopback
 from small_world import Small, small, small_config
 from torch import Tensor

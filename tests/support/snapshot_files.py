@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import msgpack
+import pytest
 import torch
 
-from qroam.partition.pool import Kind
-from qroam.partition.snapshot.folder import FolderLock, RecordWriter, write_manifest
+from qroam.partition.pool import KINDS, Kind
+from qroam.partition.snapshot.folder import (
+    FolderLock,
+    RecordWriter,
+    check_files,
+    read_manifest,
+    read_verified,
+    write_manifest,
+)
 from qroam.partition.snapshot.format import (
     LayerForm,
     Manifest,
     SavedDocument,
     encode_manifest,
     split_hashes,
+    users,
 )
 from qroam.partition.snapshot.record import hash_records
 
@@ -70,3 +84,51 @@ def written(folder: Path) -> Manifest:
     )
     write_manifest(folder, encode_manifest(manifest))
     return manifest
+
+
+def read_all(folder: Path) -> None:
+    """Read a whole snapshot as `restore` does."""
+    found = read_manifest(folder)
+    assert found is not None
+    manifest, _ = found
+    check_files(folder, manifest)
+    for kind in KINDS:
+        used = users(manifest, kind, str(folder / "manifest"))
+        tokens = {name: user.tokens for name, user in used.items()}
+        for names, records in read_verified(folder, manifest, kind, tokens):
+            assert len(names) == len(records)
+
+
+def said(folder: Path) -> str:
+    """What a reader says of a snapshot that is not sound."""
+    with pytest.raises(ValueError, match=": ") as caught:
+        read_all(folder)
+    return str(caught.value)
+
+
+def forged(
+    folder: Path, change: Callable[[dict[str, Any]], None], table: bytes | None = None
+) -> None:
+    """Change the manifest's header as an attacker would: with the right checksum."""
+    path = folder / "manifest"
+    raw = path.read_bytes()
+    (size,) = struct.unpack_from("<I", raw, 8)
+    head = msgpack.unpackb(raw[44 : 44 + size])
+    change(head)
+    packed = head["raw"] if "raw" in head else msgpack.packb(head)
+    body = packed + (raw[44 + size :] if table is None else table)
+    path.write_bytes(
+        struct.pack("<8sI32s", raw[:8], len(packed), hashlib.sha256(body).digest()) + body
+    )
+
+
+def put(*place: Any) -> Callable[[dict[str, Any]], None]:
+    """Set head[place[0]][place[1]]... to the last of `place`."""
+
+    def change(head: Any) -> None:
+        *path, last, value = place
+        for step in path:
+            head = head[step]
+        head[last] = value
+
+    return change

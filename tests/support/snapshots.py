@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cases import Case, Player, _generator, make_config
+from cases import Case, generator_of, make_config
+from player import Player
 
 from qroam.runtime import Runtime
 from qroam.runtime.corpus.restore import RestoreReport
@@ -32,7 +33,7 @@ class RestoredPlayer(Player):
         for number in range(len(self.case.documents)):
             document = self.runtime._world.directory.document(f"d{number}")
             ids = document.ids().long()
-            noise = _generator(self.case.seed, number, False)
+            noise = generator_of(self.case.seed, number, False)
             for layer in range(self.case.layers):
                 self._invent(layer, ids, noise)
             self.documents.append(document)

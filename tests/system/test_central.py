@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, Player, make_config, run_case
+from cases import Case, make_config
 from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from player import Player, run_case
 from ranks import RankPool, RanksFailedError, run_loopback
 from strategies import EVERYWHERE, cases
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import Case, MismatchError, run_case
+from cases import Case
+from player import MismatchError, run_case
 from ranks import run_loopback
 from torch import Tensor
 
