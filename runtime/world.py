@@ -177,29 +177,23 @@ class World:
 
     def counted(self) -> dict[str, Any]:
         """The counters as plain values."""
-        stats, stores, backend = self.stats, self.stores, self.backend.counted()
+        counted, stores, backend = self.stats.plain(), self.stores, self.backend.counted()
         sent, before = self.transport.counted(), self._sent_before
         blocks, leases = stores.entries.block_residence, stores.entries.lease_residence
         return {
             "rank": self.rank,
-            "steps": stats.steps,
-            "queries": stats.queries,
-            "decisions": stats.decisions(),
+            **counted,
             "bytes_sent": dict(sent.bytes - before.bytes + backend.bytes_sent),
             "messages_sent": dict(sent.messages - before.messages),
             "bytes_to": dict(sent.bytes_to - before.bytes_to),
-            "served": stats.served.plain(),
             "leases": {"hit": 0, "evicted": 0, **backend.leases},
             "failures": {
-                "coverage": 0,
-                "failover": 0,
+                **counted["failures"],
                 "deadline": self.transport.expiries,
                 "late": self.transport.late.total(),
-                **stats.failures,
             },
             "lifetime": {"block": blocks.lifetime.plain(), "lease": leases.lifetime.plain()},
             "reuse_gap": {"block": blocks.reuse_gap.plain(), "lease": leases.reuse_gap.plain()},
-            "phase_s": dict(stats.phase_s),
             "pool_bytes": stores.entries.num_bytes + stores.index.num_bytes,
             "lease_bytes": stores.entries.lease_bytes,
             "block_bytes": stores.entries.held_bytes + stores.index.held_bytes,

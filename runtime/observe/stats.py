@@ -1,4 +1,8 @@
-"""Every counter of a runtime. A new one is added here, and to `adapters/metrics.py` for Prometheus."""
+"""What a runtime counts in its steps. A new counter is added here: to `Stats`, and to its `plain` values.
+
+`Runtime.stats` shows them beside what transport, stores and backend count themselves; Prometheus gets
+what `adapters/metrics.py` lists.
+"""
 
 from __future__ import annotations
 
@@ -71,9 +75,19 @@ class Stats:
         finally:
             self.phase_s[name] += time.perf_counter() - start
 
-    def decisions(self) -> dict[int, dict[str, int]]:
-        """By holder, how many (item, holder) pairs went which way."""
+    def plain(self) -> dict[str, Any]:
+        """All of them as plain values; what is counted here appears in `Runtime.stats`.
+
+        `decisions` are by holder: how many (item, holder) pairs went which way.
+        """
         return {
-            rank: {way.name.lower(): int(ways[way]) for way in Way if way != Way.NONE}
-            for rank, ways in enumerate(self.ways)
+            "steps": self.steps,
+            "queries": self.queries,
+            "decisions": {
+                rank: {way.name.lower(): int(ways[way]) for way in Way if way != Way.NONE}
+                for rank, ways in enumerate(self.ways)
+            },
+            "served": self.served.plain(),
+            "failures": {"coverage": 0, "failover": 0, **self.failures},
+            "phase_s": dict(self.phase_s),
         }
