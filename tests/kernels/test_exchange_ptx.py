@@ -57,7 +57,7 @@ def _store_and_publish(to_ptr, counter_ptr, signal_ptr, word):
 
 def compile_roles(folder: str, *chosen: str) -> None:
     """In the child: PTX of the chosen launches, or all, and of the probe; one file each."""
-    from test_kernel_compile import StandIn, on_gpu, pretend_hopper
+    from hopper import StandIn, on_gpu, pretend_hopper
 
     from qroam.kernels.attend import AttendWorkspace
     from qroam.kernels.exchange.launch import exchange

@@ -24,7 +24,7 @@ _STORE = re.compile(r"st\.global\.v4\.b32")
 
 def compile_sizes(folder: str) -> None:
     """In the child: PTX of a fetch of entries of each size; one file each."""
-    from test_kernel_compile import StandIn, fetch, pretend_hopper
+    from hopper import StandIn, fetch, pretend_hopper
 
     sizes = iter(SIZES)
 

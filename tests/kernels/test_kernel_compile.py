@@ -15,21 +15,18 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 import triton
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from hopper import BF16, F32, GPU, U8, StandIn, fetch, fetched, on_gpu, pretend_hopper
 
 from qroam.kernels import nvrtc
 from qroam.kernels import plan as plan_module
 from qroam.kernels.decide import SOURCE, PlanMode, PriceTable
 from qroam.kernels.nvrtc import compiled
 from qroam.kernels.plan import BlockTable
-from qroam.kernels.pool_layout import PoolLayout
 
 _USED = re.compile(
     r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
@@ -38,12 +35,6 @@ _USED = re.compile(
 )
 _FAILED = "did not compile:"
 _SHARED = 232448  # bytes of shared memory that a block can have
-_GPU = torch.device("cuda:0")
-_BF16, _F32, _I32, _U8 = torch.bfloat16, torch.float32, torch.int32, torch.uint8
-
-
-def on_gpu(*shape: int, dtype: torch.dtype = _I32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=_GPU)
 
 
 def attend(
@@ -52,13 +43,13 @@ def attend(
     unit_tokens: int = 1,
     fp8: bool = False,
     tables: bool = False,
-    dtype: torch.dtype = _BF16,
+    dtype: torch.dtype = BF16,
     combined: bool = True,
 ) -> None:
     from qroam.kernels.attend import AttendWorkspace, Tables, attend, parts_of
 
     rows = 64
-    entries = on_gpu(262144, 656, dtype=_U8) if fp8 else on_gpu(262144, 576, dtype=dtype)
+    entries = on_gpu(262144, 656, dtype=U8) if fp8 else on_gpu(262144, 576, dtype=dtype)
     attend(
         on_gpu(rows, heads, 576, dtype=dtype),
         entries,
@@ -70,15 +61,15 @@ def attend(
             rows=rows,
             heads=heads,
             value_dim=512,
-            device=_GPU,
-            parts=parts_of(heads, _GPU),
+            device=GPU,
+            parts=parts_of(heads, GPU),
             dtype=dtype,
         ),
         lengths=on_gpu(rows),
         num_rows=on_gpu(1),
         query_of=on_gpu(rows),
         tables=Tables(on_gpu(4096), on_gpu(4096), on_gpu(4096), 64) if tables else None,
-        rotation=on_gpu(rows, 64, dtype=_F32) if tables else None,
+        rotation=on_gpu(rows, 64, dtype=F32) if tables else None,
         combined=combined,
     )
 
@@ -88,10 +79,10 @@ def merge(*, listed: bool) -> None:
 
     shape = (256,) if listed else (4, 64)
     merge(
-        on_gpu(*shape, 128, 512, dtype=_BF16),
-        on_gpu(*shape, 128, dtype=_F32),
+        on_gpu(*shape, 128, 512, dtype=BF16),
+        on_gpu(*shape, 128, dtype=F32),
         offsets=on_gpu(65) if listed else None,
-        sink=on_gpu(128, dtype=_F32),
+        sink=on_gpu(128, dtype=F32),
         covered=on_gpu(*shape, 2),
         expected=on_gpu(*shape, 2),
         fault=on_gpu(64),
@@ -101,7 +92,7 @@ def merge(*, listed: bool) -> None:
 def gather(*, rows: int, row_bytes: int) -> None:
     from qroam.kernels.gather import gather
 
-    gather(on_gpu(262144, row_bytes, dtype=_U8), on_gpu(rows), count=on_gpu(1))
+    gather(on_gpu(262144, row_bytes, dtype=U8), on_gpu(rows), count=on_gpu(1))
 
 
 def codec(*, verb: str) -> None:
@@ -110,30 +101,30 @@ def codec(*, verb: str) -> None:
     listed, count = on_gpu(8192), on_gpu(1)
     match verb:
         case "encode_latent":
-            out = on_gpu(262144, 656, dtype=_U8)
-            entries = on_gpu(8192, 576, dtype=_BF16)
+            out = on_gpu(262144, 656, dtype=U8)
+            entries = on_gpu(8192, 576, dtype=BF16)
             codec.encode_latent(entries, rope_dim=64, index=listed, count=count, out=out)
         case "decode_latent":
-            rows = on_gpu(262144, 656, dtype=_U8)
+            rows = on_gpu(262144, 656, dtype=U8)
             codec.decode_latent(rows, rope_dim=64, index=listed, count=count)
         case "encode_index":
-            out = on_gpu(4096, 64 * 132, dtype=_U8)
-            keys = on_gpu(8192, 128, dtype=_BF16)
+            out = on_gpu(4096, 64 * 132, dtype=U8)
+            keys = on_gpu(8192, 128, dtype=BF16)
             codec.encode_index(keys, block_tokens=64, index=listed, count=count, out=out)
         case "decode_index":
-            blocks = on_gpu(4096, 64 * 132, dtype=_U8)
+            blocks = on_gpu(4096, 64 * 132, dtype=U8)
             codec.decode_index(blocks, block_tokens=64, index=listed, count=count)
 
 
 def rope(*, layers: int) -> None:
     from qroam.kernels.rope import rotate
 
-    rows = on_gpu(layers, 8192, 576, dtype=_BF16)
+    rows = on_gpu(layers, 8192, 576, dtype=BF16)
     rotate(
         rows[..., 512:],
         on_gpu(2048),
         on_gpu(2048),
-        on_gpu(32, dtype=_F32),
+        on_gpu(32, dtype=F32),
         pairing="interleaved",
         count=on_gpu(1),
     )
@@ -162,13 +153,11 @@ def exchange(
     routes = Routes(
         on_gpu(2 * rows), on_gpu(2 * rows), on_gpu(rows * 2048), on_gpu(2), on_gpu(rows, 2, 2)
     )
-    out, lse = on_gpu(rows, 128, answered, dtype=_BF16), on_gpu(rows, 128, dtype=_F32)
+    out, lse = on_gpu(rows, 128, answered, dtype=BF16), on_gpu(rows, 128, dtype=F32)
     parts = None
     if in_parts:
-        parts = AttendWorkspace.make(
-            rows=rows, heads=128, value_dim=answered, parts=66, device=_GPU
-        )
-    query, accepted = on_gpu(rows, 128, columns, dtype=_BF16), Accepted.make(wire, _GPU)
+        parts = AttendWorkspace.make(rows=rows, heads=128, value_dim=answered, parts=66, device=GPU)
+    query, accepted = on_gpu(rows, 128, columns, dtype=BF16), Accepted.make(wire, GPU)
     answer = Partials(out, lse, on_gpu(rows, 2))
     merge = Merge(out[None], lse[None], out, lse, on_gpu(rows))
     if few:
@@ -178,29 +167,6 @@ def exchange(
         exchange(ends, routes, answer=answer._replace(parts=parts), receive=merge)
     else:
         exchange(ends, routes, send=query, accept=accepted, answer=answer, receive=merge)
-
-
-def fetched(*, entry_bytes: int, world: int) -> tuple[PoolLayout, plan_module.Plan, Tensor]:
-    """A pool of 61 layers, the plan of 64 items of 2048 units, and its `came`."""
-    rows, listed = 64, 2048
-    pool = PoolLayout(
-        layers=61, keys=65536, slots=4096, block_tokens=64, entry_bytes=entry_bytes,
-        staged=rows * listed,
-    )  # fmt: skip
-    plan = plan_module.Plan.make(
-        num_items=rows, num_listed=listed, world_size=world, num_forms=1, device=_GPU
-    )
-    return pool, plan, on_gpu(rows * listed, 2)
-
-
-def fetch(*, entry_bytes: int, counted: bool = False) -> None:
-    from qroam.kernels.fetch import fetch
-
-    pool, plan, came = fetched(entry_bytes=entry_bytes, world=8)
-    memory = on_gpu(pool.num_bytes, dtype=_U8)
-    peers = on_gpu(8, dtype=torch.int64)
-    uses = on_gpu(pool.keys) if counted else None
-    fetch(pool, 60, peers, plan.fetch_units, plan.counts, memory=memory, came=came, uses=uses)
 
 
 def compose(*, world: int, counted: bool = False) -> None:
@@ -233,9 +199,7 @@ LAUNCHES = {
     # Four registers, moved once a tile; a producer with more would take them from the accumulators.
     "attend fp8": launch(attend, "_attend", heads=128, fp8=True, spilled=16),
     "attend fp16, the portable kernel": launch(attend, "_attend", heads=128, dtype=torch.float16),
-    "attend fp32, the portable kernel": launch(
-        attend, "_attend", heads=128, dtype=_F32, spilled=64
-    ),
+    "attend fp32, the portable kernel": launch(attend, "_attend", heads=128, dtype=F32, spilled=64),
     "merge": launch(merge, "_merge_kernel", listed=False),
     "merge lists": launch(merge, "_merge_kernel", listed=True),
     "gather fp8 entries": launch(gather, "_gather_kernel", rows=2048, row_bytes=656),
@@ -280,51 +244,6 @@ LAUNCHES = {
         for rows in (1, 64)
     },
 }
-
-
-class StandIn(TorchFunctionMode):
-    """Tensors without memory that claim to be on a GPU."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func == Tensor.device.__get__:
-            return _GPU
-        if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
-            return True
-        kwargs = dict(kwargs or {})
-        if "device" in kwargs:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
-def pretend_hopper(seen: Callable[[Any], None]) -> None:
-    """Compile for sm_90 what is launched from now on instead of running it, and show it to `seen`."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction, MockTensor
-
-    device = SimpleNamespace(
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-    )
-    driver.set_active(cast(Any, device))
-    properties = SimpleNamespace(multi_processor_count=132, L2_cache_size=60 << 20)
-    torch.cuda.get_device_capability = lambda device=None: (9, 0)
-    torch.cuda.get_device_properties = lambda device=None: cast(Any, properties)
-    run = JITFunction.run
-
-    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        def mock(value: Any) -> Any:
-            return MockTensor(value.dtype) if isinstance(value, Tensor) else value
-
-        mocked = {name: mock(value) for name, value in options.items()}
-        compiled = run(kernel, *map(mock, args), grid=grid, warmup=True, **mocked)
-        seen(compiled)
-        return compiled
-
-    JITFunction.run = compile_only
 
 
 def compile_all(names: list[str]) -> None:
@@ -425,10 +344,10 @@ def planned(
         prices = PriceTable(on_gpu(world, 16, dtype=torch.float64), forms, 2)
         directory = BlockTable(on_gpu(4096, 4), block_tokens=64, num_branches=1)
         workspace = plan_module.PlanWorkspace.make(
-            num_items=256, num_branches=1, num_units=262144, world_size=world, device=_GPU
+            num_items=256, num_branches=1, num_units=262144, world_size=world, device=GPU
         )
         out = plan_module.Plan.make(
-            num_items=items, num_listed=listed, world_size=world, num_forms=forms, device=_GPU
+            num_items=items, num_listed=listed, world_size=world, num_forms=forms, device=GPU
         )
         units = on_gpu(items, listed)
         plan_module.plan(units, directory, prices, workspace, rank=0, mode=mode, out=out)

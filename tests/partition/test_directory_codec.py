@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from directories import B, empty
+from directories import B, added, empty
+from torch import Tensor
 
-from qroam.partition.directory import Directory, with_document, without_document
+from qroam.partition.directory import (
+    Directory,
+    with_document,
+    with_pin,
+    with_quota,
+    without_document,
+)
 from qroam.partition.directory_codec import directory_columns, directory_of
 from qroam.partition.repair import repaired
 
@@ -38,4 +47,64 @@ def test_a_block_that_nobody_has_is_not_shared_and_its_content_stays_known() -> 
     columns["blocks"] = columns["blocks"].clone()
     columns["blocks"][3:6] = columns["blocks"][3:6].flip(0)  # those of b
     with pytest.raises(ValueError, match="'b' says of a block"):
+        directory_of(columns, empty(), world_size=4, capacity=9)
+
+
+def several() -> Directory:
+    """Three documents with a pin, quotas, a group and a position; one was removed before them."""
+    directory = without_document(added(empty(), "gone", 3 * B), "gone")
+    directory = added(added(directory, "a", 2 * B + 3, position=7), "ü", B)
+    return with_quota(with_quota(with_pin(directory, "a", True), "g", 3), "h", 0)
+
+
+def test_a_directory_comes_back_as_it_was() -> None:
+    before = several()
+    after = directory_of(directory_columns(before), empty(), world_size=4, capacity=9)
+    assert (after.documents, after.pinned, after.quotas) == (
+        before.documents,
+        before.pinned,
+        before.quotas,
+    )
+    assert (after.version, after.serial, after.hashed) == (
+        before.version,
+        before.serial,
+        before.hashed,
+    )
+    for name in ("owners", "slots", "generations", "tokens", "references", "used"):
+        assert torch.equal(getattr(after, name), getattr(before, name)), name
+
+
+def set_to(value: int, *places: int) -> Callable[[Tensor], Tensor]:
+    def change(rows: Tensor) -> Tensor:
+        rows = rows.clone()
+        for place in places:
+            rows.view(-1)[place] = value
+        return rows
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("column", "change", "says"),
+    [
+        ("documents", lambda rows: rows.int(), r"documents are torch.int32"),
+        ("documents", lambda rows: rows[:-1], "not valid msgpack|not what this version"),
+        ("blocks", lambda rows: rows[None], r"blocks are torch.int32 \(1, 4\)"),
+        ("blocks", lambda rows: rows[:-1], "document 'ü' has blocks or hashes"),
+        ("blocks", lambda rows: torch.cat((rows, rows[:1])), "blocks are left over"),
+        ("blocks", set_to(99, 0), "document 'a' has blocks or hashes"),
+        ("owners", lambda rows: rows.long(), r"owners are not int32 \(16, 1\)"),
+        ("owners", set_to(4, 0), "not ranks of a world of 4"),
+        ("slots", set_to(9, 0), "slots are not below 9"),
+        ("slots", set_to(-1, 0), "not as many as owners"),
+        ("owners", set_to(2, 0, 2), "a slot is given twice"),
+        ("generations", set_to(-1, 5), "a generation is negative"),
+    ],
+)
+def test_malformed_columns_are_refused(
+    column: str, change: Callable[[Tensor], Tensor], says: str
+) -> None:
+    columns = directory_columns(several())
+    columns[column] = change(columns[column])
+    with pytest.raises(ValueError, match=says):
         directory_of(columns, empty(), world_size=4, capacity=9)

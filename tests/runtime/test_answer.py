@@ -6,15 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
+from at_offsets import B, opened
 from ranks import run_loopback
 from spoiling import on, said
 from torch import Tensor
 
 from qroam.partition.presets import named_layout, uniform_model
 from qroam.runtime import PeerError, Runtime, RuntimeConfig
+from qroam.runtime.cpu.answer import answer_attend
 from qroam.runtime.transport.base import Transport
 from qroam.runtime.transport.loopback import LoopbackTransport
-from qroam.runtime.transport.messages import Header
+from qroam.runtime.transport.messages import Header, Message
 
 
 def test_a_malformed_span_names_its_sender() -> None:
@@ -76,3 +78,35 @@ def test_a_column_nobody_reads_names_its_sender() -> None:
 
     told, _ = run_loopback(2, work, transports=Adding.world(2, deadline_s=10.0))
     assert told == "rank 1: sent an invalid message: 'attend' messages have no column C.query"
+
+
+def asked(runtime: Runtime, units: list[int], **sizes: int) -> dict[str, Tensor]:
+    """What this rank answers to a message that fetches these units of layer 0."""
+    header = runtime._world.header("attend", layer=0, **sizes)
+    columns = {"fetch": torch.tensor(units, dtype=torch.int32)}
+    return answer_attend(runtime._world, Message(header, columns))
+
+
+def test_fetched_rows_are_those_that_are_stored_and_a_mark_says_what_is_missing() -> None:
+    with opened() as runtime:
+        store, document = runtime._world.stores.entries, runtime.documents()[1]
+        unwritten = 4 * B  # the first block that no document has
+        ids = torch.tensor([document.start, document.start + 3, unwritten], dtype=torch.int32)
+        found = asked(runtime, ids.tolist())
+        index, here = store.resolve(0, ids)
+        assert here.tolist() == [True, True, False]
+        assert torch.equal(found["fetch.rows"][:2], store.rows(0, index[:2]))
+        assert (found["fetch.mark"] != 0).tolist() == [True, True, False]
+
+
+def test_what_cannot_be_fetched_is_refused() -> None:
+    with opened() as runtime:
+        for units, sizes, says in (
+            ([4, 4], {}, "units to fetch repeat"),
+            ([-1], {}, "ids"),
+            ([1 << 20], {}, "ids"),
+            ([0], {"unit_tokens": 3}, "units of 3 tokens do not fit the blocks"),
+        ):
+            with pytest.raises(ValueError, match=says):
+                asked(runtime, units, **sizes)  # type: ignore[arg-type]
+        assert asked(runtime, [])["fetch.rows"].shape[0] == 0

@@ -32,7 +32,6 @@ from qroam.partition.presets import named_layout, uniform_model
 from qroam.runtime import BlocksLostError, PeerError, Runtime
 from qroam.runtime.cpu import answer as answering
 from qroam.runtime.service.server import Service
-from qroam.runtime.tables import chosen_copy, replaceable
 from qroam.runtime.transport.base import Transport
 from qroam.runtime.transport.loopback import LoopbackTransport
 from qroam.runtime.transport.messages import Message
@@ -282,29 +281,3 @@ def test_what_is_written_for_a_lost_rank_is_asked_of_its_replica() -> None:
             served.close()
 
     run_loopback(4, rank)
-
-
-# Whom to ask -----------------------------------------------------------------------------------
-
-
-@given(data=st.data(), ranks=st.integers(1, 5), copies=st.integers(1, 4), units=st.integers(0, 6))
-@settings(EVERYWHERE, max_examples=100)
-def test_the_copy_to_ask(data: st.DataObject, ranks: int, copies: int, units: int) -> None:
-    """Against a plain reading: the best kind of rank, and of those the first from the preferred on."""
-    rank = st.integers(-1, ranks - 1)
-    table = data.draw(st.lists(st.lists(rank, min_size=copies, max_size=copies), max_size=units))
-    askable = data.draw(st.lists(st.integers(0, 2), min_size=ranks, max_size=ranks))
-    preferred = data.draw(st.integers(0, copies - 1))
-    owners = torch.tensor(table, dtype=torch.int32).view(-1, copies)
-    vector = torch.tensor(askable, dtype=torch.uint8)
-    expected, alone = [], set()
-    for row in table:
-        turned = row[preferred:] + row[:preferred]
-        usable = [holder for holder in turned if holder >= 0 and askable[holder]]
-        best = sorted(usable, key=lambda holder: -askable[holder])[:1] or [-1]
-        expected += best
-        alone |= set(best) if len(usable) < 2 else set()
-    chosen = chosen_copy(owners, preferred, vector)
-    assert chosen.tolist() == expected
-    spare = replaceable(owners, chosen, vector, world_size=ranks)
-    assert spare.tolist() == [rank not in alone for rank in range(ranks)]
