@@ -25,7 +25,6 @@ from ...partition.placement import Placement
 from ..adapters.hf import model_layout
 from ..config import RuntimeConfig
 from ..cost.predicate import Mode
-from ..cost.profile import load_profile
 from ..gpu.limits import Device
 from .demo_gpu import CODECS, LargeJob, large_facts, large_lines, run_large
 from .demo_instance import REPLAYED, Job, corpus_chunks, run_instance
@@ -152,7 +151,6 @@ def run_demo(config: DemoConfig, report: Report) -> DemoReport:
             lease_entries=0,
             max_queries=max(CHUNK_TOKENS, config.agents * PROMPT_TOKENS),
             max_units=model.config.index_topk,
-            fabric=load_profile("nvlink4"),
         )
     with tempfile.TemporaryDirectory(prefix="qroam-demo-") as folder:
         reference_path = str(Path(folder) / "reference.safetensors")

@@ -20,7 +20,6 @@ from ...kernels import reference
 from ...partition.layout import Layout
 from ...partition.presets import named_layout, uniform_model, with_codec
 from ..config import RuntimeConfig
-from ..cost.profile import load_profile
 from ..errors import CoverageError, PeerError
 from ..gpu.backend import GpuBackend
 from ..gpu.limits import GPU_MODES, GpuMode
@@ -72,7 +71,6 @@ class _Large:
             block_tokens=_BLOCK_TOKENS,
             private_blocks=0,
             dtype=torch.bfloat16,
-            fabric=load_profile("nvlink4"),
             device="cuda",
             max_queries=QUERIES,
             max_units=SELECTED,

@@ -75,7 +75,10 @@ class DecisionRecord(TypedDict):
 
 
 class StepRecord(TypedDict):
-    """The step in microseconds: parts as decided, and totals by mode."""
+    """The step in microseconds: parts as decided, and totals by mode.
+
+    `fabric` names the profile and says whether its constants were measured.
+    """
 
     kind: Literal["step"]
     layout: str
@@ -343,7 +346,7 @@ def _step(case: _Case, demand: Demand, decision: Decision, layout: Layout) -> St
     return StepRecord(
         kind="step",
         layout=layout.name,
-        fabric=model.profile.name,
+        fabric=model.profile.label,
         reuse=model.reuse,
         overlap=case.overlap,
         unit_tokens=model.unit_tokens,
@@ -412,7 +415,8 @@ def _step_lines(record: StepRecord) -> list[str]:
     parts, totals = record["parts_us"], record["total_us"]
     return [
         f"step of {record['layout']} on {record['fabric']}, reuse {record['reuse']:g}, "
-        f"overlap {record['overlap']:g}: {totals['auto']:.1f} us = plan {parts['plan']:.1f} + "
+        f"overlap {record['overlap']:g}:",
+        f"    auto {totals['auto']:.1f} us = plan {parts['plan']:.1f} + "
         f"max(own {parts['own']:.1f}, slowest holder {parts['exchange']:.1f}) + "
         f"merge {parts['merge']:.1f}",
         f"    always-route {totals['always-route']:.1f} us, "
