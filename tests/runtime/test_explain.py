@@ -13,14 +13,8 @@ from qroam.partition.presets import named_layout
 from qroam.runtime.cost.model import CostModel, LayerFacts
 from qroam.runtime.cost.predicate import Demand, Way, decide
 from qroam.runtime.cost.profile import load_profile
-from qroam.runtime.tools.explain import (
-    MAX_QUERIES,
-    Candidate,
-    Record,
-    explain_step,
-    render,
-    render_lines,
-)
+from qroam.runtime.tools.explain import MAX_QUERIES, Candidate, Record, explain_step
+from qroam.runtime.tools.explain_text import render, render_lines
 
 WAYS = {Way.ROUTE_A: "route A", Way.ROUTE_B: "route B", Way.FETCH: "fetch"}
 

@@ -16,18 +16,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from ...kernels import reference
-from ...partition.layout import Layout
-from ...partition.presets import named_layout, uniform_model, with_codec
-from ..config import RuntimeConfig
-from ..errors import CoverageError, PeerError
-from ..gpu.backend import GpuBackend
-from ..gpu.limits import GPU_MODES, GpuMode
-from ..runtime import Runtime, opened_world
-from ..stores import entry_codec
-from ..transport.base import Transport
-from ..transport.gloo import TorchTransport
-from ..transport.loopback import LoopbackTransport
+from ....kernels import reference
+from ....partition.layout import Layout
+from ....partition.presets import named_layout, uniform_model, with_codec
+from ...config import RuntimeConfig
+from ...errors import CoverageError, PeerError
+from ...gpu.backend import GpuBackend
+from ...gpu.limits import GPU_MODES, GpuMode
+from ...runtime import Runtime, opened_world
+from ...stores import entry_codec
+from ...transport.base import Transport
+from ...transport.gloo import TorchTransport
+from ...transport.loopback import LoopbackTransport
 
 CODECS = ("bf16", "fp8_v32")
 TOKENS, LAYERS, QUERIES, SELECTED = 32_768, 4, 8, 2048
@@ -47,7 +47,7 @@ class LargeJob:
 
 
 def run_large(job: LargeJob, pipe: Connection) -> None:
-    """Process entry: as `demo_instance.run_instance`, but that it waits for nothing."""
+    """Process entry: as `instance.run_instance`, but that it waits for nothing."""
     torch.set_num_threads(1)
     torch.cuda.set_device(job.rank)
     try:
