@@ -103,7 +103,7 @@ def _plan(
     check_askable(world, wanted, askable)
     model = CostModel(
         facts=world.facts[layer],
-        profile=config.fabric,
+        profile=config.fabric_profile,
         unit_tokens=wanted.entries.shape[2],
         reuse=config.reuse,
         shifted=wanted.offsets is not None,

@@ -197,7 +197,9 @@ class GpuBackend:
             fair_units=plan.fair_units[:queries].cpu(),
         )
         model = CostModel(
-            facts=world.facts[layer], profile=world.config.fabric, reuse=world.config.reuse
+            facts=world.facts[layer],
+            profile=world.config.fabric_profile,
+            reuse=world.config.reuse,
         )
         decision = decide(demand, model, rank=world.rank, mode=mode)
         decision = decision._replace(way=plan.way[:queries].cpu())

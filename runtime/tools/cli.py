@@ -15,8 +15,8 @@ import typer
 from ..cost.predicate import Mode
 from ..gpu.limits import Device
 from . import doctor as _doctor
+from .demo.sabotage import Sabotage
 from .progress import progress
-from .sabotage import Sabotage
 
 _FILES = 16  # of the demo's corpus
 
@@ -100,7 +100,7 @@ def demo(
         raise ValueError("qroam demo needs the extra 'models': pip install 'qroam[models]'")
     if tokens % _FILES:
         raise ValueError(f"--tokens must be a multiple of {_FILES}, got {tokens}")
-    from .demo import DemoConfig, default_instances, run_demo
+    from .demo.run import DemoConfig, default_instances, run_demo
 
     config = DemoConfig(
         corpus=corpus,
@@ -151,7 +151,8 @@ def explain(
     from ...partition.head_split import lane_layout
     from ...partition.presets import named_layout
     from ..cost.profile import load_profile
-    from .explain import explain_step, render, render_lines
+    from .explain import explain_step
+    from .explain_text import render, render_lines
 
     if lines and as_json:
         raise ValueError("--lines and --json exclude each other")

@@ -108,5 +108,5 @@ def test_what_cannot_be_fetched_is_refused() -> None:
             ([0], {"unit_tokens": 3}, "units of 3 tokens do not fit the blocks"),
         ):
             with pytest.raises(ValueError, match=says):
-                asked(runtime, units, **sizes)  # type: ignore[arg-type]
+                asked(runtime, units, **sizes)
         assert asked(runtime, [])["fetch.rows"].shape[0] == 0

@@ -68,9 +68,10 @@ def test_explain_prints_what_it_decided(capsys: pytest.CaptureFixture[str]) -> N
     assert main([*EXPLAIN, "--json"]) == 0
     *decisions, step = json.loads(capsys.readouterr().out)
     assert step["layout"] == "mla-v3.2"
-    assert step["fabric"] == "ibgda-ndr200"
+    assert step["fabric"] == "ibgda-ndr200 (5 of 15 constants assumed)"
     assert main(EXPLAIN) == 0
     text = capsys.readouterr().out
+    assert f"step of mla-v3.2 on {step['fabric']}, reuse 1, " in text
     assert decisions
     assert all(decision["reason"] in text for decision in decisions)
 

@@ -13,14 +13,8 @@ from qroam.partition.presets import named_layout
 from qroam.runtime.cost.model import CostModel, LayerFacts
 from qroam.runtime.cost.predicate import Demand, Way, decide
 from qroam.runtime.cost.profile import load_profile
-from qroam.runtime.tools.explain import (
-    MAX_QUERIES,
-    Candidate,
-    Record,
-    explain_step,
-    render,
-    render_lines,
-)
+from qroam.runtime.tools.explain import MAX_QUERIES, Candidate, Record, explain_step
+from qroam.runtime.tools.explain_text import render, render_lines
 
 WAYS = {Way.ROUTE_A: "route A", Way.ROUTE_B: "route B", Way.FETCH: "fetch"}
 
@@ -180,7 +174,9 @@ def test_text_and_json() -> None:
     assert all(len(line) <= 130 for line in lines)
     assert text.count("route B") == text.count("not available: the holders have no W_UK") == 2
     assert text.count("never up to") >= 1
-    assert lines[-2].startswith("step of mla-v3.2 on ibgda-ndr200, reuse 2, overlap 0: ")
+    head = "step of mla-v3.2 on ibgda-ndr200 (5 of 15 constants assumed), reuse 2, overlap 0:"
+    assert lines[-3] == head
+    assert lines[-2].startswith("    auto ")
     one = render(explain(queries=1, holders=1, units=1))
     assert one.startswith("query 0, holder 1: ")
 

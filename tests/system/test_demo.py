@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from qroam.runtime.gpu.limits import GPU_MODES
-from qroam.runtime.tools import demo
-from qroam.runtime.tools.demo import DemoConfig, DemoReport, run_demo
-from qroam.runtime.tools.demo_gpu import large_facts, large_lines
-from qroam.runtime.tools.sabotage import Sabotage
+from qroam.runtime.tools.demo import run as demo
+from qroam.runtime.tools.demo.gpu import large_facts, large_lines
+from qroam.runtime.tools.demo.run import DemoConfig, DemoReport, run_demo
+from qroam.runtime.tools.demo.sabotage import Sabotage
 
 
 def config(sabotage: Sabotage | None = None) -> DemoConfig:

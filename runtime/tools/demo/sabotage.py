@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..transport.gloo import TorchTransport
-from ..transport.messages import Header
+from ...transport.gloo import TorchTransport
+from ...transport.messages import Header
 
 Sabotage = Literal["drop-holder", "wrong-row", "double-answer"]
 

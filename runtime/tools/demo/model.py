@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from ..gpu.limits import Device
+from ...gpu.limits import Device
 from .near_ties import NearTies, TopkRecorder, recording
 
 PROMPT_TOKENS = 24

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from ..adapters.hf import Batch
-from ..scope import Request, Selection
+from ...adapters.hf import Batch
+from ...scope import Request, Selection
 
 NEAR_TIE = 1e-5
 CORPUS = -1

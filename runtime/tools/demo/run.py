@@ -1,7 +1,7 @@
 """The demo: a codebase sharded over instances, decoded by their sub-agents, equal to one model.
 
 The parent starts the instances, computes the unsharded reference meanwhile, and compares. On GPUs each
-instance has one for its cache and its attention, and steps of V3.2's size follow (`demo_gpu.py`).
+instance has one for its cache and its attention, and steps of V3.2's size follow (`gpu.py`).
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from safetensors.torch import save_file
 
-from ...partition.placement import Placement
-from ..adapters.hf import model_layout
-from ..config import RuntimeConfig
-from ..cost.predicate import Mode
-from ..cost.profile import load_profile
-from ..gpu.limits import Device
-from .demo_gpu import CODECS, LargeJob, large_facts, large_lines, run_large
-from .demo_instance import REPLAYED, Job, corpus_chunks, run_instance
-from .demo_model import (
+from ....partition.placement import Placement
+from ...adapters.hf import model_layout
+from ...config import RuntimeConfig
+from ...cost.predicate import Mode
+from ...gpu.limits import Device
+from .gpu import CODECS, LargeJob, large_facts, large_lines, run_large
+from .instance import REPLAYED, Job, corpus_chunks, run_instance
+from .model import (
     CHUNK_TOKENS,
     PROMPT_TOKENS,
     Reference,
@@ -152,7 +151,6 @@ def run_demo(config: DemoConfig, report: Report) -> DemoReport:
             lease_entries=0,
             max_queries=max(CHUNK_TOKENS, config.agents * PROMPT_TOKENS),
             max_units=model.config.index_topk,
-            fabric=load_profile("nvlink4"),
         )
     with tempfile.TemporaryDirectory(prefix="qroam-demo-") as folder:
         reference_path = str(Path(folder) / "reference.safetensors")
