@@ -155,6 +155,16 @@ def decide(
     )
 
 
+def all_local(demand: Demand) -> Decision:
+    """What `decide` says where nobody else holds anything that is wanted, without pricing holders."""
+    nothing = torch.zeros_like(demand.fair_units)
+    free = torch.zeros(demand.fair_units.shape[1], dtype=torch.float64)
+    local = torch.where(demand.pairs_units > 0, int(Way.LOCAL), int(Way.NONE)).to(torch.int8)
+    return Decision(
+        way=local, margin=nothing, reason=local, predicted=free, route_s=free, fetch_s=free
+    )
+
+
 def predict_step(
     way: Tensor,
     demand: Demand,
