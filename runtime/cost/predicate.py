@@ -36,7 +36,7 @@ class Reason(IntEnum):
     FORCED = 2  # by the mode
     LATENCY = 3  # probe, wait
     WIRE = 4  # bytes
-    WORK = 5  # pack, splice, project, turn, attend, merge
+    WORK = 5  # pack, splice, project, rotate, attend, merge
     REUSE = 6  # a single use would have been routed
     SPLIT = 7  # some of this holder's items are routed and some fetched
     TIE = 8  # equal costs are fetched: a copy can be used again
@@ -184,7 +184,7 @@ def predict_step(
     holders = _Holders.of(demand, model, rank=rank, wait_s=wait_s)
     local = demand.pairs_units[:, rank]
     return model.step(
-        own=(model.attend() + model.turn()).of(
+        own=(model.attend() + model.rotate()).of(
             model.asked((local > 0).sum(), local.sum(), torch.zeros_like(local.sum()))
         ),
         exchanges=holders.exchange(way).total,

@@ -126,14 +126,21 @@ class _Case:
             blocked = None if form.form in self.forms else _why_not(form.form)
             found.append(_priced(f"route {form.form}", route, asked, blocked))
         if len(model.facts.forms) == 1:
-            found.append(_unpriced("route B", "this layout has no projection to leave to a holder"))
+            found.append(_unpriced("route B", "this layout has no W_UK and W_UV"))
         asked = model.asked(items, items * each, self._unique(each))
         fetch = model.fetch(mixed=not_mixed, sharers=sharers)
         found.append(_priced("fetch", fetch, asked, None))
         if model.shifted:
             moved = replace(model, splice=True, shifted=False)
             lease = moved.fetch(mixed=not_mixed, sharers=sharers)
-            found.append(_priced("lease", lease, asked, "asked for by `Runtime.copy_document`"))
+            found.append(
+                _priced(
+                    "lease",
+                    lease,
+                    asked,
+                    "a lease is made by `Runtime.copy_document`, not by a step",
+                )
+            )
         found.append(_unpriced("recompute", "no prefill callback, so its cost is unknown"))
         return found
 
@@ -182,7 +189,7 @@ def explain_step(
         shifted: the units are of documents at other positions, so queries are rotated; a lease,
             whose keys are rotated instead, is priced beside.
     Returns: a record per group of equal decisions, then one for the step.
-    Raises: ValueError for what cannot be.
+    Raises: ValueError for a size, an overlap, a reuse or a form that is out of range.
     """
     limits = (("queries", queries, MAX_QUERIES), ("units", units, MAX_UNITS))
     for name, value, high in (*limits, ("holders", holders, MAX_HOLDERS)):
@@ -256,7 +263,7 @@ def _executable(candidates: list[Candidate]) -> list[tuple[str, float]]:
 
 def _why_not(form: Form) -> str:
     if form == "A":
-        return "not among the forms to be executed"
+        return "this form is not enabled"
     return "the holders have no W_UK and W_UV"
 
 

@@ -19,7 +19,7 @@ def render(records: Sequence[Record]) -> str:
 
 
 def render_lines(records: Sequence[Record]) -> Iterator[str]:
-    """One line per (query, holder), with all that `render` says of its decision."""
+    """One line per (query, holder), with all that `render` prints about its decision."""
     for record in records:
         if record["kind"] == "decision":
             first, last = record["queries"]

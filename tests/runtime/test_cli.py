@@ -27,7 +27,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--agents", "0"], "--agents"),
         (["demo", "--mode", "sometimes"], "always-fetch"),
         (["demo", "--device", "tpu"], "cuda"),
-        (["demo", "--device", "cuda", "--sabotage", "wrong-row"], "not with device cuda"),
+        (["demo", "--device", "cuda", "--sabotage", "wrong-row"], "allowed with device cpu only"),
         (["demo", "--device", "cuda", "--instances", "99"], "a GPU for each of 99 instances"),
         (["demo", "--corpus", "no/such/folder"], "no/such/folder"),
         (["demo", "--tokens", "1000"], "multiple of 16"),
@@ -104,8 +104,8 @@ def test_explain_units_of_many_tokens(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_explain_a_line_a_decision(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*EXPLAIN, "--lines"]) == 0
-    said = capsys.readouterr().out.splitlines()
-    heads = [line.split(":")[0] for line in said]
+    printed = capsys.readouterr().out.splitlines()
+    heads = [line.split(":")[0] for line in printed]
     assert heads == [f"query {q}, holder {h}" for q in range(8) for h in range(1, 5)]
 
 

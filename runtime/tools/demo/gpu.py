@@ -155,8 +155,8 @@ class _Large:
         assert isinstance(gpu, GpuBackend)
         gpu.meet()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for turn in range(1 + _ROUNDS):
-            if turn == 1:
+        for done in range(1 + _ROUNDS):
+            if done == 1:
                 start.record()
             for layer in range(LAYERS):
                 gpu.step_of(QUERIES).replay(layer, mode)

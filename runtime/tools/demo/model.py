@@ -27,7 +27,7 @@ CHUNK_TOKENS = 256
 
 def build_model(layers: int, seed: int, max_tokens: int, device: Device = "cpu") -> PreTrainedModel:
     """The model every instance and the reference build for themselves; with entries on GPUs one whose
-    entries are as wide as the kernels take them. It runs on the CPU."""
+    entries have a width that the kernels accept. It runs on the CPU."""
     latent, rope = (64, 16) if device == "cpu" else (128, 64)
     config = DeepseekV32Config(
         vocab_size=256,

@@ -53,8 +53,8 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoConfig:
-    """Sizes of the demo. Raises: ValueError for a size below 1, a sabotage of a lone instance, or more
-    instances on GPUs than there are of those."""
+    """Sizes of the demo. Raises: ValueError for a size below 1, a sabotage with fewer than two
+    instances or with device cuda, or more instances on GPUs than there are GPUs."""
 
     corpus: Path | None = None
     files: int = 16
@@ -74,12 +74,12 @@ class DemoConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.sabotage and self.device == "cuda":
-            raise ValueError("a sabotage spoils the messages of CPUs: not with device cuda")
+            raise ValueError("sabotage changes messages between CPUs: allowed with device cpu only")
         if self.sabotage and self.instances < 2:
-            raise ValueError("a sabotage needs an instance to sabotage: at least 2")
+            raise ValueError(f"sabotage needs at least 2 instances, got {self.instances}")
         if self.device == "cuda" and self.instances > torch.cuda.device_count():
             raise ValueError(
-                f"device cuda takes a GPU for each of {self.instances} instances, torch finds "
+                f"device cuda needs a GPU for each of {self.instances} instances, torch finds "
                 f"{torch.cuda.device_count()}"
             )
 
@@ -110,7 +110,7 @@ class _Failure(NamedTuple):
 
 
 def default_instances(device: Device) -> int:
-    """How many there are if nobody says."""
+    """The default number of instances: 4 on CPUs; on GPUs one per GPU, at most 2."""
     return 4 if device == "cpu" else max(min(torch.cuda.device_count(), 2), 1)
 
 
@@ -181,10 +181,10 @@ def run_demo(config: DemoConfig, report: Report) -> DemoReport:
             results, failures = _results(instances, report)
     if failures and all(failure.kind != "coverage" for failure in failures):
         raise RuntimeError(str(failures[0]))
-    said = [str(failure) for failure in sorted(failures)]
+    reported = [str(failure) for failure in sorted(failures)]
     large = _large(config, report) if config.device == "cuda" and not failures else []
     return _judged(
-        config, tokens, len(documents), reference, results, said, large, reference_s, started
+        config, tokens, len(documents), reference, results, reported, large, reference_s, started
     )
 
 
