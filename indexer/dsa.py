@@ -157,7 +157,8 @@ def scores(query: Tensor, weights: Tensor, keys: Tensor, *, tile_bytes: int) -> 
 
 def _at_least(x: Tensor, rows: int) -> Tensor:
     """x (N, D), with zeros behind it if it has fewer rows than these."""
-    return x if len(x) >= rows else F.pad(x, (0, 0, 0, rows - len(x)))
+    padded: Tensor = x if len(x) >= rows else F.pad(x, (0, 0, 0, rows - len(x)))
+    return padded
 
 
 def _products(left: Tensor, right: Tensor) -> Tensor:
