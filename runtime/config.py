@@ -206,7 +206,7 @@ class RuntimeConfig:
         ]
 
     def fingerprint(self, world_size: int, incarnation: int = 0) -> int:
-        """31 bits of a hash over the description and the world's life, carried by every header."""
+        """31 bits of a hash over the description and the world's incarnation, carried by every header."""
         text = "|".join([str(world_size), str(incarnation), *self.described()])
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") & 0x7FFFFFFF
 
@@ -217,7 +217,7 @@ def _shipped_profile(name: str) -> FabricProfile:
 
 
 def _leaves(name: str, value: object) -> Iterator[tuple[str, object]]:
-    """The fields of nested dataclasses, by dotted name, so that a difference is told exactly."""
+    """The fields of nested dataclasses, by dotted name, so that an error names a difference exactly."""
     if is_dataclass(value):
         for inner in fields(value):
             yield from _leaves(f"{name}.{inner.name}", getattr(value, inner.name))

@@ -203,7 +203,7 @@ class _BestRoute(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Holders:
-    """A demand with the model that prices it; (W,) unless said otherwise."""
+    """A demand with the model that prices it; (W,) unless stated otherwise."""
 
     model: CostModel
     demand: Demand
