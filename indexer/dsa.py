@@ -23,6 +23,10 @@ from ..partition.rope import apply_rope, rotate
 
 # Queries are also tiled rather than let a tile get narrower than this many entries.
 _MIN_TILE_ENTRIES = 512
+# Smaller products take other paths through BLAS, and longer sums are cut into parts at places that depend
+# on the product: both can change the last bit of a score.
+_LEAST_ENTRIES, _LEAST_ROWS, _MOST_COLUMNS = 32, 16, 128
+_FEW_HEADS = 16  # below which adding rows of entries is faster than summing each entry's heads
 
 
 def index_query(
@@ -94,15 +98,27 @@ def hadamard(x: Tensor) -> Tensor:
     return y.mul(dim**-0.5).to(x.dtype)
 
 
+def least_tile_bytes(heads: int, dtype: torch.dtype) -> int:
+    """The least `tile_bytes` that `scores` takes, for queries of so many heads."""
+    return _LEAST_ENTRIES * max(heads, _LEAST_ROWS) * (8 if dtype == torch.float64 else 4)
+
+
 def scores(query: Tensor, weights: Tensor, keys: Tensor, *, tile_bytes: int) -> Tensor:
     """Scores (Q, E) of every query against every entry, fp32 (fp64 if the query is fp64).
+
+    A score has the same bits whatever other queries and entries it is computed with, and whatever the
+    tiles. The sum over heads is made so. Of the products this holds as long as BLAS sums the columns of
+    every element in one order, in all products of at least 32 entries, 16 rows and at most 128 columns:
+    no other shapes are given to it. MKL does so on x86 (`tests/indexer/test_partitions.py`). A score of
+    zero is +0.0.
 
     Args:
         query: (Q, Hi, D).
         weights: (Q, Hi), may be negative.
         keys: (E, D), as decoded by the index codec.
         tile_bytes: bound on the per-head products held at a time, which would be Hi times the
-            result; about the size of the cache (1 to 8 MiB) is fastest. At least Hi numbers.
+            result; about the size of the cache (1 to 8 MiB) is fastest. At least `least_tile_bytes`.
+    Raises: ValueError on shapes that do not fit together, or too small a tile.
     """
     (num_queries, heads, dim), num_entries = query.shape, len(keys)
     if weights.shape != (num_queries, heads) or keys.shape != (num_entries, dim):
@@ -115,17 +131,54 @@ def scores(query: Tensor, weights: Tensor, keys: Tensor, *, tile_bytes: int) -> 
     result = query.new_empty(num_queries, num_entries)
     if not result.numel():
         return result
-    pairs = tile_bytes // (heads * query.dtype.itemsize)
-    if pairs < 1:
-        raise ValueError(f"tile_bytes must hold one product of {heads} heads, got {tile_bytes}")
-    rows = min(num_queries, max(1, pairs // min(num_entries, _MIN_TILE_ENTRIES)))
-    columns = min(num_entries, pairs // rows)
+    least = least_tile_bytes(heads, query.dtype)
+    if tile_bytes < least:
+        raise ValueError(f"tile_bytes must be at least {least} for {heads} heads, got {tile_bytes}")
+    most = tile_bytes // query.dtype.itemsize
+    narrowest = min(max(num_entries, _LEAST_ENTRIES), _MIN_TILE_ENTRIES)
+    rows = min(num_queries, max(1, most // (heads * narrowest)))
+    columns = most // max(rows * heads, _LEAST_ROWS)
     for q in range(0, num_queries, rows):
-        some, weight = query[q : q + rows].flatten(0, 1), weights[q : q + rows, None]
+        some, weight = query[q : q + rows].flatten(0, 1), weights[q : q + rows]
+        some = _at_least(some, _LEAST_ROWS)
         for e in range(0, num_entries, columns):
-            products = torch.unflatten((some @ keys[e : e + columns].T).relu_(), 0, (-1, heads))
-            result[q : q + rows, e : e + columns] = (weight @ products).squeeze(1)
+            tile = keys[e : e + columns]
+            count = len(tile)
+            tile = _at_least(tile, _LEAST_ENTRIES)
+            if heads < _FEW_HEADS:
+                products = _products(some, tile)[: weight.numel(), :count].unflatten(0, (-1, heads))
+                part = _sum_of_heads(products.relu_().mul_(weight[..., None]))
+            else:
+                products = _products(tile, some)[:count, : weight.numel()].unflatten(1, (-1, heads))
+                part = products.relu_().mul_(weight).sum(-1).T
+            torch.add(part, 0.0, out=result[q : q + rows, e : e + columns])
     return result
+
+
+def _at_least(x: Tensor, rows: int) -> Tensor:
+    """x (N, D), with zeros behind it if it has fewer rows than these."""
+    padded: Tensor = x if len(x) >= rows else F.pad(x, (0, 0, 0, rows - len(x)))
+    return padded
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """left (M, D) times right (N, D): (M, N)."""
+    parts = zip(left.split(_MOST_COLUMNS, dim=1), right.split(_MOST_COLUMNS, dim=1), strict=True)
+    first, second = next(parts)
+    products: Tensor = first @ second.T
+    for first, second in parts:
+        products += first @ second.T
+    return products
+
+
+def _sum_of_heads(products: Tensor) -> Tensor:
+    """(Q, E) sums of products (Q, Hi, E), which are overwritten: half of the heads to the other half."""
+    heads = products.shape[1]
+    while heads > 1:
+        half = heads // 2
+        products[:, :half] += products[:, heads - half : heads]
+        heads -= half
+    return products[:, 0]
 
 
 def _rotate_leading(x: Tensor, cos: Tensor, sin: Tensor, layout: IndexLayout) -> Tensor:

@@ -1,7 +1,8 @@
 """Which units a query selects: visibility, exact local and merged top-k, selection blocks.
 
 Dimension letters: Q queries, E entries, M candidates, K selected, R runs, U units. A higher score
-wins and among equal scores the lower id, so a selection does not depend on how entries are sharded.
+wins and among equal scores the lower id (zeros of either sign are equal), so a selection does not depend
+on how entries are sharded, as far as their scores do not (`dsa.scores`).
 A score of -inf means "not visible" and is never selected. Selections are int32, ids ascending, then
 -1 (score -inf) as padding.
 """

@@ -6,6 +6,7 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -19,6 +20,7 @@ from .gpu.limits import Device, check_config
 
 IndexPlacement = Literal["with-blocks", "replicated"]
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+_FABRICS: dict[Device, str] = {"cpu": "loopback", "cuda": "nvlink4"}  # the defaults
 _OWN_CHOICES = frozenset(
     {"deadline_s", "log_decisions", "profile_ranges"}
 )  # in which ranks may differ
@@ -40,7 +42,10 @@ class RuntimeConfig:
         half_life: exchanges after which a use of a document counts half, in reuse-aware eviction.
         mode: who decides; `random` draws from `seed`.
         reuse: R, expected uses of a fetched unit, in the cost model.
-        fabric: the cost model's constants.
+        fabric: the cost model's constants: a profile, the name of a shipped one, or the path of a TOML
+            file. None: by device, `nvlink4` with "cuda" (GPUs of one host joined by NVLink), otherwise
+            `loopback` (ranks of one CPU host). No profile is shipped for gloo between hosts: give one.
+            `fabric_profile` is the profile in use.
         dtype: of queries and outputs, and of payloads on the wire.
         deadline_s: the longest wait for another rank.
         workspace_bytes: bound on the temporary tensors of one attention or scoring tile.
@@ -66,7 +71,7 @@ class RuntimeConfig:
     mode: Mode = "auto"
     seed: int = 0
     reuse: float = 1.0
-    fabric: FabricProfile = field(default_factory=lambda: load_profile("loopback"))
+    fabric: FabricProfile | str | None = None
     dtype: torch.dtype = torch.float32
     deadline_s: float = 30.0
     workspace_bytes: int = 32 << 20
@@ -121,9 +126,12 @@ class RuntimeConfig:
         for name in ("checked", "log_decisions", "profile_ranges"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if not isinstance(self.fabric, FabricProfile):
+        if isinstance(self.fabric, str):
+            object.__setattr__(self, "fabric", load_profile(self.fabric))
+        if not (self.fabric is None or isinstance(self.fabric, FabricProfile)):
             raise ValueError(
-                f"fabric must be a FabricProfile (`load_profile`), got {self.fabric!r}"
+                "fabric must be a FabricProfile, the name of a shipped one or the path of a .toml "
+                f"file, or None, got {self.fabric!r}"
             )
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {_DTYPES}, got {self.dtype}")
@@ -149,6 +157,13 @@ class RuntimeConfig:
                 block_tokens=self.block_tokens,
                 mode=self.mode,
             )
+
+    @property
+    def fabric_profile(self) -> FabricProfile:
+        """The cost model's constants: `fabric`, or the default of the device if none was given."""
+        if isinstance(self.fabric, FabricProfile):
+            return self.fabric
+        return _shipped_profile(_FABRICS[self.device])
 
     @property
     def num_branches(self) -> int:
@@ -178,22 +193,31 @@ class RuntimeConfig:
             )
 
     def described(self) -> list[str]:
-        """A line `name=value` per leaf field that ranks must agree on; compared when they open."""
+        """A line `name=value` per leaf field that ranks must agree on; compared when they open.
+
+        The fabric is described by the profile in use: a default equals the same profile given.
+        """
+        values = {name: getattr(self, name) for name in self.__slots__ if name not in _OWN_CHOICES}
+        values["fabric"] = self.fabric_profile
         return [
             f"{leaf}={value!r}"
-            for name in self.__slots__
-            if name not in _OWN_CHOICES
-            for leaf, value in _leaves(name, getattr(self, name))
+            for name, given in values.items()
+            for leaf, value in _leaves(name, given)
         ]
 
     def fingerprint(self, world_size: int, incarnation: int = 0) -> int:
-        """31 bits of a hash over the description and the world's life, carried by every header."""
+        """31 bits of a hash over the description and the world's incarnation, carried by every header."""
         text = "|".join([str(world_size), str(incarnation), *self.described()])
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") & 0x7FFFFFFF
 
 
+@cache
+def _shipped_profile(name: str) -> FabricProfile:
+    return load_profile(name)
+
+
 def _leaves(name: str, value: object) -> Iterator[tuple[str, object]]:
-    """The fields of nested dataclasses, by dotted name, so that a difference is told exactly."""
+    """The fields of nested dataclasses, by dotted name, so that an error names a difference exactly."""
     if is_dataclass(value):
         for inner in fields(value):
             yield from _leaves(f"{name}.{inner.name}", getattr(value, inner.name))

@@ -1,4 +1,4 @@
-"""The errors that name a rank or a query. Bad input is a plain `ValueError` at the door."""
+"""The errors that name a rank or a query. A bad argument is a plain `ValueError`."""
 
 from __future__ import annotations
 

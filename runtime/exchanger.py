@@ -31,8 +31,8 @@ class Exchanger(Protocol):
         ...
 
     def attempt(self, ask: Callable[[], T]) -> T:
-        """The result of `ask`, which plans and makes one exchange. What it raises is told to those who
-        wait for this rank; it may be called again where somebody else can be asked instead.
+        """The result of `ask`, which plans and makes one exchange. Ranks that wait for
+        this one learn what it raises; it may be called again where another rank can be asked instead.
         """
         ...
 

@@ -134,7 +134,7 @@ def broadcast(name: str, rows: Tensor, world: World, to: Tensor | None = None) -
 
 @contextmanager
 def step(world: World) -> Iterator[None]:
-    """A step of the whole world: whatever ends it early is told to every other rank, so that none
+    """A step of the whole world: every other rank is informed of whatever ends it early, so that none
     waits in vain."""
     try:
         yield

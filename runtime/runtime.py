@@ -134,7 +134,7 @@ class Runtime:
         Ranks may be fewer, more, or numbered anew. Documents, requests, leases and weights stay. Blocks
         get back the copies that they lost, where there is room; those that nobody has left are named
         by `lost_blocks`, and come back from a snapshot by `restore`. Documents that were changed since
-        the last step, and not on all survivors, are again as they were: `documents` tells.
+        the last step, and not on all survivors, are again as they were: see `documents`.
 
         Args:
             transport: as for `open`; among those who are there now. Without one, torch.distributed is
@@ -161,7 +161,7 @@ class Runtime:
         trace: TracebackType | None,
     ) -> None:
         if error is not None:
-            with suppress(PeerError):  # the error that ended this is the one to be heard of
+            with suppress(PeerError):  # the first error is the one to raise
                 self._world.exchanger.close()
             if not isinstance(error, (PeerError, SnapshotError)):
                 reason = f"raised {type(error).__name__}: {error}"
@@ -536,8 +536,8 @@ class Runtime:
             that selects nothing gets 0.
         Raises:
             ValueError for bad arguments; CoverageError if an answer is not what was asked; PeerError, or a
-            BlocksLostError that names what nobody has a copy of: of a step it is not told to the
-            others, who wait for this rank: it calls `idle_attend`, or attends something else.
+            BlocksLostError that names the blocks that no rank has a copy of. In lockstep the others do
+            not learn of it and wait for this rank: it calls `idle_attend`, or attends something else.
         """
         self._check_connected()
         world, way = self._world, mode or self.config.mode

@@ -18,7 +18,12 @@ SUPPORT = Path(__file__).parent / "support"
 pytest.register_assert_rewrite(*(path.stem for path in SUPPORT.glob("*.py")))  # before any import
 
 import effort  # noqa: E402
+from hypothesis import settings  # noqa: E402
 from ranks import RankPool  # noqa: E402
+
+# No test here is about how long an example takes, and other work slows the machine down.
+settings.register_profile("qroam", deadline=None)
+settings.load_profile("qroam")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before any is imported

@@ -41,7 +41,7 @@ Observe = Callable[[int, Tensor, Selection, Tensor], None]
 def model_layout(config: Any, *, codec: str = "fp32", index_codec: str = "fp32") -> ModelLayout:
     """The layouts of a `DeepseekV32Config` or `GlmMoeDsaConfig`.
 
-    Raises: ValueError for another model type.
+    Raises: ValueError for another model type or rope type, or a first layer without an indexer.
     """
     if config.model_type not in MODEL_TYPES:
         raise ValueError(f"model type {config.model_type!r} is not one of {MODEL_TYPES}")
@@ -232,7 +232,9 @@ class HFEngine:
         ours = runtime.config.model
         shapes = [(layout.entry_dim, layout.index) for layout in layouts.layers]
         if shapes != [(layout.entry_dim, layout.index) for layout in ours.layers]:
-            raise ValueError("the runtime was opened for another model than this one")
+            raise ValueError(
+                "the runtime was opened for another model: its layers differ from the model's"
+            )
         for whole, own in zip(layouts.layers, ours.layers, strict=True):
             if whole.heads != own.heads:
                 raise ValueError(
@@ -258,7 +260,7 @@ class HFEngine:
             attention.qroam = self
             attention.expand_kv = _nothing_expanded
             if isinstance(attention.indexer, RuntimeIndexer):
-                raise ValueError("the model belongs to another engine already")
+                raise ValueError("the model already belongs to another HFEngine")
             if attention.indexer is not None:
                 attention.indexer = RuntimeIndexer(self, layer, attention.indexer)
 
@@ -306,7 +308,7 @@ class HFEngine:
         return result
 
     def idle(self, layer: int) -> None:
-        """Take part in one layer-step of the others."""
+        """Take part in one layer-step without queries."""
         if self.indexed(layer):
             self.runtime.idle_select(layer)
         self.runtime.idle_attend(layer)

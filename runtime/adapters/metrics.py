@@ -4,7 +4,7 @@
     REGISTRY.register(RuntimeCollector(runtime))
     start_http_server(9400)
 
-Whatever is counted is counted in `stats()`; it is read when a scrape asks, so an engine pays nothing.
+Whatever is counted is counted in `stats()`; it is read only when a scrape asks for it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class RuntimeCollector(Collector):
     qroam_seconds_total{phase}                      time of this rank by phase of a step
     qroam_leases_total{event}                       entries hit, and entries evicted
     qroam_failures_total{kind}                      coverage failures, deadline expiries, requests planned
-                                                    again (failover), messages of former lives (late)
+                                                    again (failover), messages of former incarnations (late)
     qroam_pool_bytes{kind}                          pool (blocks, held or free), lease, held
     qroam_lifetime_seconds{of}, qroam_reuse_gap_seconds{of}     histograms of blocks and leases
     """

@@ -1,8 +1,8 @@
 """Long work of all ranks inside a step: everyone waits for everyone, each wait within the deadline.
 
 Reading or writing a corpus takes longer than a rank may be silent. So the work runs in a thread, and
-meanwhile the ranks tell one another how it goes, in rounds that are shorter than the deadline: a rank
-that dies is named as in any step, and a rank that fails is heard of by all, in the same round.
+meanwhile the ranks exchange how far they are, in rounds that are shorter than the deadline: a rank
+that dies is named as in any step, and all learn in the same round which rank failed.
 """
 
 from __future__ import annotations

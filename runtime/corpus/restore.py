@@ -1,4 +1,4 @@
-"""Restore a snapshot into a world; the protocol is told in `snapshot.py`."""
+"""Restore a snapshot into a world; `snapshot.py` describes the protocol."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def restore(world: World, folder: Path, only: frozenset[str] | None = None) -> R
         try:
             read_bytes = together(world, "restore", f"snapshot {folder}", load)
         except SnapshotError as error:
-            # Not an abort: that could overtake what the others are about to hear for themselves.
+            # Not an abort: that could overtake the error that the others are about to receive.
             world.transport.give_up((world.rank,), f"its corpus is half restored: {error}")
             raise
     finally:

@@ -22,7 +22,7 @@ them in the same place of its sequence.
 
 If a rank dies before the rename, the last manifest and all its files are as they were, and the next
 attempt clears away the rest; the other ranks get a PeerError that names it within the deadline, in
-whatever step they are. If rank 0 dies after the rename the snapshot is there, though nobody was told.
+whatever step they are. If rank 0 dies after the rename the snapshot is there, though no rank knows it.
 If a rank cannot write or read (disk full, a file damaged), every rank raises SnapshotError: after
 `begin` and `finish` the world goes on; the last snapshot is whole. Acknowledged is what a returned
 `finish_snapshot` covers, on any rank.

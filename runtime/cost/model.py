@@ -1,7 +1,7 @@
 """What one exchange costs: the formulas of route, fetch and recompute, part by part, in seconds.
 
-    route     = probe + send + wait(h) + project(n) + turn(n) + attend(n, k) + back + merge
-    fetch     = (probe + request + pack(k) + transfer + splice) / R + turn(n) + attend(n, k)
+    route     = probe + send + wait(h) + project(n) + rotate(n) + attend(n, k) + back + merge
+    fetch     = (probe + request + pack(k) + transfer + splice) / R + rotate(n) + attend(n, k)
                 + merge if mixed
     recompute = a * tokens * layers / R
     step      = plan + max(own work, max over holders of its exchange) + merge
@@ -56,13 +56,13 @@ class FormFacts:
 class LayerFacts:
     """What the formulas need of a layout; build it with `of`. Bytes and flop are of one branch.
 
-    `rope_bytes` are the rotary columns of an entry, `turn_bytes` those of an item's query rows.
+    `rope_bytes` are the rotary columns of an entry, `rotate_bytes` those of an item's query rows.
     """
 
     branches: int
     entry_bytes: int
     rope_bytes: int
-    turn_bytes: int
+    rotate_bytes: int
     attend_flop: int
     forms: tuple[FormFacts, ...]
 
@@ -99,7 +99,7 @@ class LayerFacts:
             branches=layout.num_branches,
             entry_bytes=entry_bytes,
             rope_bytes=layout.rope_dim * element_bytes,
-            turn_bytes=rows * layout.rope_dim * element_bytes,
+            rotate_bytes=rows * layout.rope_dim * element_bytes,
             attend_flop=2 * rows * (layout.key_dim + layout.value_dim),
             forms=(facts("A", 0), facts("B", weights)) if projection else (facts("A", 0),),
         )
@@ -172,7 +172,7 @@ class RouteLines(NamedTuple):
     probe: Line
     send: Line
     project: Line
-    turn: Line
+    rotate: Line
     attend: Line
     back: Line
     merge: Line
@@ -191,7 +191,7 @@ class FetchLines(NamedTuple):
     pack: Line
     transfer: Line
     splice: Line
-    turn: Line
+    rotate: Line
     attend: Line
     merge: Line
 
@@ -284,7 +284,7 @@ class CostModel:
                 items=form.project_flop / device.flop_per_s,
                 weights=form.weight_bytes / device.memory_bytes_per_s,
             ),
-            turn=self.turn(),
+            rotate=self.rotate(),
             attend=self.attend(),
             back=answered / self._in_rate(sharers),
             merge=self.merge(form),
@@ -320,7 +320,7 @@ class CostModel:
             pack=pack / self.reuse,
             transfer=reply / in_rate / self.reuse,
             splice=splice / self.reuse,
-            turn=self.turn(),
+            rotate=self.rotate(),
             attend=self.attend(),
             merge=self.merge(facts.forms[0]) * mixed.double(),
         )
@@ -349,9 +349,9 @@ class CostModel:
             ),
         )
 
-    def turn(self) -> Line:
+    def rotate(self) -> Line:
         """Rotating queries back by an offset, as the attention reads them."""
-        read = 2 * self.facts.turn_bytes / self.profile.device.splice_bytes_per_s
+        read = 2 * self.facts.rotate_bytes / self.profile.device.splice_bytes_per_s
         return Line(items=read if self.shifted else 0.0)
 
     def attend(self) -> Line:

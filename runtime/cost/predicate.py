@@ -36,7 +36,7 @@ class Reason(IntEnum):
     FORCED = 2  # by the mode
     LATENCY = 3  # probe, wait
     WIRE = 4  # bytes
-    WORK = 5  # pack, splice, project, turn, attend, merge
+    WORK = 5  # pack, splice, project, rotate, attend, merge
     REUSE = 6  # a single use would have been routed
     SPLIT = 7  # some of this holder's items are routed and some fetched
     TIE = 8  # equal costs are fetched: a copy can be used again
@@ -155,6 +155,16 @@ def decide(
     )
 
 
+def all_local(demand: Demand) -> Decision:
+    """What `decide` says where nobody else holds anything that is wanted, without pricing holders."""
+    nothing = torch.zeros_like(demand.fair_units)
+    free = torch.zeros(demand.fair_units.shape[1], dtype=torch.float64)
+    local = torch.where(demand.pairs_units > 0, int(Way.LOCAL), int(Way.NONE)).to(torch.int8)
+    return Decision(
+        way=local, margin=nothing, reason=local, predicted=free, route_s=free, fetch_s=free
+    )
+
+
 def predict_step(
     way: Tensor,
     demand: Demand,
@@ -174,7 +184,7 @@ def predict_step(
     holders = _Holders.of(demand, model, rank=rank, wait_s=wait_s)
     local = demand.pairs_units[:, rank]
     return model.step(
-        own=(model.attend() + model.turn()).of(
+        own=(model.attend() + model.rotate()).of(
             model.asked((local > 0).sum(), local.sum(), torch.zeros_like(local.sum()))
         ),
         exchanges=holders.exchange(way).total,
@@ -193,7 +203,7 @@ class _BestRoute(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Holders:
-    """A demand with the model that prices it; (W,) unless said otherwise."""
+    """A demand with the model that prices it; (W,) unless stated otherwise."""
 
     model: CostModel
     demand: Demand

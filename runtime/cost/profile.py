@@ -16,6 +16,7 @@ from pathlib import Path as FilePath
 from typing import Any, cast
 
 PROFILE_NAMES = ("ibgda-ndr200", "nvlink4", "loopback")
+ASSUMPTION = "assumption"
 MAX_FILE_BYTES = 64 << 10
 MAX_LINE_CHARS = 512  # tomllib takes quadratic time for a long dotted key
 MAX_GRANULE_BYTES = 1 << 40
@@ -143,7 +144,8 @@ class Device:
 class FabricProfile:
     """Ranks that are alike and the path between any two of them.
 
-    `sources` holds, for every number by its TOML key, where it comes from.
+    `sources` holds, for every number by its TOML key, where it comes from. A source that begins with
+    "assumption" says that the number was not measured.
     """
 
     name: str
@@ -151,6 +153,22 @@ class FabricProfile:
     path: Path
     device: Device
     sources: tuple[tuple[str, str], ...]
+
+    @property
+    def assumed(self) -> tuple[str, ...]:
+        """The TOML keys of the numbers that are assumptions, by their sources."""
+        return tuple(key for key, text in self.sources if text.startswith(ASSUMPTION))
+
+    @property
+    def label(self) -> str:
+        """The name, and whether the constants were measured: "nvlink4 (7 of 15 constants assumed)"."""
+        if not self.sources:
+            origin = "sources not stated"
+        elif self.assumed:
+            origin = f"{len(self.assumed)} of {len(self.sources)} constants assumed"
+        else:
+            origin = "measured"
+        return f"{self.name} ({origin})"
 
 
 def load_profile(name_or_path: str | FilePath) -> FabricProfile:

@@ -1,7 +1,8 @@
 """INDEX: the exact global top-k of each index query, scored where the index keys live.
 
-Letters: Q queries, E entries, k units of a query, M candidates. Memory stays within the workspace,
-whatever the corpus: blocks are scored tile by tile and folded into a running top-k.
+Letters: Q queries, E entries, k units of a query, M candidates. Memory stays within the workspace (but
+for the least tile of `scores`), whatever the corpus: blocks are scored tile by tile and folded into a
+running top-k.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...indexer import local_topk, merge_topk, scores, unit_scores, visible
-from ...indexer.dsa import rotate_index
+from ...indexer.dsa import least_tile_bytes, rotate_index
 from ..scope import only_runs
 from ..world import World
 
@@ -127,6 +128,6 @@ def _scored(
         ids, index, seen = ids[used], index[used], seen[:, used]
     keys = world.stores.index.read(layer, index, world.compute_dtype)
     tile_bytes = min(world.config.workspace_bytes // 4, SCORE_TILE_BYTES)
-    tile_bytes = max(tile_bytes, query.shape[1] * query.element_size())
+    tile_bytes = max(tile_bytes, least_tile_bytes(query.shape[1], query.dtype))
     found = scores(query, weights, keys, tile_bytes=tile_bytes)
     return found.masked_fill_(~seen, -torch.inf), ids

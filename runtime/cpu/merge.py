@@ -118,7 +118,7 @@ def merge_parts(
         latent = out.unflatten(0, (-1, world.config.num_branches))
         out = reference.project(latent, weights.w_uv).flatten(0, 1)
         everyone = torch.arange(num_items)
-        out, lse = _merge([Partial(out, lse, everyone), *parts["B"]], num_items)
+        out, lse = _merge([Partial(out, lse, everyone), *parts.get("B", ())], num_items)
     return out, lse
 
 

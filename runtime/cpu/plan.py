@@ -253,6 +253,15 @@ def fetch(wanted: Wanted, way: Tensor, fetched: int) -> FetchList:
     return FetchList(units=_seated(wanted.run_unit, seat), counts=counts, place=place)
 
 
+def no_fetch(wanted: Wanted, world_size: int) -> FetchList:
+    """A list of nothing."""
+    return FetchList(
+        units=wanted.units.new_empty(0),
+        counts=torch.zeros(world_size, dtype=torch.int64),
+        place=torch.full(wanted.units.shape, -1),
+    )
+
+
 def _seated(values: Tensor, seat: Tensor) -> Tensor:
     """Move row i to row seat[i]; a seat equal to the length drops the row."""
     room = torch.zeros(len(seat) + 1, *values.shape[1:], dtype=values.dtype)

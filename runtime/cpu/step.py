@@ -22,7 +22,7 @@ from torch import Tensor
 from ...partition.layout import Form
 from ..branches import absorb_items, by_item, combine
 from ..cost.model import CostModel
-from ..cost.predicate import Decision, Mode, Way, decide, way_of
+from ..cost.predicate import Decision, Mode, Way, all_local, decide, way_of
 from ..errors import Complaint
 from ..observe.explain import LastStep
 from ..scope import Selection, unit_offsets, units_visible
@@ -103,11 +103,15 @@ def _plan(
     check_askable(world, wanted, askable)
     model = CostModel(
         facts=world.facts[layer],
-        profile=config.fabric,
+        profile=config.fabric_profile,
         unit_tokens=wanted.entries.shape[2],
         reuse=config.reuse,
         shifted=wanted.offsets is not None,
     )
+    remote = (wanted.holder != world.rank) & (wanted.holder < world.world_size)
+    if world.world_size == 1 or not bool(remote.any()):
+        nothing = plan.no_fetch(wanted, world.world_size)
+        return Planned(wanted, model, all_local(wanted.demand), {}, nothing)
     forms = world.forms(layer)
     decision = decide(
         wanted.demand,

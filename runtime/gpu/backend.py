@@ -110,8 +110,8 @@ class GpuBackend:
     ) -> Tensor:
         """As `Backend.attend`; the output is where the query was.
 
-        Straight after the layer's `select` no rank has to be heard before the step: in it, all writes
-        were taken. Otherwise they are exchanged first.
+        Straight after the layer's `select` no exchange is needed before the step: all writes
+        were taken in it. Otherwise they are exchanged first.
         """
         world, queries = self._world, len(query)
         config, stats = world.config, world.stats
@@ -197,7 +197,9 @@ class GpuBackend:
             fair_units=plan.fair_units[:queries].cpu(),
         )
         model = CostModel(
-            facts=world.facts[layer], profile=world.config.fabric, reuse=world.config.reuse
+            facts=world.facts[layer],
+            profile=world.config.fabric_profile,
+            reuse=world.config.reuse,
         )
         decision = decide(demand, model, rank=world.rank, mode=mode)
         decision = decision._replace(way=plan.way[:queries].cpu())
@@ -286,7 +288,7 @@ class GpuBackend:
 
     def check_peers(self) -> None:
         """Raises: PeerError naming a rank that was silent, or sent an invalid message, in a step; it is
-        told to all, so that who waits elsewhere hears of it."""
+        all are informed, those that wait elsewhere too."""
         if self._shared is None:
             return
         try:

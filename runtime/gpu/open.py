@@ -106,7 +106,7 @@ def _compiled_steps(
                 entry_bytes=entry_codec(config.model.layers[0]).entry_bytes,
                 element_bytes=config.dtype.itemsize,
             ),
-            profile=config.fabric,
+            profile=config.fabric_profile,
             reuse=config.reuse,
         ),
         world=transport.world_size,

@@ -218,7 +218,7 @@ class GpuStep:
         )  # fmt: skip
 
     def compose(self, layer: int) -> None:
-        """List each item's entries that are here or were fetched, and tell who is `lacking`."""
+        """List each item's entries that are here or were fetched, and note which items are `lacking`."""
         compose(
             self._pool.map, layer, self.plan, self._came, rank=self._rank,
             units=self._own_units, lengths=self._own_lengths, fault=self.lacking,

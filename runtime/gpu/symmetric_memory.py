@@ -35,7 +35,7 @@ _RESERVE = 1 << 30  # bytes that NVSHMEM and kernels need beside the arena
 _OLDEST, _NEWEST = (3, 4), (3, 7)  # of libnvshmem: from the first up to below the second
 _MAX_TAGS = 1 << 16
 _UNIQUE_ID_BYTES = 128
-_MOST_SAID = 1 << 14  # bytes that a rank says at once
+_MOST_SENT = 1 << 14  # bytes that a rank says at once
 _MOST_REASON = 2000
 _BY_LIBRARY = {"NVSHMEM_DISABLE_NVLS": "1", "NVSHMEM_DISABLE_NCCL": "1", "NVSHMEM_MAX_TEAMS": "7"}
 
@@ -60,20 +60,20 @@ class Facts:
         packed: bytes = msgpack.packb(asdict(self))
         return packed
 
-    def read(self, rank: int, said: bytes) -> Facts:
-        """What a rank said, of the same kinds as these.
+    def read(self, rank: int, raw: bytes) -> Facts:
+        """The facts of another rank, of the same kinds as these.
 
-        Raises: ValueError naming the rank if it said anything else.
+        Raises: ValueError naming the rank if it sent anything else.
         """
         try:
-            values = msgpack.unpackb(said)
+            values = msgpack.unpackb(raw)
         except ValueError as error:
             raise ValueError(f"rank {rank} sent what is no msgpack: {error}") from error
         ours = msgpack.unpackb(self.encoded())
         if not isinstance(values, dict) or [(n, type(v)) for n, v in values.items()] != [
             (n, type(v)) for n, v in ours.items()
         ]:
-            raise ValueError(f"rank {rank} sent other facts than {list(ours)}: {said[:60]!r}")
+            raise ValueError(f"rank {rank} sent other facts than {list(ours)}: {raw[:60]!r}")
         theirs: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in values.items()
@@ -180,7 +180,7 @@ class SymmetricMemory:
             facts = _facts(
                 self._library, wires, device, heap=heap, incarnation=incarnation, put=put
             )
-        except Exception as error:  # whatever it is, the others must hear of it
+        except Exception as error:  # whatever it is, the others must learn of it
             reason = f"{type(error).__name__}: {error}"
         for rank, why in enumerate(gather(reason.encode()[:_MOST_REASON], group)):
             if why:
@@ -190,10 +190,8 @@ class SymmetricMemory:
             -(-size // _ALIGNMENT) * _ALIGNMENT for size in (*(w.num_bytes for w in wires), heap)
         ]
         starts, num_bytes = [sum(sizes[:channel]) for channel in range(channels + 1)], sum(sizes)
-        said = gather(facts.encoded(), group)
-        if refused := refusal(
-            [facts.read(rank, text) for rank, text in enumerate(said)], num_bytes
-        ):
+        raw = gather(facts.encoded(), group)
+        if refused := refusal([facts.read(rank, text) for rank, text in enumerate(raw)], num_bytes):
             raise ValueError(refused)
         self._start(num_bytes)
         self._base = int(self._library.malloc(num_bytes))
@@ -291,10 +289,10 @@ class SymmetricMemory:
         for code in self._status.tolist():
             if code:
                 culprit, why = blame(code)
-                said = "sent a message of other tables or sizes"
+                reason = "sent a message of other tables or sizes"
                 if why == SILENT:
-                    said = f"no answer within {self.deadline_s:g} s"
-                raise PeerError((culprit,), said)
+                    reason = f"no answer within {self.deadline_s:g} s"
+                raise PeerError((culprit,), reason)
 
     def stamps(self, epoch: int, channel: int = 0) -> Mapping[str, int]:
         """Nanoseconds of this GPU's clock at which that epoch was where; waits for the device."""
@@ -331,25 +329,25 @@ class SymmetricMemory:
         unique = self._library.uniqueid()
         if self.rank == 0:
             self._library.get_uniqueid(unique.ptr)
-        said = gather(ctypes.string_at(unique.ptr, _UNIQUE_ID_BYTES), self._group)[0]
-        if len(said) != _UNIQUE_ID_BYTES:
-            raise ValueError(f"rank 0 sent a unique id of {len(said)} bytes")
-        ctypes.memmove(unique.ptr, said, _UNIQUE_ID_BYTES)
+        raw = gather(ctypes.string_at(unique.ptr, _UNIQUE_ID_BYTES), self._group)[0]
+        if len(raw) != _UNIQUE_ID_BYTES:
+            raise ValueError(f"rank 0 sent a unique id of {len(raw)} bytes")
+        ctypes.memmove(unique.ptr, raw, _UNIQUE_ID_BYTES)
         attributes = self._library.InitAttr()
         self._library.set_attr_uniqueid_args(self.rank, self.world_size, unique.ptr, attributes.ptr)
         self._library.hostlib_init_attr(self._library.Flags.INIT_WITH_UNIQUEID, attributes.ptr)
 
 
-def gather(said: bytes, group: dist.ProcessGroup) -> list[bytes]:
-    """What every rank of a gloo group says, in rank order; so it is a barrier, too."""
-    if len(said) > _MOST_SAID:
-        raise ValueError(f"{len(said)} bytes are too long to say, {_MOST_SAID} are allowed")
-    ours = torch.zeros(4 + _MOST_SAID, dtype=torch.uint8)
-    text = len(said).to_bytes(4, "little") + said
+def gather(raw: bytes, group: dist.ProcessGroup) -> list[bytes]:
+    """What every rank of a gloo group sent, in rank order; so it is a barrier, too."""
+    if len(raw) > _MOST_SENT:
+        raise ValueError(f"{len(raw)} bytes are too long to send, {_MOST_SENT} are allowed")
+    ours = torch.zeros(4 + _MOST_SENT, dtype=torch.uint8)
+    text = len(raw).to_bytes(4, "little") + raw
     ours[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     everyone = [torch.empty_like(ours) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, ours, group=group)
-    texts = [heard.numpy().tobytes() for heard in everyone]
+    texts = [text.numpy().tobytes() for text in everyone]
     return [text[4 : 4 + int.from_bytes(text[:4], "little")] for text in texts]
 
 

@@ -26,7 +26,8 @@ def decision_groups(lines: list[DecisionLine], *, rank: int, step: int) -> list[
     """Lines that differ only in query, branch, units and margin, as one each.
 
     `pairs` counts (query, branch) items and `units` what they list together; `margin` is the smallest:
-    how much the closest of them would lose by going the other way. Times are microseconds.
+    how much the closest of them would lose by going the other way. Times are microseconds. `fabric`
+    names the profile that priced them and says whether its constants were measured.
     """
     groups: defaultdict[tuple[Any, ...], list[DecisionLine]] = defaultdict(list)
     for line in lines:
@@ -45,6 +46,7 @@ def decision_groups(lines: list[DecisionLine], *, rank: int, step: int) -> list[
             "margin": round(min(line.margin for line in group), 6),
             "route_us": round(group[0].route_us, 3),
             "fetch_us": round(group[0].fetch_us, 3),
+            "fabric": group[0].fabric,
         }
         for (layer, holder, way, reason), group in sorted(groups.items())
     ]

@@ -23,6 +23,8 @@ class DecisionLine(NamedTuple):
     """One (query, branch, holder). Times are of the whole exchange with that holder, microseconds.
 
     `margin`: how much longer, relatively, the exchange would take if this query went the other way.
+    `fabric`: the profile whose constants priced it and whether they were measured, such as "nvlink4
+    (7 of 15 constants assumed)".
     """
 
     layer: int
@@ -35,6 +37,7 @@ class DecisionLine(NamedTuple):
     margin: float
     route_us: float
     fetch_us: float
+    fabric: str
 
 
 def explain_last(last: LastStep | None) -> list[DecisionLine]:
@@ -54,6 +57,7 @@ def explain_last(last: LastStep | None) -> list[DecisionLine]:
             margin=float(decision.margin[item, holder]),
             route_us=float(decision.route_s[holder]) * 1e6,
             fetch_us=float(decision.fetch_s[holder]) * 1e6,
+            fabric=last.model.profile.label,
         )
         for item, holder in (decision.way != Way.NONE).nonzero().tolist()
     ]

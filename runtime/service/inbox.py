@@ -36,14 +36,14 @@ class Inbox:
         self._answers: list[deque[Tensor]] = [deque() for _ in range(world_size)]
         self._in_work: list[deque[int]] = [deque() for _ in range(world_size)]  # bytes of each
         self._peers = set(range(world_size)) - {rank}
-        self._turn = 0
+        self._next_source = 0
         self._line: deque[int] = deque()  # sources that wait for room
         self._lost: dict[int, PeerError] = {}
         self._asked: set[int] = set()
         self._done: set[int] = set()  # they ask no more
         self._left: set[int] = set()  # nor are they to be asked
         self._served: dict[Purpose, set[int]] = {Purpose.DONE: set(), Purpose.LEAVE: set()}
-        self._told: dict[Purpose, set[int]] = {Purpose.DONE: set(), Purpose.LEAVE: set()}
+        self._announced: dict[Purpose, set[int]] = {Purpose.DONE: set(), Purpose.LEAVE: set()}
         self._unread: list[Frame] = []
         self._stopped = False
         self.most_requests = self.most_bytes = 0
@@ -92,7 +92,7 @@ class Inbox:
                     self._expel(peer, "sent answers that nobody asked for")
                 self._for_engine.notify_all()
             elif peer in self._done and frame.purpose is not Purpose.LEAVE:
-                self._expel(peer, "asked after it had said that it asks no more")
+                self._expel(peer, "asked after it had sent DONE or LEAVE")
             else:
                 if frame.purpose is not Purpose.ASK:
                     self._done.add(peer)
@@ -113,15 +113,15 @@ class Inbox:
     # The server ----------------------------------------------------------------------------------
 
     def next_request(self) -> Frame | None:
-        """Wait for a request, a goodbye, or a peer to part from; sources take turns. None: stop."""
+        """Wait for a request, a goodbye, or a peer to part from; sources take order. None: stop."""
         with self._lock:
             self._for_server.wait_for(lambda: self._stopped or any(self._requests))
             if self._stopped:
                 return None
             world_size = len(self._requests)
-            turns = ((self._turn + after) % world_size for after in range(world_size))
-            source = next(peer for peer in turns if self._requests[peer])
-            self._turn = source + 1
+            order = ((self._next_source + after) % world_size for after in range(world_size))
+            source = next(peer for peer in order if self._requests[peer])
+            self._next_source = source + 1
             return self._requests[source].popleft()
 
     @property
@@ -137,19 +137,21 @@ class Inbox:
                 self._room.notify_all()
 
     def expel(self, peer: int, reason: str) -> None:
-        """Expect nothing more of `peer`; the server is given the reason, to tell it."""
+        """Expect nothing more of `peer`; the server is given the reason, to send it."""
         with self._lock:
             self._expel(peer, reason)
 
-    def part(self, peer: int, said: Purpose) -> bool:
-        """`peer` said DONE or LEAVE, and all it asked is answered. True if it is to be told LEAVE in
+    def part(self, peer: int, goodbye: Purpose) -> bool:
+        """`peer` sent DONE or LEAVE, and all it asked is answered. True if it is to be sent LEAVE in
         return now: once, and not while it is being asked (then `end` says so).
         """
         with self._lock:
             self._served[Purpose.DONE].add(peer)
-            self._served[said].add(peer)
+            self._served[goodbye].add(peer)
             self._for_engine.notify_all()
-            return said is Purpose.LEAVE and bool(self._tell(said, {peer} - self._asked))
+            return goodbye is Purpose.LEAVE and bool(
+                self._to_announce(goodbye, {peer} - self._asked)
+            )
 
     # The engine ----------------------------------------------------------------------------------
 
@@ -188,26 +190,26 @@ class Inbox:
             return None
 
     def end(self) -> list[int]:
-        """The asking is over. Returns peers that left meanwhile and are to be told LEAVE in return."""
+        """The asking is over. Returns peers that left meanwhile and are to be sent LEAVE in return."""
         with self._lock:
             asked, self._asked = self._asked, set()
-            return self._tell(Purpose.LEAVE, asked & self._served[Purpose.LEAVE])
+            return self._to_announce(Purpose.LEAVE, asked & self._served[Purpose.LEAVE])
 
-    def tell(self, what: Purpose) -> list[int]:
-        """Returns the peers that are to be told DONE or LEAVE, each once and not DONE after LEAVE."""
+    def announce(self, what: Purpose) -> list[int]:
+        """Returns the peers that are to be sent DONE or LEAVE, each once and not DONE after LEAVE."""
         with self._lock:
-            return self._tell(what, self._peers - self._told[Purpose.LEAVE])
+            return self._to_announce(what, self._peers - self._announced[Purpose.LEAVE])
 
     def wait_served(
-        self, peers: Collection[int], said: Purpose, timeout_s: float
+        self, peers: Collection[int], goodbye: Purpose, timeout_s: float
     ) -> tuple[int, ...]:
-        """Wait until these peers said so and are answered, or are lost; returns the others."""
+        """Wait until these peers sent it and are answered, or are lost; returns the others."""
         with self._lock:
             self._for_engine.wait_for(
-                lambda: self._stopped or set(peers) <= self._served[said] | self._lost.keys(),
+                lambda: self._stopped or set(peers) <= self._served[goodbye] | self._lost.keys(),
                 timeout_s,
             )
-            return tuple(sorted(set(peers) - self._served[said] - self._lost.keys()))
+            return tuple(sorted(set(peers) - self._served[goodbye] - self._lost.keys()))
 
     def lost(self) -> dict[int, PeerError]:
         """The peers nothing more is expected of, and why."""
@@ -234,9 +236,9 @@ class Inbox:
             self._answers[peer].clear()
         return late
 
-    def _tell(self, what: Purpose, peers: set[int]) -> list[int]:
-        peers = peers - self._told[what]
-        self._told[what] |= peers
+    def _to_announce(self, what: Purpose, peers: set[int]) -> list[int]:
+        peers = peers - self._announced[what]
+        self._announced[what] |= peers
         return sorted(peers)
 
     def _has_room(self, num_bytes: int) -> bool:

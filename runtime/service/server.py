@@ -12,7 +12,7 @@ service. The server waits for nobody: silence of a peer is the peer's own fault,
 
 Ranks part like this: DONE says "I ask you no more", after the last request. LEAVE also says "ask me
 no more": who closes its service says it to all, answers what was asked before, and has parted from a
-peer that has said LEAVE too. It is said once to each, and returned by whoever serves on.
+peer that has sent LEAVE too. It is sent once to each, and returned by a rank that serves on.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Service:
     ) -> None:
         self._world, self._answers = world, answers
         self._between = world.exchanger  # of the steps before and after this service
-        self._transport = world.transport  # the server never speaks through a later one
+        self._transport = world.transport  # the server never sends through a later one
         self._inbox = Inbox(
             rank=world.rank,
             world_size=world.world_size,
@@ -103,7 +103,7 @@ class Service:
         self._expiry = 0.0  # of the attempt under way
         self._asked: set[int] = set()  # by its last exchange
         self._engine = threading.Lock()
-        self._heard = [0] * world.world_size  # last epoch of each source
+        self._last_epochs = [0] * world.world_size  # last epoch of each source
         self._broken: BaseException | None = None
         self._finished = self._closed = False
         self._absent: tuple[int, ...] | None = None  # once it has left: who did not part in time
@@ -125,7 +125,7 @@ class Service:
         if error is None:
             self.close()
             return
-        with suppress(PeerError):  # the error that ended this is the one to be heard of
+        with suppress(PeerError):  # the first error is the one to raise
             self.close()
 
     # The engine's thread -------------------------------------------------------------------------
@@ -143,7 +143,7 @@ class Service:
         try:
             self._check_whole()
             if self._finished:
-                raise RuntimeError("this rank has said that it asks no more")
+                raise RuntimeError("this rank has sent DONE or LEAVE: it asks no more")
             self._expiry = time.monotonic() + self._world.transport.deadline_s
             self._asked = set()
             while True:
@@ -183,7 +183,7 @@ class Service:
             return self._exchange(header, columns, own_work, spare)
         finally:
             for peer in self._inbox.end():
-                self._say(Purpose.LEAVE, peer)
+                self._send_goodbye(Purpose.LEAVE, peer)
 
     def settle(self, header: Header, columns: Sequence[Column] = ()) -> list[Message | None]:
         """Whoever is written to confirms it; what others write comes any time."""
@@ -202,7 +202,7 @@ class Service:
         In the engine's thread, between exchanges.
         """
         for peer in self._inbox.drop_answers(list(self._silent)):
-            self._paid(peer)
+            self._answer_arrived(peer)
         now = time.monotonic()
         silent = {
             peer: PeerError(
@@ -220,8 +220,8 @@ class Service:
         """
         self._check_whole()
         self._finished = True
-        for peer in self._inbox.tell(Purpose.DONE):
-            self._say(Purpose.DONE, peer)
+        for peer in self._inbox.announce(Purpose.DONE):
+            self._send_goodbye(Purpose.DONE, peer)
         missing = self._inbox.wait_served(self._world.transport.peers, Purpose.DONE, timeout_s)
         self._check_whole()
         return not missing
@@ -264,8 +264,8 @@ class Service:
     def _leave(self, expiry: float) -> tuple[int, ...]:
         """Part from all, and stop the server after what it is at; returns who did not part in time."""
         self._finished = True
-        for peer in self._inbox.tell(Purpose.LEAVE):
-            self._say(Purpose.LEAVE, peer)
+        for peer in self._inbox.announce(Purpose.LEAVE):
+            self._send_goodbye(Purpose.LEAVE, peer)
         self._take_late_answers(expiry)
         expected = [peer for peer in self._transport.peers if peer not in self._silent]
         patience_s = max(expiry - time.monotonic(), 0.0)
@@ -307,16 +307,16 @@ class Service:
         """Let no peer owe more than it may: an exchange that failed because of somebody else has left
         answers under way."""
         for peer in self._inbox.begin(asked):
-            self._paid(peer)
+            self._answer_arrived(peer)
         while pressed := {peer for peer in asked if self._owed[peer] >= MAX_OWED}:
-            self._paid(self._next_answer(pressed, wait)[0])
+            self._answer_arrived(self._next_answer(pressed, wait)[0])
 
     def _collect(self, header: Header, missing: set[int], wait: _Wait) -> list[Message | None]:
         answers: list[Message | None] = [None] * self._world.world_size
         while missing:
             peer, buffer = self._next_answer(missing, wait)
-            self._paid(peer)
-            message = self._understood(peer, header, buffer)
+            self._answer_arrived(peer)
+            message = self._read_answer(peer, header, buffer)
             if message is not None:
                 answers[peer] = message
                 missing.remove(peer)
@@ -349,9 +349,9 @@ class Service:
                 continue  # one more is lost
             if arrived is None:
                 return
-            self._paid(arrived[0])
+            self._answer_arrived(arrived[0])
 
-    def _understood(self, peer: int, header: Header, buffer: Tensor) -> Message | None:
+    def _read_answer(self, peer: int, header: Header, buffer: Tensor) -> Message | None:
         """The answer to this exchange; None if it is a late one to an earlier."""
         try:
             message = decode(buffer)
@@ -371,7 +371,7 @@ class Service:
             raise PeerError((peer,), f"sent an invalid message: {error}") from error
         return message
 
-    def _paid(self, peer: int) -> None:
+    def _answer_arrived(self, peer: int) -> None:
         self._owed[peer] -= 1
         if self._owed[peer] <= 0:
             self._owed[peer] = 0
@@ -391,10 +391,10 @@ class Service:
                     self._handle(frame)
         except (
             BaseException
-        ) as error:  # told to whoever waits, and raised by the engine's next call
+        ) as error:  # those who wait learn of it, and the engine's next call raises it
             self._broken = error
-            said = f"its server raised {type(error).__name__}: {error}"
-            self._transport.abort((self._transport.rank,), said)
+            reason = f"its server raised {type(error).__name__}: {error}"
+            self._transport.abort((self._transport.rank,), reason)
             self._inbox.stop()
 
     def _handle(self, frame: Frame) -> None:
@@ -403,7 +403,7 @@ class Service:
             self._transport.part(peer, frame.reason)
         elif frame.purpose is not Purpose.ASK:
             if self._inbox.part(peer, frame.purpose):
-                self._say(Purpose.LEAVE, peer)
+                self._send_goodbye(Purpose.LEAVE, peer)
         else:
             self._answer(peer, frame.buffer)
 
@@ -445,9 +445,9 @@ class Service:
             )
         if header.channel != SERVICE_CHANNEL or header.kind not in self._answers:
             raise ValueError(f"no service answers {header.kind!r} on channel {header.channel}")
-        if header.epoch <= self._heard[peer]:
-            raise ValueError(f"epoch {header.epoch} comes after epoch {self._heard[peer]}")
-        self._heard[peer] = header.epoch
+        if header.epoch <= self._last_epochs[peer]:
+            raise ValueError(f"epoch {header.epoch} comes after epoch {self._last_epochs[peer]}")
+        self._last_epochs[peer] = header.epoch
         world.check_columns(message)
         if self._inbox.stopped:
             raise ValueError("it came when this rank had closed its service")
@@ -456,9 +456,9 @@ class Service:
 
     # Either thread -------------------------------------------------------------------------------
 
-    def _say(self, purpose: Purpose, peer: int) -> None:
+    def _send_goodbye(self, purpose: Purpose, peer: int) -> None:
         header = self._world.header(purpose.name.lower(), layer=0)
-        with suppress(PeerError):  # of a transport that failed: it has told everyone
+        with suppress(PeerError):  # of a transport that failed: all know already
             self._transport.send(peer, replace(header, channel=SERVICE_CHANNEL), {}, purpose)
 
 

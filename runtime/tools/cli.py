@@ -15,8 +15,8 @@ import typer
 from ..cost.predicate import Mode
 from ..gpu.limits import Device
 from . import doctor as _doctor
+from .demo.sabotage import Sabotage
 from .progress import progress
-from .sabotage import Sabotage
 
 _FILES = 16  # of the demo's corpus
 
@@ -26,7 +26,7 @@ Count: TypeAlias = Annotated[int, typer.Option(min=1)]
 
 app = typer.Typer(
     help="Sparse attention over a KV corpus sharded across inference instances.",
-    epilog="Errors are one line; with --debug, anywhere, a traceback.",
+    epilog="Errors are printed as one line; --debug prints the traceback.",
     add_completion=False,
 )
 
@@ -76,7 +76,7 @@ def demo(
         int, typer.Option(min=_FILES, help=f"Bytes of corpus, a multiple of {_FILES} (the files).")
     ] = _FILES * 1024,
     instances: Annotated[
-        int | None, typer.Option(min=1, help="By default 4; on GPUs one for each, up to 2.")
+        int | None, typer.Option(min=1, help="By default 4; on GPUs one per GPU, at most 2.")
     ] = None,
     agents: Annotated[int, typer.Option(min=1, help="Sub-agents of each instance.")] = 2,
     decode: Annotated[int, typer.Option(min=1, help="Tokens each sub-agent decodes.")] = 32,
@@ -87,7 +87,7 @@ def demo(
         Sabotage | None, typer.Option(help="Break one answer; the demo must then exit with 1.")
     ] = None,
     device: Annotated[
-        Device, typer.Option(help="Where the cache is, and the attention over it.")
+        Device, typer.Option(help="Device of the cache and of the attention over it.")
     ] = "cpu",
     log_decisions: Annotated[
         bool,
@@ -100,7 +100,7 @@ def demo(
         raise ValueError("qroam demo needs the extra 'models': pip install 'qroam[models]'")
     if tokens % _FILES:
         raise ValueError(f"--tokens must be a multiple of {_FILES}, got {tokens}")
-    from .demo import DemoConfig, default_instances, run_demo
+    from .demo.run import DemoConfig, default_instances, run_demo
 
     config = DemoConfig(
         corpus=corpus,
@@ -130,13 +130,19 @@ def explain(
     holders: Count = 4,
     fabric: Annotated[str, typer.Option(help="A shipped profile or a TOML file.")] = "ibgda-ndr200",
     reuse: Annotated[float, typer.Option(help="Expected uses of a fetched unit.")] = 1.0,
-    shared: Annotated[bool, typer.Option("--shared", help="All select the same units.")] = False,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="All queries select the same units.")
+    ] = False,
     forms: Annotated[
-        Forms, typer.Option(help="Routable payloads; B if the holders have W_UK and W_UV.")
+        Forms,
+        typer.Option(
+            help="Payload forms that can be routed; B needs W_UK and W_UV at the holders."
+        ),
     ] = "A",
     unit_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a unit.")] = 1,
     shifted: Annotated[
-        bool, typer.Option("--shifted", help="The units' documents are attached elsewhere.")
+        bool,
+        typer.Option("--shifted", help="The units' documents are attached at other positions."),
     ] = False,
     lines: Annotated[
         bool, typer.Option("--lines", help="Print one line per query and holder.")
@@ -151,13 +157,14 @@ def explain(
     from ...partition.head_split import lane_layout
     from ...partition.presets import named_layout
     from ..cost.profile import load_profile
-    from .explain import explain_step, render, render_lines
+    from .explain import explain_step
+    from .explain_text import render, render_lines
 
     if lines and as_json:
         raise ValueError("--lines and --json exclude each other")
     chosen = named_layout(layout)
     if chosen.heads % lanes:
-        raise ValueError(f"{chosen.heads} heads cannot be shared equally by {lanes} lanes")
+        raise ValueError(f"--lanes must divide the {chosen.heads} heads of {layout}, got {lanes}")
     chosen = lane_layout(chosen, 0, chosen.heads // lanes)
     codec = make_codec(chosen.codec, dim=chosen.entry_dim, rope_dim=chosen.rope_dim)
     records = explain_step(

@@ -49,7 +49,7 @@ def diagnose() -> list[Check]:
         _on_gpus("transport nvshmem", "nvshmem4py-cu13", gpus, "between GPUs of a host"),
         Check(name="kernels torch", ok=True, detail="the definition of every verb"),
         _on_gpus("kernels triton", "triton", gpus, "RuntimeConfig(device='cuda')"),
-        _on_gpus("kernels flashinfer", "flashinfer-python", gpus, "to compare with"),
+        _on_gpus("kernels flashinfer", "flashinfer-python", gpus, "baseline of the benchmarks"),
     ]
 
 

@@ -1,12 +1,11 @@
 """A hypothetical step explained: every candidate's predicted parts, the choice, and where it flips.
 
-`explain_step` is pure and returns JSON-able records; `render` is their plain text, and
-`render_lines` one line per (query, holder).
+`explain_step` is pure and returns JSON-able records; `explain_text.py` has their plain text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
 
@@ -75,7 +74,10 @@ class DecisionRecord(TypedDict):
 
 
 class StepRecord(TypedDict):
-    """The step in microseconds: parts as decided, and totals by mode."""
+    """The step in microseconds: parts as decided, and totals by mode.
+
+    `fabric` names the profile and says whether its constants were measured.
+    """
 
     kind: Literal["step"]
     layout: str
@@ -124,14 +126,21 @@ class _Case:
             blocked = None if form.form in self.forms else _why_not(form.form)
             found.append(_priced(f"route {form.form}", route, asked, blocked))
         if len(model.facts.forms) == 1:
-            found.append(_unpriced("route B", "this layout has no projection to leave to a holder"))
+            found.append(_unpriced("route B", "this layout has no W_UK and W_UV"))
         asked = model.asked(items, items * each, self._unique(each))
         fetch = model.fetch(mixed=not_mixed, sharers=sharers)
         found.append(_priced("fetch", fetch, asked, None))
         if model.shifted:
             moved = replace(model, splice=True, shifted=False)
             lease = moved.fetch(mixed=not_mixed, sharers=sharers)
-            found.append(_priced("lease", lease, asked, "asked for by `Runtime.copy_document`"))
+            found.append(
+                _priced(
+                    "lease",
+                    lease,
+                    asked,
+                    "a lease is made by `Runtime.copy_document`, not by a step",
+                )
+            )
         found.append(_unpriced("recompute", "no prefill callback, so its cost is unknown"))
         return found
 
@@ -180,7 +189,7 @@ def explain_step(
         shifted: the units are of documents at other positions, so queries are rotated; a lease,
             whose keys are rotated instead, is priced beside.
     Returns: a record per group of equal decisions, then one for the step.
-    Raises: ValueError for what cannot be.
+    Raises: ValueError for a size, an overlap, a reuse or a form that is out of range.
     """
     limits = (("queries", queries, MAX_QUERIES), ("units", units, MAX_UNITS))
     for name, value, high in (*limits, ("holders", holders, MAX_HOLDERS)):
@@ -210,28 +219,6 @@ def explain_step(
         _decision(case, demand, decision, first, last) for first, last in groups
     ]
     return [*records, _step(case, demand, decision, layout)]
-
-
-def render(records: Sequence[Record]) -> str:
-    """Plain text: a line per decision with its candidates below, and a line for the step."""
-    lines: list[str] = []
-    for record in records:
-        if record["kind"] == "decision":
-            lines += _decision_lines(record)
-        else:
-            lines += _step_lines(record)
-    return "\n".join(lines)
-
-
-def render_lines(records: Sequence[Record]) -> Iterator[str]:
-    """One line per (query, holder), with all that `render` says of its decision."""
-    for record in records:
-        if record["kind"] == "decision":
-            first, last = record["queries"]
-            about = _one_line(record)
-            for query in range(first, last + 1):
-                for holder in range(record["holders"][0], record["holders"][1] + 1):
-                    yield f"query {query}, holder {holder}: {about}"
 
 
 def _decision(
@@ -276,7 +263,7 @@ def _executable(candidates: list[Candidate]) -> list[tuple[str, float]]:
 
 def _why_not(form: Form) -> str:
     if form == "A":
-        return "not among the forms to be executed"
+        return "this form is not enabled"
     return "the holders have no W_UK and W_UV"
 
 
@@ -343,7 +330,7 @@ def _step(case: _Case, demand: Demand, decision: Decision, layout: Layout) -> St
     return StepRecord(
         kind="step",
         layout=layout.name,
-        fabric=model.profile.name,
+        fabric=model.profile.label,
         reuse=model.reuse,
         overlap=case.overlap,
         unit_tokens=model.unit_tokens,
@@ -351,75 +338,3 @@ def _step(case: _Case, demand: Demand, decision: Decision, layout: Layout) -> St
         total_us={"auto": float(auto.total) * 1e6}
         | {mode: float(parts(case.decide(mode).way).total) * 1e6 for mode in modes},
     )
-
-
-def _decision_lines(record: DecisionRecord) -> list[str]:
-    alike = record["queries"][0] != record["queries"][1]
-    alike = alike or record["holders"][0] != record["holders"][1]
-    head = (
-        f"{_span('query', 'queries', record['queries'])}, "
-        f"{_span('holder', 'holders', record['holders'])}{' (each the same)' if alike else ''}: "
-        f"{record['way'].upper()}, margin {record['margin']:.1%}: {record['reason']}"
-    )
-    asked = (
-        f"    {record['units_per_query']} units a query, {record['unique_units']} different ones "
-        "at the holder; times in us for all queries at one holder"
-    )
-    lines = [head, asked]
-    for candidate in record["candidates"]:
-        blocked = candidate["blocked"]
-        if candidate["parts_us"] is None:
-            lines.append(f"    {candidate['way']:<10}{'-':>9}  not priced: {blocked}")
-            continue
-        parts = _parts_text(candidate["parts_us"])
-        lines.append(f"    {candidate['way']:<10}{candidate['total_us']:>9.1f} = {parts}")
-        if blocked is not None:
-            lines.append(f"    {'':<10}{'':>9}   not available: {blocked}")
-    return lines + [f"    flips: {_flip_text(flip)}" for flip in record["flips"]]
-
-
-def _one_line(record: DecisionRecord) -> str:
-    candidates = "; ".join(map(_candidate_text, record["candidates"]))
-    flips = "; ".join(map(_flip_text, record["flips"]))
-    return (
-        f"{record['way'].upper()}, margin {record['margin']:.1%}: {record['reason']} | us for all "
-        f"queries at the holder: {candidates} | flips: {flips}"
-    )
-
-
-def _candidate_text(candidate: Candidate) -> str:
-    if candidate["parts_us"] is None:
-        return f"{candidate['way']} not priced ({candidate['blocked']})"
-    text = f"{candidate['way']} {candidate['total_us']:.1f} = {_parts_text(candidate['parts_us'])}"
-    return (
-        text if candidate["blocked"] is None else f"{text} not available ({candidate['blocked']})"
-    )
-
-
-def _parts_text(parts_us: dict[str, float]) -> str:
-    return " + ".join(f"{name} {part:.1f}" for name, part in parts_us.items())
-
-
-def _flip_text(flip: Flip) -> str:
-    low, high = flip["scanned"]
-    down, up = flip["down_to"], flip["up_to"]
-    below = f"never down to {low}" if down is None else f"falling to {down}: {flip['down_way']}"
-    above = f"never up to {high}" if up is None else f"rising to {up}: {flip['up_way']}"
-    return f"{flip['quantity']} (now {flip['now']}): {below}, {above}"
-
-
-def _step_lines(record: StepRecord) -> list[str]:
-    parts, totals = record["parts_us"], record["total_us"]
-    return [
-        f"step of {record['layout']} on {record['fabric']}, reuse {record['reuse']:g}, "
-        f"overlap {record['overlap']:g}: {totals['auto']:.1f} us = plan {parts['plan']:.1f} + "
-        f"max(own {parts['own']:.1f}, slowest holder {parts['exchange']:.1f}) + "
-        f"merge {parts['merge']:.1f}",
-        f"    always-route {totals['always-route']:.1f} us, "
-        f"always-fetch {totals['always-fetch']:.1f} us",
-    ]
-
-
-def _span(one: str, many: str, ends: list[int]) -> str:
-    first, last = ends
-    return f"{one} {first}" if first == last else f"{many} {first}-{last}"

@@ -1,4 +1,4 @@
-"""How far a long command has come: bars on a terminal, plain lines in a log; always on stderr."""
+"""Progress of a long command, on stderr: bars on a terminal, plain lines in a log."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ Report: TypeAlias = Callable[[str, int, int], None]  # phase, steps done, steps 
 
 @contextmanager
 def progress() -> Iterator[Report]:
-    """Yield what a command calls as it goes; a phase begins with its first call."""
+    """Yield the function that a command calls with its progress; a phase begins with its first call."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _log
@@ -30,6 +30,6 @@ def progress() -> Iterator[Report]:
 
 
 def _log(phase: str, done: int, total: int) -> None:
-    """Both ends of a phase: what lies between would flood a log."""
+    """Log the start and the end of a phase only, so that a log stays short."""
     if done in (0, total):
         typer.echo(f"{phase}: {done}/{total}", err=True)

@@ -12,7 +12,7 @@ def render_verified(result: Verified) -> str:
     unclosed = f", {result.unclosed} blocks not closed yet" if result.unclosed else ""
     lines = [
         f"snapshot {result.sequence}: {result.documents} documents, {result.records} records in "
-        f"{result.files} files{unclosed}; {result.num_bytes / 2**20:.1f} MiB are as they were written"
+        f"{result.files} files{unclosed}; {result.num_bytes / 2**20:.1f} MiB intact"
     ]
     for damage in result.damage:
         lost = [

@@ -2,7 +2,7 @@
 
 An exchange is one `post` (a message to every other rank, empty or not) and one `collect` (a message
 from each). Messages of a pair of ranks arrive in order. A wait ends at the deadline; whoever notices
-a culprit tells the others before it raises, so that every waiting rank names the same one.
+a culprit informs the others before it raises, so that every waiting rank names the same one.
 
 In service (`service.py`) messages pass between two ranks instead, and go to an inbox from `divert`
 to `restore`. What arrives belongs to the step or to the inbox, never to both.
@@ -62,7 +62,7 @@ class Frame(NamedTuple):
     """What a carrier delivers from `peer`: a message; that it is gone; or an abort that blames ranks.
 
     `has_room`: the inbox gave this request room before it was received. `incarnation`: in which its
-    sender spoke; None for what the carrier here knows by itself.
+    sender was; None for what the carrier here knows by itself.
     """
 
     peer: int
@@ -115,7 +115,7 @@ class Transport(ABC):
         self.messages_sent: Counter[str] = Counter()
         self.bytes_to: Counter[int] = Counter()
         self.expiries = 0  # waits that ended at the deadline
-        self.incarnation = 0  # of the world; what was said in a former one is not heard
+        self.incarnation = 0  # of the world; frames of a former one are dropped
         self.late: Counter[int] = Counter()  # messages of former incarnations, by their sender
         self._arrived: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self._waiting: list[deque[Frame]] = [deque() for _ in range(world_size)]
@@ -162,7 +162,7 @@ class Transport(ABC):
             )
 
     def begin(self, incarnation: int) -> None:
-        """Speak, and hear the others, in this incarnation of the world from now on.
+        """Send and receive in this incarnation of the world from now on.
 
         Raises: ValueError if it is a former one.
         """
@@ -221,12 +221,12 @@ class Transport(ABC):
         self._send_abort(peer, (peer,), reason)
 
     def give_up(self, culprits: tuple[int, ...], reason: str) -> None:
-        """Later calls here raise at once; for what every rank knows without being told."""
+        """Later calls here raise at once; for what every rank knows by itself."""
         self._failure = self._failure or PeerError(culprits, reason)
 
     @abstractmethod
     def close(self) -> None:
-        """Say goodbye and stop listening, within the deadline; idempotent."""
+        """Send a goodbye and stop listening, within the deadline; idempotent."""
 
     @abstractmethod
     def _send(self, peer: int, buffer: Tensor, purpose: Purpose = Purpose.STEP) -> None: ...
@@ -235,9 +235,9 @@ class Transport(ABC):
     def _send_abort(self, peer: int, culprits: tuple[int, ...], reason: str) -> None: ...
 
     def accuse(self, peer: int, reason: str) -> PeerError:
-        """The error to raise about a peer, after everyone else has been told.
+        """The error to raise about a peer, after all others were informed.
 
-        In service nobody else is told: whoever waits for that peer finds out as directly.
+        In service the others are not informed: whoever waits for that peer finds out as directly.
         """
         if self._inbox is not None:
             return PeerError((peer,), reason)
@@ -262,7 +262,7 @@ class Transport(ABC):
                 self._inbox.put(frame)
 
     def _is_late(self, frame: Frame) -> bool:
-        """Whether it was said in a former incarnation; such a frame is counted, and is to be dropped."""
+        """Whether it is of a former incarnation; such a frame is counted, and is to be dropped."""
         late = frame.incarnation is not None and frame.incarnation < self.incarnation
         if late:
             self.late[frame.peer] += 1
@@ -282,7 +282,7 @@ class Transport(ABC):
         self, peer: int, num_bytes: int, timeout_s: float | None, incarnation: int
     ) -> bool:
         """Hold back a request until there is room for it; outside service nothing is held back, and
-        what was said in a former incarnation needs no room."""
+        a frame of a former incarnation needs no room."""
         inbox = self._inbox
         if inbox is None or incarnation < self.incarnation:
             return False
@@ -332,7 +332,7 @@ class Transport(ABC):
             if frame.incarnation is not None and frame.incarnation > self.incarnation:
                 raise self._fail(
                     (frame.peer,),
-                    f"speaks in incarnation {frame.incarnation} of the world, rank {self.rank} in "
+                    f"is in incarnation {frame.incarnation} of the world, rank {self.rank} in "
                     f"{self.incarnation}",
                 )
             if frame.is_abort:

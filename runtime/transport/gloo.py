@@ -75,7 +75,7 @@ class TorchTransport(Transport):
             self._hang_up()
 
     def _part_from(self, peers: list[int], patience_s: float) -> None:
-        """Say goodbye, and listen until these peers have said it (or an abort) too."""
+        """Send a goodbye, and listen until these peers have sent one (or an abort) too."""
         expiry = time.monotonic() + patience_s
         for peer in peers:
             try:
@@ -110,7 +110,7 @@ class TorchTransport(Transport):
         try:
             self._send_frame(peer, _ABORT, torch.frombuffer(body, dtype=torch.uint8))
         except RuntimeError:
-            return  # the peer is gone; the others still hear of it
+            return  # the peer is gone; the others are still informed
 
     def _send_frame(self, peer: int, kind: int, body: Tensor | None) -> None:
         size = 0 if body is None else len(body)
@@ -126,24 +126,24 @@ class TorchTransport(Transport):
                 flight.popleft()
 
     def _listen(self, peer: int) -> None:
-        """Put everything `peer` sends on the queue until it says goodbye or is lost."""
+        """Put everything `peer` sends on the queue until it sends a goodbye or is lost."""
         try:
             while True:
                 frame = self._receive(peer, torch.empty(4, dtype=torch.int64))
                 magic, size, kind, incarnation = frame.tolist()
                 read_frame(magic, size, kind, incarnation)
-                said = Frame(peer, None, "closed its runtime", incarnation=incarnation)
+                goodbye = Frame(peer, None, "closed its runtime", incarnation=incarnation)
                 if kind == _BYE:
-                    self._deliver(said)
+                    self._deliver(goodbye)
                     return
                 has_room = kind == Purpose.ASK and self._make_room(peer, size, None, incarnation)
                 body = self._receive(peer, torch.empty(size, dtype=torch.uint8))
                 if kind == _ABORT:
                     blame, reason = read_abort(body.numpy().tobytes(), world_size=self.world_size)
-                    self._deliver(said._replace(reason=reason, blame=blame))
+                    self._deliver(goodbye._replace(reason=reason, blame=blame))
                     return
                 purpose = Purpose(kind)
-                self._deliver(said._replace(buffer=body, purpose=purpose, has_room=has_room))
+                self._deliver(goodbye._replace(buffer=body, purpose=purpose, has_room=has_room))
         except (RuntimeError, ValueError) as error:
             self._deliver(Frame(peer, None, f"connection lost: {_first_line(error)}"))
 
@@ -170,10 +170,10 @@ def abort_body(culprits: tuple[int, ...], reason: str) -> bytes:
 def read_abort(body: bytes, *, world_size: int) -> tuple[tuple[int, ...], str]:
     """(culprits, reason) of an abort. Raises: ValueError unless it blames ranks of this world."""
     try:
-        said = msgpack.unpackb(body, max_array_len=max(world_size, 2), max_map_len=0)
+        decoded = msgpack.unpackb(body, max_array_len=max(world_size, 2), max_map_len=0)
     except (ValueError, msgpack.UnpackException) as error:
         raise ValueError(f"malformed abort: {error}") from error
-    match said:
+    match decoded:
         case [[*culprits], str(reason)] if culprits and all(
             type(rank) is int and 0 <= rank < world_size for rank in culprits
         ):

@@ -38,7 +38,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """Who speaks about what. Equality of `kind`, `epoch` and `tables` is checked on arrival."""
+    """Who sends what. Equality of `kind`, `epoch` and `tables` is checked on arrival."""
 
     kind: str
     incarnation: int

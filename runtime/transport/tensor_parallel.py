@@ -37,7 +37,7 @@ def joined_lane(
     heads: tuple[int, int] | None,
     incarnation: int,
 ) -> Iterator[Joined]:
-    """Join the lane of these heads; whatever is raised then, the others are told if they do not know."""
+    """Join the lane of these heads; the others are informed of what is raised then, unless they know."""
     whole = transport or connect(config.deadline_s)
     lane, sent_before = whole, whole.counted()
     try:
@@ -101,7 +101,7 @@ def lanes_of(heads: Sequence[Heads], total: int) -> dict[Heads, list[int]]:
                 f"rank {rank} has heads (start, count) = {(start, count)}, the model has {total}"
             )
         lanes.setdefault((start, count), []).append(rank)
-    said = ", ".join(f"{lane} on ranks {ranks}" for lane, ranks in sorted(lanes.items()))
+    shares = ", ".join(f"{lane} on ranks {ranks}" for lane, ranks in sorted(lanes.items()))
     times = Counter(head for start, count in lanes for head in range(start, start + count))
     nowhere = [head for head in range(total) if not times[head]]
     twice = [head for head in range(total) if times[head] > 1]
@@ -110,11 +110,11 @@ def lanes_of(heads: Sequence[Heads], total: int) -> dict[Heads, list[int]]:
         wrong += [f"heads {twice} in more than one"] if twice else []
         raise ValueError(
             f"lanes must cover each of {total} heads once: {', '.join(wrong)}; "
-            f"heads (start, count) are {said}"
+            f"heads (start, count) are {shares}"
         )
     if len({len(ranks) for ranks in lanes.values()}) != 1:
         raise ValueError(
-            f"every instance needs a rank in each lane, lanes are of unequal size: {said}"
+            f"every instance needs a rank in each lane, lanes are of unequal size: {shares}"
         )
     return dict(sorted(lanes.items()))
 
@@ -127,7 +127,7 @@ def lane_number(transport: Transport) -> int:
 class LaneTransport(Transport):
     """A rank's end of its lane, carried by a transport of all lanes: rank i is instance i.
 
-    Whatever ends a step early is told to all lanes: an instance that lost one cannot go on.
+    All lanes are informed of whatever ends a step early: an instance that lost one cannot go on.
     """
 
     def __init__(self, whole: Transport, lanes: Sequence[Sequence[int]], *, owned: bool) -> None:
@@ -143,19 +143,19 @@ class LaneTransport(Transport):
         self.bytes_sent, self.messages_sent, _ = whole.counted()
         self.incarnation, self.late = whole.incarnation, whole.late
         self._instance = {rank: at for ranks in lanes for at, rank in enumerate(ranks)}
-        self._heard: Frame | None = None  # who ended it all, as told
+        self._abort: Frame | None = None  # the abort that ended the step, as received
         self._not_ours: list[Frame] = []  # of ranks of other lanes that are further on already
         self._closed = False
         whole.divert(self)
 
     def abort(self, culprits: tuple[int, ...], reason: str) -> None:
-        """As of any transport; every lane is told."""
+        """As of any transport; every lane is informed."""
         if self._failure:
             return
         self._failure = PeerError(culprits, reason)
-        heard = self._heard
-        if heard is not None and self._instances(heard.blame) == culprits:
-            self._whole.abort(heard.blame, heard.reason)
+        abort = self._abort
+        if abort is not None and self._instances(abort.blame) == culprits:
+            self._whole.abort(abort.blame, abort.reason)
         else:
             self._whole.abort(self._of_lane(culprits), reason)
 
@@ -181,7 +181,7 @@ class LaneTransport(Transport):
         """Take in what is of this lane, and who ends a step early in any."""
         instance = self._instance[frame.peer]
         if frame.is_abort:
-            self._heard = self._heard or frame
+            self._abort = self._abort or frame
             elsewhere = [rank for rank in frame.blame if rank not in self._ranks]
             where = f" (rank {elsewhere[0]} of all, in another lane)" if elsewhere else ""
             frame = frame._replace(

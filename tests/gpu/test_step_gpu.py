@@ -256,7 +256,7 @@ def taken(step: GpuStep) -> Iterator[PlanMode]:
     """Modes that may fetch and yet are not refused."""
     modes: tuple[PlanMode, ...] = ("auto", "always-fetch", "given")
     for mode in modes:
-        for verb in (step.run, step.decide, step.attend):
+        for verb in (step.run, step.make_plan, step.carry_out):
             try:
                 verb(0, mode)
             except ValueError:

@@ -46,7 +46,7 @@ def test_a_block_that_nobody_has_is_not_shared_and_its_content_stays_known() -> 
     columns = directory_columns(again)
     columns["blocks"] = columns["blocks"].clone()
     columns["blocks"][3:6] = columns["blocks"][3:6].flip(0)  # those of b
-    with pytest.raises(ValueError, match="'b' says of a block"):
+    with pytest.raises(ValueError, match="'b' has another content hash"):
         directory_of(columns, empty(), world_size=4, capacity=9)
 
 
@@ -90,9 +90,9 @@ def set_to(value: int, *places: int) -> Callable[[Tensor], Tensor]:
         ("documents", lambda rows: rows.int(), r"documents are torch.int32"),
         ("documents", lambda rows: rows[:-1], "not valid msgpack|not what this version"),
         ("blocks", lambda rows: rows[None], r"blocks are torch.int32 \(1, 4\)"),
-        ("blocks", lambda rows: rows[:-1], "document 'ü' has blocks or hashes"),
+        ("blocks", lambda rows: rows[:-1], "document 'ü' has invalid blocks or hashes"),
         ("blocks", lambda rows: torch.cat((rows, rows[:1])), "blocks are left over"),
-        ("blocks", set_to(99, 0), "document 'a' has blocks or hashes"),
+        ("blocks", set_to(99, 0), "document 'a' has invalid blocks or hashes"),
         ("owners", lambda rows: rows.long(), r"owners are not int32 \(16, 1\)"),
         ("owners", set_to(4, 0), "not ranks of a world of 4"),
         ("slots", set_to(9, 0), "slots are not below 9"),

@@ -27,7 +27,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--agents", "0"], "--agents"),
         (["demo", "--mode", "sometimes"], "always-fetch"),
         (["demo", "--device", "tpu"], "cuda"),
-        (["demo", "--device", "cuda", "--sabotage", "wrong-row"], "not with device cuda"),
+        (["demo", "--device", "cuda", "--sabotage", "wrong-row"], "allowed with device cpu only"),
         (["demo", "--device", "cuda", "--instances", "99"], "a GPU for each of 99 instances"),
         (["demo", "--corpus", "no/such/folder"], "no/such/folder"),
         (["demo", "--tokens", "1000"], "multiple of 16"),
@@ -68,9 +68,10 @@ def test_explain_prints_what_it_decided(capsys: pytest.CaptureFixture[str]) -> N
     assert main([*EXPLAIN, "--json"]) == 0
     *decisions, step = json.loads(capsys.readouterr().out)
     assert step["layout"] == "mla-v3.2"
-    assert step["fabric"] == "ibgda-ndr200"
+    assert step["fabric"] == "ibgda-ndr200 (5 of 15 constants assumed)"
     assert main(EXPLAIN) == 0
     text = capsys.readouterr().out
+    assert f"step of mla-v3.2 on {step['fabric']}, reuse 1, " in text
     assert decisions
     assert all(decision["reason"] in text for decision in decisions)
 
@@ -103,8 +104,8 @@ def test_explain_units_of_many_tokens(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_explain_a_line_a_decision(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*EXPLAIN, "--lines"]) == 0
-    said = capsys.readouterr().out.splitlines()
-    heads = [line.split(":")[0] for line in said]
+    printed = capsys.readouterr().out.splitlines()
+    heads = [line.split(":")[0] for line in printed]
     assert heads == [f"query {q}, holder {h}" for q in range(8) for h in range(1, 5)]
 
 

@@ -30,7 +30,9 @@ BAD_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "deadline-inf": ("deadline_s must be", {"deadline_s": math.inf}),
     "workspace": ("workspace_bytes must be at least 32", {"workspace_bytes": 8}),
     "dtype": ("dtype must be one of", {"dtype": torch.float16}),
-    "fabric-by-name": ("must be a FabricProfile", {"fabric": "nvlink4"}),
+    "fabric-number": ("fabric must be a FabricProfile, .* or None, got 4", {"fabric": 4}),
+    "fabric-unknown": ("unknown fabric profile 'nvlink9'; known: ", {"fabric": "nvlink9"}),
+    "fabric-no-file": ("absent.toml: cannot be read", {"fabric": "absent.toml"}),
     "ids-beyond-int32": ("do not fit int32", {"max_blocks": 2**28}),
 }
 

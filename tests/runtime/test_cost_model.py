@@ -112,7 +112,7 @@ def test_reuse_divides_the_copy_and_not_the_attention() -> None:
     for name, part in first._asdict().items():
         if name == "total":
             continue
-        factor = 1 if name in ("turn", "attend", "merge") else 8
+        factor = 1 if name in ("rotate", "attend", "merge") else 8
         assert part.item() > 0
         assert getattr(second, name).item() * factor == pytest.approx(part.item())
     assert route(once, 2, 300) == route(often, 2, 300)

@@ -34,6 +34,8 @@ def test_decision_lines_say_what_explain_says(caplog: pytest.LogCaptureFixture) 
     assert logged
     assert {line["rank"] for line in logged} == {0}
     assert {(line["event"], line["step"]) for line in logged} == {("decision", 1)}
+    fabric = "loopback (2 of 15 constants assumed)"
+    assert {line["fabric"] for line in logged} == {line.fabric for line in lines} == {fabric}
     pairs, units = Counter[Any](), Counter[Any]()
     for line in lines:
         pairs[line.holder, line.way, line.reason] += 1
@@ -44,9 +46,13 @@ def test_decision_lines_say_what_explain_says(caplog: pytest.LogCaptureFixture) 
 
 
 def test_the_margin_of_a_group_is_its_smallest() -> None:
-    lines = [DecisionLine(0, q, 0, 1, 5, "FETCH", "WIRE", 0.5 - q / 10, 9.0, 7.0) for q in range(3)]
+    lines = [
+        DecisionLine(0, q, 0, 1, 5, "FETCH", "WIRE", 0.5 - q / 10, 9.0, 7.0, "mine (measured)")
+        for q in range(3)
+    ]
     (group,) = decision_groups(lines, rank=2, step=4)
     assert (group["pairs"], group["units"], group["margin"]) == (3, 15, 0.3)
+    assert group["fabric"] == "mine (measured)"
 
 
 def test_nothing_is_logged_unless_asked_for(caplog: pytest.LogCaptureFixture) -> None:

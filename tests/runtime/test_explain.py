@@ -13,14 +13,8 @@ from qroam.partition.presets import named_layout
 from qroam.runtime.cost.model import CostModel, LayerFacts
 from qroam.runtime.cost.predicate import Demand, Way, decide
 from qroam.runtime.cost.profile import load_profile
-from qroam.runtime.tools.explain import (
-    MAX_QUERIES,
-    Candidate,
-    Record,
-    explain_step,
-    render,
-    render_lines,
-)
+from qroam.runtime.tools.explain import MAX_QUERIES, Candidate, Record, explain_step
+from qroam.runtime.tools.explain_text import render, render_lines
 
 WAYS = {Way.ROUTE_A: "route A", Way.ROUTE_B: "route B", Way.FETCH: "fetch"}
 
@@ -79,24 +73,24 @@ def test_documents_at_other_positions_are_priced_by_rotation_and_by_lease() -> N
     """V3.2: 128 x 64 bf16 of a query, read and written; an offset of 4 bytes with each listed unit."""
     plain, moved = explain(forms=("A", "B"))[0], explain(forms=("A", "B"), shifted=True)[0]
     device = load_profile("ibgda-ndr200").device
-    turn_us = 8 * 2 * 128 * 64 * 2 / device.splice_bytes_per_s * 1e6
+    rotate_us = 8 * 2 * 128 * 64 * 2 / device.splice_bytes_per_s * 1e6
     for way in ("route A", "route B", "fetch"):
         before, after = candidate(plain, way)["parts_us"], candidate(moved, way)["parts_us"]
         assert before is not None
         assert after is not None
-        assert before["turn"] == 0
-        assert after["turn"] == pytest.approx(turn_us)
+        assert before["rotate"] == 0
+        assert after["rotate"] == pytest.approx(rotate_us)
         longer = {name for name in after if after[name] > before[name]}
-        assert longer == ({"turn"} if way == "fetch" else {"turn", "send"})
+        assert longer == ({"rotate"} if way == "fetch" else {"rotate", "send"})
     lease = candidate(moved, "lease")
     assert lease["parts_us"] is not None
     assert lease["parts_us"]["splice"] > 0
-    assert lease["parts_us"]["turn"] == 0
+    assert lease["parts_us"]["rotate"] == 0
     assert "Runtime.copy_document" in render([moved])
     assert "lease" not in render([plain])
 
 
-def test_what_cannot_be_executed_says_why() -> None:
+def test_a_way_that_cannot_be_executed_has_its_reason() -> None:
     decision = explain()[0]
     form_b, recompute = candidate(decision, "route B"), candidate(decision, "recompute")
     assert form_b["total_us"] is not None
@@ -180,18 +174,20 @@ def test_text_and_json() -> None:
     assert all(len(line) <= 130 for line in lines)
     assert text.count("route B") == text.count("not available: the holders have no W_UK") == 2
     assert text.count("never up to") >= 1
-    assert lines[-2].startswith("step of mla-v3.2 on ibgda-ndr200, reuse 2, overlap 0: ")
+    head = "step of mla-v3.2 on ibgda-ndr200 (5 of 15 constants assumed), reuse 2, overlap 0:"
+    assert lines[-3] == head
+    assert lines[-2].startswith("    auto ")
     one = render(explain(queries=1, holders=1, units=1))
     assert one.startswith("query 0, holder 1: ")
 
 
 def test_a_line_has_all_of_its_decision() -> None:
     records = explain(units=2050, queries=2)
-    said = list(render_lines(records))
-    heads = [line.split(": ")[0] for line in said]
+    printed = list(render_lines(records))
+    heads = [line.split(": ")[0] for line in printed]
     holders = [(1, 2), (3, 4)]  # the first two hold one unit more
     assert heads == [f"query {q}, holder {h}" for group in holders for q in range(2) for h in group]
-    for i, line in enumerate(said):
+    for i, line in enumerate(printed):
         record = records[i // 4]
         assert record["kind"] == "decision"
         assert line.isascii()
@@ -223,6 +219,6 @@ def test_a_line_has_all_of_its_decision() -> None:
         ({"forms": ("C",)}, "forms must be some of A, B"),
     ],
 )
-def test_bad_questions(changes: dict[str, Any], message: str) -> None:
+def test_invalid_arguments(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         explain(**changes)

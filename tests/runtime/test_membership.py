@@ -141,7 +141,7 @@ def test_who_speaks_in_a_former_life_or_a_later_one_is_named() -> None:
         with pytest.raises(PeerError) as raised:
             runtime.rejoin(lives.end(1, runtime.rank, 3), incarnation=incarnation)
         if runtime.rank == 2:
-            assert "speaks in incarnation 2 of the world, rank 2 in 1" in str(raised.value)
+            assert "is in incarnation 2 of the world, rank 2 in 1" in str(raised.value)
         else:
             assert raised.value.culprits == (2,)
             assert "messages of a former incarnation were refused" in str(raised.value)

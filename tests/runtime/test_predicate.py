@@ -26,6 +26,7 @@ from qroam.runtime.cost.predicate import (
     Mode,
     Reason,
     Way,
+    all_local,
     decide,
     predict_step,
 )
@@ -318,3 +319,18 @@ def test_what_the_predicate_refuses() -> None:
         decided(demand, paper(), wait_s=torch.zeros(3, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"way must be \(2, 2\)"):
         predict_step(torch.zeros(3, 2), demand, CostModel(facts=V32, profile=paper()), rank=0)
+
+
+@pytest.mark.parametrize("mode", ["auto", "always-route", "always-fetch", "random"])
+@pytest.mark.parametrize(("world", "rank"), [(1, 0), (3, 1)])
+def test_where_all_is_local_nothing_is_priced(world: int, rank: int, mode: Mode) -> None:
+    lists: Lists = [[set() for _ in range(world)] for _ in range(4)]
+    for item in (0, 1, 3):
+        lists[item][rank] = set(range(item, 5))
+    demand = demand_of(lists)
+    model = CostModel(facts=V32, profile=paper())
+    for got, want in zip(
+        all_local(demand), decide(demand, model, rank=rank, mode=mode), strict=True
+    ):
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)

@@ -34,6 +34,19 @@ def test_a_profile_loads_from_a_file(tmp_path: FilePath) -> None:
     assert load_profile(path) == load_profile(str(path)) == load_profile("nvlink4")
 
 
+def test_a_label_says_whether_the_constants_were_measured() -> None:
+    labels = {name: load_profile(name).label for name in PROFILE_NAMES}
+    assert labels == {
+        "ibgda-ndr200": "ibgda-ndr200 (5 of 15 constants assumed)",
+        "nvlink4": "nvlink4 (7 of 15 constants assumed)",
+        "loopback": "loopback (2 of 15 constants assumed)",
+    }
+    assert load_profile("loopback").assumed == ("splice_us", "splice_gb_per_s")
+    text = text_of("loopback").replace('"assumption: as merge', '"as merge')
+    assert parse_profile(text.encode(), where="f.toml").label == "loopback (measured)"
+    assert replace(paper(), sources=()).label == "ibgda-ndr200 (sources not stated)"
+
+
 def text_of(name: str) -> str:
     return (files("qroam.runtime.cost") / "profiles" / f"{name}.toml").read_text()
 

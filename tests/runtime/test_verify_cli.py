@@ -11,22 +11,22 @@ from snapshot_files import written
 from qroam.runtime.tools.cli import main
 
 
-def test_verify_says_what_is_there_and_what_is_lost(
+def test_verify_prints_what_is_there_and_what_is_lost(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = written(tmp_path)
     assert main(["verify", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith(
+    printed = capsys.readouterr().out
+    assert printed.startswith(
         "snapshot 3: 2 documents, 6 records in 3 files, 1 blocks not closed yet; "
     )
-    assert said.count("\n") == 1
+    assert printed.count("\n") == 1
     victim = tmp_path / manifest.files[2].name
     victim.write_bytes(victim.read_bytes()[:-1])
     assert main(["verify", str(tmp_path)]) == 1
-    said = capsys.readouterr().out
-    assert f"damaged: {victim}: size: 291 bytes, expected 292\n" in said
-    assert said.endswith("  blocks lost: 'a' 0, 1; 'ü' 0\n")
+    printed = capsys.readouterr().out
+    assert f"damaged: {victim}: size: 291 bytes, expected 292\n" in printed
+    assert printed.endswith("  blocks lost: 'a' 0, 1; 'ü' 0\n")
     assert main(["verify", str(tmp_path), "--json"]) == 1
     result = json.loads(capsys.readouterr().out)
     assert result["damage"][0][1] == [["a", 0], ["a", 1], ["ü", 0]]

@@ -52,7 +52,7 @@ class RouteParts(NamedTuple):
     probe: Tensor
     send: Tensor
     project: Tensor
-    turn: Tensor
+    rotate: Tensor
     attend: Tensor
     back: Tensor
     merge: Tensor
@@ -66,7 +66,7 @@ class FetchParts(NamedTuple):
     pack: Tensor
     transfer: Tensor
     splice: Tensor
-    turn: Tensor
+    rotate: Tensor
     attend: Tensor
     merge: Tensor
     total: Tensor

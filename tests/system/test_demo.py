@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from qroam.runtime.gpu.limits import GPU_MODES
-from qroam.runtime.tools import demo
-from qroam.runtime.tools.demo import DemoConfig, DemoReport, run_demo
-from qroam.runtime.tools.demo_gpu import large_facts, large_lines
-from qroam.runtime.tools.sabotage import Sabotage
+from qroam.runtime.tools.demo import run as demo
+from qroam.runtime.tools.demo.gpu import large_facts, large_lines
+from qroam.runtime.tools.demo.run import DemoConfig, DemoReport, run_demo
+from qroam.runtime.tools.demo.sabotage import Sabotage
 
 
 def config(sabotage: Sabotage | None = None) -> DemoConfig:
@@ -72,16 +72,19 @@ def test_only_a_wrong_coverage_is_a_finding(first: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"files": 0}, "at least"),
-        ({"instances": 1, "sabotage": "drop-holder"}, "at least"),
-        ({"device": "cuda", "instances": 2, "sabotage": "wrong-row"}, "not with device cuda"),
+        ({"instances": 1, "sabotage": "drop-holder"}, "at least 2 instances, got 1"),
+        (
+            {"device": "cuda", "instances": 2, "sabotage": "wrong-row"},
+            "allowed with device cpu only",
+        ),
         ({"device": "cuda", "instances": 99}, "a GPU for each of 99 instances, torch finds"),
     ],
 )
-def test_a_demo_that_cannot_be(changes: dict[str, object], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_invalid_sizes_of_a_demo(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         DemoConfig(**changes)  # type: ignore[arg-type]
 
 
@@ -92,8 +95,8 @@ def test_what_steps_on_gpus_add_to_the_report(monkeypatch: pytest.MonkeyPatch) -
     ]
     facts = large_facts("bf16", results)
     assert (facts["error"], facts["checked"], facts["step_us"]["auto"]) == (1.2, 48, 9.0)
-    said = list(large_lines([facts]))
-    assert "48 outputs within 1.20 of the allowed error" in said[1]
+    lines = list(large_lines([facts]))
+    assert "48 outputs within 1.20 of the allowed error" in lines[1]
     assert list(large_lines([])) == []
 
     monkeypatch.setattr(demo, "_instances", lambda jobs, run: nullcontext(jobs))

@@ -298,7 +298,7 @@ def test_the_explain_command_prices_a_lane(capsys: pytest.CaptureFixture[str]) -
     whole, lane = (step["total_us"]["always-route"] for step in steps)
     assert lane < whole / 4
     assert main(["explain", "--lanes", "3"]) == 2
-    assert "128 heads cannot be shared equally by 3 lanes" in capsys.readouterr().err
+    assert "--lanes must divide the 128 heads of mla-v3.2, got 3" in capsys.readouterr().err
 
 
 # Any script, in lanes -----------------------------------------------------------------------------

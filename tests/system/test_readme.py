@@ -13,7 +13,7 @@ from typing import get_args
 import pytest
 
 from qroam.runtime.tools.cli import main
-from qroam.runtime.tools.sabotage import Sabotage
+from qroam.runtime.tools.demo.sabotage import Sabotage
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

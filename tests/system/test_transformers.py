@@ -23,8 +23,8 @@ from transformers import (
 from qroam.partition.placement import Placement
 from qroam.runtime import Runtime, RuntimeConfig
 from qroam.runtime.adapters.hf import Chunk, HFEngine, model_layout, wave
-from qroam.runtime.tools.demo_model import Reference, build_model, run_reference
-from qroam.runtime.tools.near_ties import TieReview
+from qroam.runtime.tools.demo.model import Reference, build_model, run_reference
+from qroam.runtime.tools.demo.near_ties import TieReview
 from qroam.runtime.transport.base import Transport
 
 STEPS, CHUNK, PROMPT, AGENTS = 8, 64, 12, 4

@@ -1,7 +1,7 @@
 """The demo: a codebase sharded over instances, decoded by their sub-agents, equal to one model.
 
 The parent starts the instances, computes the unsharded reference meanwhile, and compares. On GPUs each
-instance has one for its cache and its attention, and steps of V3.2's size follow (`demo_gpu.py`).
+instance has one for its cache and its attention, and steps of V3.2's size follow (`gpu.py`).
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from safetensors.torch import save_file
 
-from ...partition.placement import Placement
-from ..adapters.hf import model_layout
-from ..config import RuntimeConfig
-from ..cost.predicate import Mode
-from ..cost.profile import load_profile
-from ..gpu.limits import Device
-from .demo_gpu import CODECS, LargeJob, large_facts, large_lines, run_large
-from .demo_instance import REPLAYED, Job, corpus_chunks, run_instance
-from .demo_model import (
+from ....partition.placement import Placement
+from ...adapters.hf import model_layout
+from ...config import RuntimeConfig
+from ...cost.predicate import Mode
+from ...gpu.limits import Device
+from .gpu import CODECS, LargeJob, large_facts, large_lines, run_large
+from .instance import REPLAYED, Job, corpus_chunks, run_instance
+from .model import (
     CHUNK_TOKENS,
     PROMPT_TOKENS,
     Reference,
@@ -54,8 +53,8 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoConfig:
-    """Sizes of the demo. Raises: ValueError for a size below 1, a sabotage of a lone instance, or more
-    instances on GPUs than there are of those."""
+    """Sizes of the demo. Raises: ValueError for a size below 1, a sabotage with fewer than two
+    instances or with device cuda, or more instances on GPUs than there are GPUs."""
 
     corpus: Path | None = None
     files: int = 16
@@ -75,12 +74,12 @@ class DemoConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.sabotage and self.device == "cuda":
-            raise ValueError("a sabotage spoils the messages of CPUs: not with device cuda")
+            raise ValueError("sabotage changes messages between CPUs: allowed with device cpu only")
         if self.sabotage and self.instances < 2:
-            raise ValueError("a sabotage needs an instance to sabotage: at least 2")
+            raise ValueError(f"sabotage needs at least 2 instances, got {self.instances}")
         if self.device == "cuda" and self.instances > torch.cuda.device_count():
             raise ValueError(
-                f"device cuda takes a GPU for each of {self.instances} instances, torch finds "
+                f"device cuda needs a GPU for each of {self.instances} instances, torch finds "
                 f"{torch.cuda.device_count()}"
             )
 
@@ -111,7 +110,7 @@ class _Failure(NamedTuple):
 
 
 def default_instances(device: Device) -> int:
-    """How many there are if nobody says."""
+    """The default number of instances: 4 on CPUs; on GPUs one per GPU, at most 2."""
     return 4 if device == "cpu" else max(min(torch.cuda.device_count(), 2), 1)
 
 
@@ -152,7 +151,6 @@ def run_demo(config: DemoConfig, report: Report) -> DemoReport:
             lease_entries=0,
             max_queries=max(CHUNK_TOKENS, config.agents * PROMPT_TOKENS),
             max_units=model.config.index_topk,
-            fabric=load_profile("nvlink4"),
         )
     with tempfile.TemporaryDirectory(prefix="qroam-demo-") as folder:
         reference_path = str(Path(folder) / "reference.safetensors")
@@ -183,10 +181,10 @@ def run_demo(config: DemoConfig, report: Report) -> DemoReport:
             results, failures = _results(instances, report)
     if failures and all(failure.kind != "coverage" for failure in failures):
         raise RuntimeError(str(failures[0]))
-    said = [str(failure) for failure in sorted(failures)]
+    reported = [str(failure) for failure in sorted(failures)]
     large = _large(config, report) if config.device == "cuda" and not failures else []
     return _judged(
-        config, tokens, len(documents), reference, results, said, large, reference_s, started
+        config, tokens, len(documents), reference, results, reported, large, reference_s, started
     )
 
 

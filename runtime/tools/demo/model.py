@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from ..gpu.limits import Device
+from ...gpu.limits import Device
 from .near_ties import NearTies, TopkRecorder, recording
 
 PROMPT_TOKENS = 24
@@ -27,7 +27,7 @@ CHUNK_TOKENS = 256
 
 def build_model(layers: int, seed: int, max_tokens: int, device: Device = "cpu") -> PreTrainedModel:
     """The model every instance and the reference build for themselves; with entries on GPUs one whose
-    entries are as wide as the kernels take them. It runs on the CPU."""
+    entries have a width that the kernels accept. It runs on the CPU."""
     latent, rope = (64, 16) if device == "cpu" else (128, 64)
     config = DeepseekV32Config(
         vocab_size=256,

@@ -1,4 +1,4 @@
-"""Selections that are too close to call, and how a comparison with another engine treats them.
+"""Selections that rounding can change, and how a comparison with another engine treats them.
 
 Where the k-th and the (k+1)-th index score of a row are closer than `NEAR_TIE`, either entry is a right
 choice, and which one an engine takes depends on the order of its floating-point sums. `TopkRecorder`
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from ..adapters.hf import Batch
-from ..scope import Request, Selection
+from ...adapters.hf import Batch
+from ...scope import Request, Selection
 
 NEAR_TIE = 1e-5
 CORPUS = -1

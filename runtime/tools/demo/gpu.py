@@ -16,19 +16,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from ...kernels import reference
-from ...partition.layout import Layout
-from ...partition.presets import named_layout, uniform_model, with_codec
-from ..config import RuntimeConfig
-from ..cost.profile import load_profile
-from ..errors import CoverageError, PeerError
-from ..gpu.backend import GpuBackend
-from ..gpu.limits import GPU_MODES, GpuMode
-from ..runtime import Runtime, opened_world
-from ..stores import entry_codec
-from ..transport.base import Transport
-from ..transport.gloo import TorchTransport
-from ..transport.loopback import LoopbackTransport
+from ....kernels import reference
+from ....partition.layout import Layout
+from ....partition.presets import named_layout, uniform_model, with_codec
+from ...config import RuntimeConfig
+from ...errors import CoverageError, PeerError
+from ...gpu.backend import GpuBackend
+from ...gpu.limits import GPU_MODES, GpuMode
+from ...runtime import Runtime, opened_world
+from ...stores import entry_codec
+from ...transport.base import Transport
+from ...transport.gloo import TorchTransport
+from ...transport.loopback import LoopbackTransport
 
 CODECS = ("bf16", "fp8_v32")
 TOKENS, LAYERS, QUERIES, SELECTED = 32_768, 4, 8, 2048
@@ -48,7 +47,7 @@ class LargeJob:
 
 
 def run_large(job: LargeJob, pipe: Connection) -> None:
-    """Process entry: as `demo_instance.run_instance`, but that it waits for nothing."""
+    """Process entry: as `instance.run_instance`, but that it waits for nothing."""
     torch.set_num_threads(1)
     torch.cuda.set_device(job.rank)
     try:
@@ -72,7 +71,6 @@ class _Large:
             block_tokens=_BLOCK_TOKENS,
             private_blocks=0,
             dtype=torch.bfloat16,
-            fabric=load_profile("nvlink4"),
             device="cuda",
             max_queries=QUERIES,
             max_units=SELECTED,
@@ -157,8 +155,8 @@ class _Large:
         assert isinstance(gpu, GpuBackend)
         gpu.meet()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for turn in range(1 + _ROUNDS):
-            if turn == 1:
+        for done in range(1 + _ROUNDS):
+            if done == 1:
                 start.record()
             for layer in range(LAYERS):
                 gpu.step_of(QUERIES).replay(layer, mode)

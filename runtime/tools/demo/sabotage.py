@@ -1,4 +1,4 @@
-"""A transport whose answers lie, to show that the demo's checks would notice."""
+"""A transport that corrupts its answers, to show that the demo's checks notice it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..transport.gloo import TorchTransport
-from ..transport.messages import Header
+from ...transport.gloo import TorchTransport
+from ...transport.messages import Header
 
 Sabotage = Literal["drop-holder", "wrong-row", "double-answer"]
 
 
 class SabotagedTransport(TorchTransport):
-    """Once armed, rank 1 spoils the attention that it computes for others.
+    """Once armed, rank 1 corrupts the attention that it computes for others.
 
-    drop-holder:    its partials are empty, with coverage that claims they are whole (a liar, so that
-                    only the comparison of tokens and logits can notice);
+    drop-holder:    its partials are empty, with the coverage of whole ones: only the comparison of
+                    tokens and logits notices;
     wrong-row:      head h gets head h-1's row, coverage intact; likewise only the comparison notices;
     double-answer:  its partials count twice, coverage included; the coverage check notices.
     """
@@ -32,12 +32,12 @@ class SabotagedTransport(TorchTransport):
     def post_shares(self, header: Header, shares: Sequence[Mapping[str, Tensor]]) -> None:
         if self.armed and header.kind == "attend-answer":
             shares = [
-                {name: self._spoiled(name.split(".")[-1], rows) for name, rows in share.items()}
+                {name: self._corrupted(name.split(".")[-1], rows) for name, rows in share.items()}
                 for share in shares
             ]
         super().post_shares(header, shares)
 
-    def _spoiled(self, part: str, rows: Tensor) -> Tensor:
+    def _corrupted(self, part: str, rows: Tensor) -> Tensor:
         match self._sabotage, part:
             case "drop-holder", "lse":
                 return torch.full_like(rows, -torch.inf)

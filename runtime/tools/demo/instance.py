@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from ..adapters.hf import Chunk, HFEngine
-from ..config import RuntimeConfig
-from ..cost.predicate import Mode
-from ..errors import CoverageError, PeerError
-from ..runtime import Runtime
-from ..scope import Request, Selection
-from .demo_model import CHUNK_TOKENS, build_model
-from .memory import peak_bytes, reset_peak
+from ...adapters.hf import Chunk, HFEngine
+from ...config import RuntimeConfig
+from ...cost.predicate import Mode
+from ...errors import CoverageError, PeerError
+from ...runtime import Runtime
+from ...scope import Request, Selection
+from ..memory import peak_bytes, reset_peak
+from .model import CHUNK_TOKENS, build_model
 from .near_ties import NearTies, TieReview
 from .sabotage import Sabotage, SabotagedTransport
 

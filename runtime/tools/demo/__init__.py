@@ -1,0 +1,1 @@
+"""The command `qroam demo`: a sharded model in several processes, compared with the unsharded one."""
