@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from effort import slow_between
 
 MODULES = (
     "qroam.kernels.coverage",
@@ -20,7 +21,7 @@ MODULES = (
 )
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", slow_between(4, MODULES))
 def test_importable_without_triton(module: str, tmp_path: object) -> None:
     program = (
         "import sys\n"

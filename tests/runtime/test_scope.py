@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import at_offsets
 import dense
 import pytest
 import torch
-from at_offsets import opened
 from ranks import run_loopback
 from torch import Tensor
 from two_documents import DI, ENTRIES, HI, KEYS, LAYOUT, QUERY, TOKENS, B, D, H, Q, config, numbers
@@ -127,7 +127,7 @@ BAD: dict[str, tuple[str, dict[str, Any], Callable[[Runtime], object]]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_attachments_are_refused(case: str) -> None:
     message, changes, act = BAD[case]
-    with opened(**changes) as runtime:
+    with at_offsets.opened(**changes) as runtime:
         epoch = runtime._world.progress.epoch
         with pytest.raises(ValueError, match=message):
             act(runtime)
@@ -135,7 +135,7 @@ def test_bad_attachments_are_refused(case: str) -> None:
 
 
 def test_a_request_has_so_many_offsets_at_most() -> None:
-    with Runtime.open(config(max_blocks=70, block_tokens=1)) as runtime:
+    with Runtime.open(at_offsets.config(max_blocks=70, block_tokens=1)) as runtime:
         for number in range(MAX_OFFSETS + 1):
             runtime.add_document(str(number), tokens=1)
         places = [(str(number), 2 * number) for number in range(MAX_OFFSETS + 1)]

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 FOLDERS = ("kernels", "partition", "indexer", "runtime")
 # Folders of which one file tests all modules, named for the folder.
-TOGETHER = ("kernels/exchange", "runtime/service", "runtime/transport")
+TOGETHER = ("kernels/exchange", "runtime/service", "runtime/tools/demo", "runtime/transport")
 
 # Modules that are tested through another file. A new module gets a file of its own, or a line here.
 ELSEWHERE = {
@@ -42,14 +42,10 @@ ELSEWHERE = {
     "runtime/lockstep.py": "system/test_central.py",
     "runtime/observe/explain.py": "runtime/test_stats.py",
     "runtime/runtime.py": "runtime/test_validate.py",
-    "runtime/tools/demo_gpu.py": "system/test_demo.py",
-    "runtime/tools/demo_instance.py": "system/test_demo.py",
-    "runtime/tools/demo_model.py": "system/test_transformers.py",
     "runtime/tools/doctor.py": "runtime/test_cli.py",
     "runtime/tools/explain.py": "runtime/test_explain.py",
-    "runtime/tools/near_ties.py": "system/test_transformers.py",
+    "runtime/tools/explain_text.py": "runtime/test_explain.py",
     "runtime/tools/progress.py": "runtime/test_cli.py",
-    "runtime/tools/sabotage.py": "system/test_demo.py",
     "runtime/tools/verify.py": "runtime/test_verify_cli.py",
 }
 
@@ -74,7 +70,7 @@ def named_for(module: str, twins: int) -> list[str]:
     if twins == 1:
         names.append(path.stem)
     if path.parent.as_posix() in TOGETHER:
-        names.append("_".join(inner))
+        names.append(inner[-1])
     prefixes = ("", "kernel_") if folder == "kernels" else ("",)
     return [
         f"{where}/test_{prefix}{name}.py"
