@@ -135,7 +135,7 @@ def test_bad_attachments_are_refused(case: str) -> None:
 
 
 def test_a_request_has_so_many_offsets_at_most() -> None:
-    with Runtime.open(config(max_blocks=70, block_tokens=1)) as runtime:
+    with Runtime.open(config(max_blocks=70, block_tokens=1, corpus_slots=70)) as runtime:
         for number in range(MAX_OFFSETS + 1):
             runtime.add_document(str(number), tokens=1)
         places = [(str(number), 2 * number) for number in range(MAX_OFFSETS + 1)]
