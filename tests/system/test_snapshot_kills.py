@@ -57,7 +57,9 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     folder = tmp_path / "world-0"
     folder.mkdir()
     seen: Counter[str] = Counter()
-    for kill in range(KILLS):
+    for kill in range(10 * KILLS):  # on a busy machine more of them come before anything is saved
+        if kill >= KILLS and seen["acknowledged"]:
+            break
         life = random_life(rng)
         args = (life, folder, tmp_path / f"store-{kill}")
         ranks = [context.Process(target=rank_main, args=(r, *args)) for r in range(life.world)]
