@@ -28,6 +28,7 @@ from qroam.runtime.cost.predicate import Demand, Way
 from qroam.runtime.cost.prices import prices_of
 from qroam.runtime.cost.profile import PROFILE_NAMES, FabricProfile
 
+pytestmark = pytest.mark.xdist_group("plan")  # each worker would compile the kernels
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 V32 = LayerFacts.of(named_layout("mla-v3.2"), entry_bytes=1152, element_bytes=2)
 
