@@ -214,7 +214,9 @@ def test_equal_prefixes_are_stored_once_and_outlive_one_another() -> None:
             runtime.scope(documents=["a", "b"], queries=1)
         with pytest.raises(ValueError, match="share blocks"):
             runtime.request(["a"], into="b")
-        with pytest.raises(ValueError, match=r"start in document .b. must be a whole number in \[8, 9\]"):
+        with pytest.raises(
+            ValueError, match=r"start in document .b. must be a whole number in \[8, 9\]"
+        ):
             runtime.request(into="b", start=0)
         assert runtime.request(into="b").length == 2 * B
         assert ranks.means(["b"]) == [1.0] * LAYERS
