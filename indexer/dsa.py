@@ -157,14 +157,15 @@ def scores(query: Tensor, weights: Tensor, keys: Tensor, *, tile_bytes: int) -> 
 
 def _at_least(x: Tensor, rows: int) -> Tensor:
     """x (N, D), with zeros behind it if it has fewer rows than these."""
-    return x if len(x) >= rows else F.pad(x, (0, 0, 0, rows - len(x)))
+    padded: Tensor = x if len(x) >= rows else F.pad(x, (0, 0, 0, rows - len(x)))
+    return padded
 
 
 def _products(left: Tensor, right: Tensor) -> Tensor:
     """left (M, D) times right (N, D): (M, N)."""
     parts = zip(left.split(_MOST_COLUMNS, dim=1), right.split(_MOST_COLUMNS, dim=1), strict=True)
     first, second = next(parts)
-    products = first @ second.T
+    products: Tensor = first @ second.T
     for first, second in parts:
         products += first @ second.T
     return products

@@ -4,7 +4,7 @@ A producer warpgroup resolves 64 list entries at a time and gathers them into a 
 A scoring warpgroup multiplies them with the query, keeps the running maximum, and leaves the shares
 (the exponentials) where the tile's rope keys were. Two summing warpgroups add up the values by their
 shares, half of the columns each. So scores, exponentials, sums and gathers of neighbouring tiles
-overlap. The schedule over rows and parts is the one of `attend.py`; `docs/performance.md` says what
+overlap. The schedule over rows and parts is the one of `attend.py`; `docs/performance.md` has what
 bounds each role.
 """
 
@@ -90,8 +90,8 @@ def _resolve(
 def _widen(codes, scale):
     """e4m3 codes to bf16: their bits as a bf16's, times 2 ** 120, times the scale, a power of two.
 
-    Exact, as each factor is. A code of NaN (0x7f) would read as 480: encoders tell of a number that
-    they cannot store by a scale of NaN, which shows in every product.
+    Exact, as each factor is. A code of NaN (0x7f) would read as 480: encoders mark a number that they
+    cannot store by a scale of NaN, which makes every product NaN.
     """
     scale = scale.to(gl.bfloat16)[:, None]
     codes, scale = gl.broadcast(codes, scale)
@@ -184,7 +184,7 @@ def _produce(
             next_unit = _listed_units(units, row, t + 2, listed, at, E, U, TILE)
             number += (index >= 0).to(gl.int32)
             mixed += mix
-            # Twice as many places as stages: nobody reads the ones of four tiles ago any more.
+            # Twice as many places as stages: the ones of four tiles ago have been read.
             places.index(count % (2 * STAGES)).store(index)
             gl.thread_barrier()
             place = places.index(count % (2 * STAGES)).load(gl.SliceLayout(1, GATHER))

@@ -1,4 +1,4 @@
-"""What launchers check at their door: shapes, dtypes and places always, values only when asked to."""
+"""What launchers check of their arguments: shapes, dtypes and devices always, values only on request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_tensor(
 ) -> None:
     """A tensor of this shape (None: any), dtype (None: any) and device, or a ValueError.
 
-    It is contiguous, or, with `columns`, its last dimension is. None passes: it is not given.
+    It is contiguous, or, with `columns`, its last dimension is. None passes: an optional tensor.
     """
     if tensor is None:
         return

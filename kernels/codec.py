@@ -67,7 +67,7 @@ def _encode_latent_kernel(
     at = (entry * stride)[:, None, None] + columns
     x = tl.load(entries_ptr + at, mask=live[:, :, None], other=0.0).to(tl.float32)
     scale, inverse = _scale(tl.max(tl.abs(x), axis=2), LOWEST=-13)
-    # A number that e4m3 cannot hold is told by its tile's scale, whatever reads the codes.
+    # A NaN or infinity makes its tile's scale NaN, so that every reader sees it.
     finite = tl.min((tl.abs(x) < float("inf")).to(tl.int32), axis=2)
     scale = tl.where(finite != 0, scale, float("nan"))
     values = (x * inverse[:, :, None]).to(tl.float8e4nv)

@@ -5,7 +5,7 @@
 #include "device.cuh"
 
 enum Way { NOTHING = 0, LOCAL = 1, ROUTE = 2, FETCH = 4 };
-enum Mode { AUTO, ALWAYS_ROUTE, ALWAYS_FETCH, GIVEN };
+enum PlanMode { AUTO, ALWAYS_ROUTE, ALWAYS_FETCH, GIVEN };
 enum Stage { COUNT = 1, SHARE = 2, FIRST = 4, LIST = 8, PLACE = 16, ALL = 31 };
 enum Together { ALONE, GRID };
 
@@ -117,7 +117,7 @@ __forceinline__ void prefer(const StepArgs& s, const double* p, Column* columns)
         bool routed = d.units > 0 && prefers_route(p, f, wait_s, c, route, fetch, d);
         int items = __popc(__ballot_sync(EVERYONE, routed));
         int units = __reduce_add_sync(EVERYONE, routed ? d.units : 0);
-        // Units that nobody else lists, at least: a multiple of 2**-28, so that sums are exact.
+        // A lower bound of the units that no other item lists: a multiple of 2**-28, so that sums are exact.
         double own = routed && 2 * d.fair > d.units ? 2 * d.fair - d.units : 0.0;
         own = sum_of_warp(own);
         if (lane() == 0 && items) {
@@ -276,7 +276,7 @@ __forceinline__ void place_columns(Column* columns) {
     for (int list = warp(); list < LISTS; list += F::WARPS) {
         int carried = 0, total;
         for (int first = 0; first < F::W; first += 32) {
-            Column& c = columns[first + lane() < F::W ? first + lane() : F::W];  // the last is nobody's
+            Column& c = columns[first + lane() < F::W ? first + lane() : F::W];  // the last stands for no rank
             c.start[list] = carried + lanes_scan(c.in_all[list], total), carried += total;
         }
     }

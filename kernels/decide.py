@@ -163,7 +163,7 @@ def decide(
 def check_choice(
     prices: PriceTable, device: torch.device, *, world_size: int, rank: int, mode: PlanMode
 ) -> None:
-    """Raise ValueError for prices, a rank or a mode that cannot be."""
+    """Raise ValueError for invalid prices, rank or mode."""
     if mode not in PLAN_MODES:
         raise ValueError(f"mode must be one of {', '.join(PLAN_MODES)}, got {mode!r}")
     if not 1 <= world_size <= MAX_PLAN_RANKS:

@@ -26,7 +26,7 @@ __forceinline__ void cluster_arrive() {
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 
-// Of who leaves: what it wrote is nobody's concern.
+// Of a block that ends: no other block reads what it wrote.
 __forceinline__ void cluster_arrive_relaxed() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }

@@ -5,9 +5,9 @@ Letters: W ranks, N items of this rank, K units of an item, each of one entry.
     fetch      the plan's distinct entries, each out of its holder's region into a staged row here
     compose    per item one list of what is here and what was fetched, and whether that is all of it
 
-The holder does nothing: its tables and rows are read in its own memory, laid out as `pool_map` says.
+The holder does nothing: its tables and rows are read in its own memory, laid out by `pool_layout.py`.
 No kernel waits here. What a holder wrote is seen if its kernels were over before a signal that an
-earlier kernel of this stream has acquired; a block belongs into the directory only after that.
+earlier kernel of this stream has acquired; a block is entered in the directory only after that.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .plan import Plan, num_sms
 from .pool_layout import PoolLayout
 
 _FETCH: tl.constexpr = tl.constexpr(FETCH)
-# A program is one warp: its threads need no barrier, and a tile waits for nobody else's tables.
+# A program is one warp: its threads need no barrier, and a tile waits for its own tables only.
 _TILE = 2048  # int32 of a tile of rows: 16 accesses of 16 bytes a thread, all in flight at once
 _MOST_ROWS = 32
 _REGISTERS = 128  # of a thread
@@ -126,7 +126,7 @@ def _fetch_kernel(
 
 @triton.jit
 def _words_at(address):
-    """Of a multiple of 16; said of the integer, that would be lost."""
+    """A pointer to a multiple of 16 bytes; the hint would be lost on the integer."""
     return tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
 
 

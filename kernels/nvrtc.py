@@ -35,7 +35,7 @@ def launch(
     Args:
         grid, block, cluster: blocks of the grid, threads of a block, blocks of a cluster.
         cooperative: all blocks must be resident at once.
-    Raises: RuntimeError with what the compiler or the driver says.
+    Raises: RuntimeError with the compiler's or the driver's message.
     """
     from cuda.bindings import driver
 

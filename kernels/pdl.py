@@ -1,9 +1,9 @@
 """Kernels that are launched while the one before them on the stream ends (programmatic dependent launch).
 
-From sm_90 on a kernel may say `let_next_begin`: once all its CTAs have, or are gone, the next kernel
-takes what SMs there are, if its launch has the options of `early`. That one first says `wait`, until
-everything before it has ended and can be read; then it may let the next one begin in its turn, so that
-nobody runs ahead of more than one. A launch without those options waits as ever.
+From sm_90 on a kernel may call `let_next_begin`: once all its CTAs have called it or ended, the next
+kernel is given free SMs, if it was launched with the options of `early`. That kernel first calls `wait`,
+which returns when everything before it has ended and can be read; only then it may let the next one
+begin, so that no kernel runs ahead of more than one. A launch without those options waits as usual.
 """
 
 from __future__ import annotations

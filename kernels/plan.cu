@@ -10,7 +10,7 @@
 // exact, and the order of all lists follows from the input alone.
 //
 // All wait for all at a gate in memory (1) after bits and counts, (2) after the shares; then every block
-// decides for every holder itself, which costs less than to ask; (3) only where a holder's items are
+// decides for every holder itself, which costs less than another exchange; (3) only where a holder's items are
 // partly fetched, and (4) only where units are fetched. Items that are more than are resident take one
 // launch for each stage instead. Loops are not unrolled where that only adds code: it runs once a
 // launch, from a cold instruction cache.
@@ -38,7 +38,7 @@ __forceinline__ V* of_part(V* here, int part) {
     else return here;
 }
 
-// Make this block's writes known and say so; `wait` takes the ticket. The gate's upper half counts
+// Publish this block's writes and count its arrival; `wait` takes the ticket. The gate's upper half counts
 // how often all have arrived, its lower half is zero between: block 0 adds what the others leave to
 // be carried, so it never needs to be reset.
 template <class F>
@@ -64,7 +64,7 @@ struct Shared {
     Column columns[F::W + 1];
     u32 fetchers[F::W * F::WORDS];  // bits of the queries of this item's branch that fetch there
     u32 flags;
-    int starts[F::W + 2];  // of each holder's units in sorted order; nobody's come last
+    int starts[F::W + 2];  // of each holder's units in sorted order; those without a holder come last
     int counts[F::WARPS][F::W + 1];
     int totals[F::WARPS];
     u32 shares[32 * F::WORDS + 1];  // of a unit that so many list
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(F::T, F::PARTS > 1 ? 1 : 1024 / F::T) plan(con
             m.before[first_unit + 32 * j] = mine + __popc(who & lanes_before());
             mine += __popc(who);
         }
-        __syncthreads();  // nobody reads `totals` of an earlier call any more
+        __syncthreads();  // all reads of `totals` of an earlier call are over
         if (lane() == 0) m.totals[warp()] = mine;
         __syncthreads();
         int earlier = lanes_scan(lane() < F::WARPS ? m.totals[lane()] : 0, total);
@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(F::T, F::PARTS > 1 ? 1 : 1024 / F::T) plan(con
     }
     wait<F>(s, ticket);  // 1
 
-    u32 firsts = 0, alone = 0;  // bits of units that nobody before, or nobody else, lists
+    u32 firsts = 0, alone = 0;  // bits of units that no earlier item, or no other item, lists
     if (shared_units && (STAGES & SHARE)) {
         constexpr bool ahead = PER * WORDS <= 32;  // as many registers at most
         u32 bits[ahead ? PER : 1][WORDS];

@@ -36,7 +36,7 @@ class BlockTable(NamedTuple):
     """Where blocks are, as this rank sees it: a record of four numbers a key, block * G + g.
 
     records: (keys, 4) int32: the rank to ask or -1, the slot here or -1, generation, and entries of
-    the block. One 16-byte load tells all of a unit; four tables took four.
+    the block. One 16-byte load has all of a unit; four tables took four loads.
     """
 
     records: Tensor
@@ -61,8 +61,8 @@ class BlockTable(NamedTuple):
             owners: (keys, R) int32, rank of each copy or -1. generations: (keys,) int32.
             tokens: (keys // G,) int32, entries of each block.
             slot_of: (pool keys,) int32, -1 where a block is not here; missing keys are not.
-            askable: (W,) uint8: 2 for ranks that may be asked, 1 where only in want of such a one, 0
-                for those that cannot be. None: all may be.
+            askable: (W,) uint8: 2 for ranks that may be asked, 1 for ranks asked only if no copy has a 2,
+                0 for ranks that may not. None: all may be.
         Raises: ValueError for tables that do not fit together.
         """
         keys = len(generations)
@@ -219,7 +219,7 @@ def plan(
 ) -> Plan:
     """Holders, demand, ways and the lists of what is routed, fetched and here.
 
-    Whatever has a slot here is local, whoever owns it. Ids beyond the table are padding.
+    Whatever has a slot here is local, whichever rank owns it. Ids beyond the table are padding.
 
     Args:
         units: (N, K) int32 stored ids of the units' first entries, distinct in a row, -1 anywhere;

@@ -1,7 +1,7 @@
 """Where a rank's blocks and their tables lie in memory that every rank can read: pure arithmetic.
 
-Every rank has one region of the same layout, so that who knows where the region of another begins
-can find an entry there without asking:
+Every rank has one region of the same layout, so a rank that knows where another's region begins can
+find an entry there without a message:
 
     slot_of (keys,) | generation (slots,) | fill (layers, slots)        int32
     entries of layer 0, of layer 1, ...                                 slots * block_tokens rows each

@@ -22,9 +22,9 @@ from torch import Tensor
 class Document:
     """A named run of `blocks`, of `tokens` entries in all, at positions from `position` on.
 
-    `serial` tells it from other documents of that name, before and after. The first `shared` blocks
+    `serial` distinguishes it from earlier and later documents of that name. The first `shared` blocks
     were stored by another document, and are not written again. Its blocks count for its `group`.
-    `contents` are the content hashes (`prefix_hash.py`) of its full blocks; none if it does not say.
+    `contents` are the content hashes (`prefix_hash.py`) of its full blocks; none if they are not known.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Directory:
         return sum(d.num_blocks for d in self.documents.values() if d.group == group)
 
     def prefix(self, hashes: Sequence[bytes]) -> tuple[int, ...]:
-        """The blocks that already hold the first of these contents, up to one that nobody has."""
+        """The blocks that already hold the first of these contents, up to the first that no block has."""
         found = []
         for content in hashes:
             block = self.hashed.get(content)

@@ -61,7 +61,7 @@ def directory_of(
     Args:
         like: an empty one of the same sizes.
         world_size: the ranks that its owners are among. capacity: slots of each.
-    Raises: ValueError that says what is wrong.
+    Raises: ValueError that names what is wrong.
     """
     blank = {"documents": torch.uint8, "blocks": torch.int32}
     for name, dtype in blank.items():
@@ -73,14 +73,14 @@ def directory_of(
         if table is None or table.dtype != torch.int32 or table.shape != ours.shape:
             raise ValueError(f"{name} are not int32 {tuple(ours.shape)}")
     raw = columns.get("documents", torch.empty(0).byte()).numpy().tobytes()
-    version, serial, quotas, told = _head(raw, like.max_blocks)
+    version, serial, quotas, listed = _head(raw, like.max_blocks)
     every = columns.get("blocks", torch.empty(0, dtype=torch.int32)).tolist()
     documents: dict[str, Document] = {}
-    says: dict[int, bytes] = {}
+    content_of: dict[int, bytes] = {}
     tokens = torch.zeros_like(like.tokens)
     references = torch.zeros_like(like.references)
     start = 0
-    for name, group, count, position, number, shared, _, contents in told:
+    for name, group, count, position, number, shared, _, joined in listed:
         size = -(-count // like.block_tokens)
         blocks = every[start : start + size]
         start += size
@@ -92,14 +92,16 @@ def directory_of(
         if not wrong:  # a block that several documents hold is full
             partial = tokens[own].minimum(fills) < like.block_tokens
             wrong = bool(((references[own] > 0) & partial).any())
-        if wrong or len(contents) not in (0, count // like.block_tokens * CONTENT_BYTES):
-            raise ValueError(f"document {name!r} has blocks or hashes that cannot be")
+        if wrong or len(joined) not in (0, count // like.block_tokens * CONTENT_BYTES):
+            raise ValueError(f"document {name!r} has invalid blocks or hashes")
         tokens[own] = fills
         references[own] += 1
-        said = split_contents(contents)
-        for block, content in zip(blocks, chain(said, repeat(b"")), strict=False):
-            if says.setdefault(block, content) != content:
-                raise ValueError(f"document {name!r} says of a block what another one does not")
+        contents = split_contents(joined)
+        for block, content in zip(blocks, chain(contents, repeat(b"")), strict=False):
+            if content_of.setdefault(block, content) != content:
+                raise ValueError(
+                    f"document {name!r} has another content hash for a block than a document before it"
+                )
         documents[name] = Document(
             name=name,
             blocks=tuple(blocks),
@@ -109,9 +111,9 @@ def directory_of(
             serial=number,
             shared=shared,
             group=group,
-            contents=said,
+            contents=contents,
         )
-    if start != len(every) or len(documents) != len(told):
+    if start != len(every) or len(documents) != len(listed):
         raise ValueError("blocks are left over, or a document's name repeats")
     owners, slots, generations = columns["owners"], columns["slots"], columns["generations"]
     _check_places(owners, slots, references, world_size, capacity)
@@ -121,7 +123,7 @@ def directory_of(
         block_tokens=like.block_tokens,
         num_branches=like.num_branches,
         documents=MappingProxyType(documents),
-        pinned=frozenset(name for name, *_, is_pinned, _ in told if is_pinned),
+        pinned=frozenset(name for name, *_, is_pinned, _ in listed if is_pinned),
         quotas=MappingProxyType(dict(quotas)),
         hashed=MappingProxyType(hashed_of(documents.values())),
         owners=owners,
@@ -151,7 +153,7 @@ def _head(raw: bytes, most: int) -> tuple[int, int, list[Any], list[Any]]:
             and all(_is_document(item) for item in documents)
         ):
             return version, serial, quotas, documents
-    raise ValueError("documents are not what this version writes")
+    raise ValueError("documents are not in the format of this version")
 
 
 def _is_quota(item: object) -> bool:
@@ -188,5 +190,5 @@ def _check_places(
     place = owners[there].long() * capacity + slots[there]
     if bool(twice.any() | (there & ~in_use[:, None]).any()) or len(place.unique()) != len(place):
         raise ValueError(
-            "a slot is given twice, a copy lies beside another, or nobody's block has one"
+            "a slot is given twice, a rank has two copies of a block, or a block in no document has a slot"
         )

@@ -5,7 +5,7 @@ Letters: L layers, S slots, B tokens of a block, K keys. A `BlockStore` maps key
 written once, in order, so an entry that exists never changes. The tables are on the host, wherever
 the blocks lie.
 
-Any thread may read a store at any time, without waiting: an entry is there before `fill` says so.
+Any thread may read a store at any time, without waiting: an entry is written before `fill` counts it.
 Changes exclude each other, because an engine and the server beside it append to the same blocks.
 """
 
@@ -63,7 +63,7 @@ class BlockStore:
 
         Args:
             storage: where rows are kept, instead of new memory: of each layer uint8 bytes for all of its
-                blocks and leases, on one device. What is read of it is handed out on the host.
+                blocks and leases, on one device. Rows that are read come back on the host.
         Raises: ValueError if there is no slot, stored ids would not fit in int32, or the storage is of
         other sizes.
         """
@@ -198,7 +198,7 @@ class BlockStore:
         in_order = bool((fill[slots] <= offset).all()) and bool((fill + added == end).all())
         if not in_order or len(ids.unique()) != len(ids):
             raise ValueError(
-                "entries are written once and in order; a gap or an overwrite was asked"
+                "entries are written once and in order; these would leave a gap or overwrite some"
             )
         at = slots * self.block_tokens + offset
         to = self._blocks(layer, codec)
@@ -234,7 +234,9 @@ class BlockStore:
         Raises: ValueError if something was written there already.
         """
         if bool(self.fill[layer, slots].any()):
-            raise ValueError("entries are written once; a block that has some was given as a whole")
+            raise ValueError(
+                "entries are written once; a whole block was given for one that has some already"
+            )
         for plane, part in self._planes_beside(layer, rows):
             for slot, columns in zip(slots.tolist(), part, strict=True):
                 plane[slot].copy_(columns)

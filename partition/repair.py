@@ -25,8 +25,8 @@ def repaired(
 ) -> Directory:
     """The directory with the copies of ranks that are gone replaced, as far as there is room.
 
-    The first copy that is left becomes the owner. A key that has none left keeps none: nobody knows
-    what its block says, and new documents do not share it (`Directory.prefix`). Generations stay, for
+    The first copy that is left becomes the owner. A key that has none left keeps none: its
+    content is lost, and new documents do not share it (`Directory.prefix`). Generations stay, for
     the blocks are the same.
 
     Args:

@@ -1,7 +1,8 @@
 """How long what is kept stays, and how soon it is used again: two histograms in seconds.
 
-`lifetime` runs from taking a place to giving it up, `reuse_gap` from one use to the next. Both are
-the caller's clock, so this file has none.
+`lifetime` runs from taking a place to giving it up, `reuse_gap` from one use to the next; the caller
+gives the time. The block pool and its lease tables measure this, and they may not import the runtime,
+which publishes it: therefore the histograms are here.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Places:
         self._used_at = torch.full((count,), torch.nan, dtype=torch.float64)
 
     def take(self, places: Tensor, now_s: float) -> None:
-        """Whatever is at these free `places` (n,) begins its life."""
+        """These free `places` (n,) are taken now."""
         self._taken_at[places], self._used_at[places] = now_s, torch.nan
 
     def use(self, places: Tensor, now_s: float) -> None:
@@ -64,7 +65,7 @@ class Places:
         self._used_at[places] = now_s
 
     def leave(self, places: Tensor, now_s: float) -> None:
-        """Whatever is at these `places` (n,) ends; places that were never taken are skipped."""
-        lives = now_s - self._taken_at[places]
-        self._residence.lifetime.add(lives[~lives.isnan()])
+        """These `places` (n,) are given up now; those that were never taken are skipped."""
+        lifetimes = now_s - self._taken_at[places]
+        self._residence.lifetime.add(lifetimes[~lifetimes.isnan()])
         self._taken_at[places], self._used_at[places] = torch.nan, torch.nan

@@ -11,11 +11,12 @@ Four roles, in this order on the stream, each of them a launch or together with 
     receive   wait for the answers to each item, check their coverage, merge them with its own
 
 Every message has at least its first chunk, and every first chunk is answered, if only by a bare
-signal. That is the credit: an exchange ends when all answers to it came, so nobody can be more than
-one exchange ahead, and a message of this parity finds its place read. The epoch is a word on the
-device, counted up once everybody in the launch of `receive` has read it; replays need no host.
+signal. This is the credit of the flow control: an exchange ends when all answers to it came, so no rank
+can be more than one exchange ahead, and a message of this parity finds its place read. The epoch is a
+word on the device, counted up once every CTA in the launch of `receive` has read it; replays need no
+host.
 
-A CTA waits for other ranks only, which wait for what this one has sent, never for what it waits
+A CTA waits for other ranks only, and they wait for what this rank has sent, never for what it waits
 for; and a launch has no more CTAs than are resident, so that all of them do send.
 """
 
@@ -94,7 +95,7 @@ def _exchange_kernel(
         if ACCEPTS > 0:
             counts, code = headers(epoch, channel_tag, rank, arena, peers, status, budget_ns, W, WP, CHUNKS,
                                     QUERY_SIGNALS, ABORT, ROWS)  # fmt: skip
-            # Not sooner: if somebody is late, those SMs are for what needs nobody.
+            # Not sooner: if a rank is late, those SMs are for work that waits for no other rank.
             let_next_begin(EARLY)
         else:
             counts, code = known_headers(

@@ -13,12 +13,12 @@ from triton.language.extra import cuda
 
 from .layout import HEAD, LIST_HEAD
 from .nvshmem_put import put_and_signal
-from .signals import UNTRUE, last_of, publish, stamp_of, tell_abort, wait_for
+from .signals import INVALID, last_of, publish, set_abort, stamp_of, wait_for
 
 STAMPS = ("begun", "sent", "arrived", "answered", "merged")
 _HEAD: tl.constexpr = tl.constexpr(HEAD)
 _LIST_HEAD: tl.constexpr = tl.constexpr(LIST_HEAD)
-_UNTRUE: tl.constexpr = tl.constexpr(UNTRUE)
+_INVALID: tl.constexpr = tl.constexpr(INVALID)
 _STAMPS: tl.constexpr = tl.constexpr(len(STAMPS))
 
 
@@ -164,8 +164,8 @@ def headers(
             count, code = wait_for(header, stamp_of(epoch, channel_tag), other, peers_ptr, status_ptr,
                                    budget_ns, rank, ABORT, W)  # fmt: skip
             if (code == 0) & (count > N):
-                code = tl.full((), (_UNTRUE << 16) + 1, tl.int64) + other
-                tell_abort(code, peers_ptr, status_ptr, ABORT, W)
+                code = tl.full((), (_INVALID << 16) + 1, tl.int64) + other
+                set_abort(code, peers_ptr, status_ptr, ABORT, W)
                 count = 0
             counts = tl.where(tl.arange(0, WP) == other, count, counts)
             fault = tl.maximum(fault, code)
@@ -180,8 +180,8 @@ def known_headers(
 ):  # fmt: skip
     """As `headers` after a launch that waited: what did not come then is missing, and blamed.
 
-    If that launch gave up on somebody there is no answer to anybody, though the header may be here by now:
-    the rows that it would answer were not attended.
+    If that launch gave up on a rank, no rank is answered, though the header may be here by now: the rows
+    to be answered were not attended.
     """
     ranks = tl.arange(0, WP)
     others = (ranks < W) & (ranks != rank)
@@ -214,8 +214,8 @@ def accept_rows(
         if code == 0:
             head = own_ptr + _message(epoch, source, 0, W, CHUNKS) * INBOX_CHUNK
             if tl.load(head + BEFORE) != tl.load(tables_ptr):
-                untrue = tl.full((), (_UNTRUE << 16) + 1, tl.int64) + source
-                tell_abort(untrue, peers_ptr, status_ptr, ABORT, W)
+                invalid = tl.full((), (_INVALID << 16) + 1, tl.int64) + source
+                set_abort(invalid, peers_ptr, status_ptr, ABORT, W)
         tl.store(num_rows_ptr, tl.sum(counts, axis=0), mask=task == 0)
     if first < count:
         message = _message(epoch, source, first // CHUNK, W, CHUNKS)
@@ -467,7 +467,7 @@ def receive_heads(
             seats = tl.arange(0, NP)
             asked = tl.load(items_ptr + before + seats, mask=seats < count, other=-1)
             seat = tl.max(tl.where(asked == item, seats, -1), axis=0)
-            # The first of them waits for everybody: without this credit a rank that asks nothing
+            # The first of them waits for all ranks: without this credit a rank that asks nothing
             # could write over what the others have not read yet.
             if (seat >= 0) | (task == 0):
                 chunk = tl.maximum(seat, 0) // CHUNK

@@ -1,4 +1,4 @@
-"""How a CTA tells CTAs of another GPU that data is there, and how they learn it.
+"""How a CTA signals to CTAs of another GPU that data is there, and how they wait for it.
 
 A signal is one word of the receiver's memory: 31 bits of the epoch, 16 of the channel tag (which
 channel of which incarnation), 16 of a number of rows. It belongs to one chunk of one message, is set
@@ -22,14 +22,14 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-SILENT, UNTRUE = 1, 2  # why a rank is blamed: no signal in time; a message that cannot be
+SILENT, INVALID = 1, 2  # why a rank is blamed: no signal in time; an invalid message
 _SILENT: tl.constexpr = tl.constexpr(SILENT)
 _POLLS: tl.constexpr = tl.constexpr(64)  # between looks at the clock and the abort word
 _POLL: tl.constexpr = tl.constexpr("relaxed")
 
 
 def blame(code: int) -> tuple[int, int]:
-    """The rank, and the reason why, that an abort word other than 0 says."""
+    """The rank that an abort word other than 0 blames, and the reason."""
     return (code & 0xFFFF) - 1, code >> 16
 
 
@@ -80,7 +80,7 @@ def wait_for(
         polls = 0
         while ((word >> 16) != stamp) & (code == 0):
             if polls % _POLLS == 0:
-                # Each thread has a clock of its own; the one that issues this speaks for all.
+                # Each thread has a clock of its own; the one that issues this decides for all.
                 late = cuda.globaltimer() - begun > budget_ns
                 verdict = tl.where(late, (_SILENT << 16) + peer + 1, 0).to(tl.int64)
                 code = tl.atomic_cas(abort_ptr, nobody, verdict, sem="acq_rel", scope="sys")
@@ -90,18 +90,18 @@ def wait_for(
         if (word >> 16) == stamp:
             code = nobody
         else:
-            tell_abort(code, peers_ptr, status_ptr, ABORT, W)
+            set_abort(code, peers_ptr, status_ptr, ABORT, W)
     rows = tl.where(code == 0, word & 0xFFFF, 0).to(tl.int32)
     return rows, code
 
 
 @triton.jit
-def tell_abort(code, peers_ptr, status_ptr, ABORT: tl.constexpr, W: tl.constexpr):
-    """Set every rank's abort word, and this host's status, where nobody was blamed before."""
+def set_abort(code, peers_ptr, status_ptr, ABORT: tl.constexpr, W: tl.constexpr):
+    """Set every rank's abort word, and this host's status, unless a rank was blamed before."""
     nobody = tl.full((), 0, tl.int64)
     for other in range(W):
         arena = tl.load(peers_ptr + other)
-        if arena != 0:  # whom this rank cannot store to must find out for itself
+        if arena != 0:  # a rank that this one cannot store to finds out by its own deadline
             word_ptr = (arena.to(tl.pointer_type(tl.int32)) + ABORT).to(tl.pointer_type(tl.int64))
             tl.atomic_cas(word_ptr, nobody, code, sem="acq_rel", scope="sys")
     tl.store(status_ptr, code, mask=tl.load(status_ptr) == 0)

@@ -49,7 +49,7 @@ class Ends(NamedTuple):
 
 
 class Routes(NamedTuple):
-    """Of a plan, one form: who is asked for what. `kernels.plan.Plan` says more.
+    """Of a plan, one form: who is asked for what; see `kernels.plan.Plan`.
 
     items, units_of: (W * N,) int32. route_units: (N * E',) int32. pairs: (W,) int32. expected:
     (N, W, 2) int32.

@@ -48,7 +48,7 @@ class FlashInferAttend:
     ) -> None:
         """Allocate for at least one row and `num_pages` pages of all rows.
 
-        Args: workspace: (bytes,) uint8, 128 MiB; shared by whoever never runs at the same time.
+        Args: workspace: (bytes,) uint8, 128 MiB; may be shared by wrappers that never run at the same time.
         Raises: RuntimeError if FlashInfer is missing or has no kernel for this shape or device.
         """
         device = torch.device(device)
@@ -202,7 +202,7 @@ def attend(
 def _require(
     value_dim: int, rope_dim: int, dtype: torch.dtype, device: torch.device, backend: str
 ) -> Any:
-    """FlashInfer's wrapper class, or a RuntimeError that says why there is none for this."""
+    """FlashInfer's wrapper class, or a RuntimeError with the reason why it cannot serve this."""
     try:
         library = importlib.import_module("flashinfer.mla")
     except ImportError as error:

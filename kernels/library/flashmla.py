@@ -4,7 +4,7 @@
 Letters: M rows, H heads, S stored entries, E list columns, U entries of a unit.
 
 Its LSE is natural, but +inf for an empty row; it becomes -inf here and nowhere else. Its kernel for
-bf16 rows is left alone: its source says natural log, a build of it answered in base 2.
+bf16 rows is not used: its source states natural log, a build of it answered in base 2.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ _TEMPORARY = ".tmp"
 class FolderLock:
     """Held while a folder is written (`exclusive`), or read as a whole; freed by the system on death.
 
-    Raises: ValueError if somebody else holds it. A folder without a lock file has no writer.
+    Raises: ValueError if another process holds it. A folder without a lock file has no writer.
     """
 
     def __init__(self, folder: Path, *, exclusive: bool) -> None:
@@ -308,7 +308,7 @@ def by_file(
 
 
 def _open_regular(path: Path) -> int:
-    """A descriptor of a regular file; to open a pipe would wait for somebody to write."""
+    """A descriptor of a regular file; opening a pipe would wait for a writer."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)

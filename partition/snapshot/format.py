@@ -4,24 +4,24 @@ Letters: G branches, B tokens of a block. A snapshot is a folder:
 
     manifest                                   what there is; replaced as a whole
     TOKEN-RANK-KIND-NUMBER.safetensors         blocks; written once, never changed
-    lock                                       held by whoever writes, or reads all of it
+    lock                                       held by a process that writes, or reads all of it
 
 It holds the records (`record.py`) of the closed blocks of its documents, of two kinds: `entries` of a
-(block, branch), `index` keys of a block. Records are known by their hashes alone, so a snapshot says
-nothing of ids, slots, ranks or placement, and what is on disk already is not written again. Of the
-directory it has the documents in their order, with what they say (`prefix_hash.py`), so that beginnings
-which are shared come back shared; groups, pins and quotas. Serial numbers and generations tell a
-world's own things apart, and are not saved.
+(block, branch), `index` keys of a block. Records are known by their hashes alone, so a snapshot holds
+no ids, slots, ranks or placement, and what is on disk already is not written again. Of the directory it
+holds the documents in their order, with the content hashes of their blocks (`prefix_hash.py`), so that
+shared beginnings are shared again after a restore; groups, pins and quotas. Serial numbers and
+generations distinguish things within one world, and are not saved.
 
 A data file is a safetensors file with one uint8 tensor `blocks` (records, record bytes). Its header
-is a function of what the manifest says of it: readers compare it, there is nothing to parse.
+follows from the manifest: readers compare it and parse nothing.
 
     manifest = magic (8) | u32 header bytes | sha256 (32) of what follows | header (msgpack) | hashes
 
 The hashes are those of each file's records, then of each document's blocks: entries (blocks, G), then
-index keys (blocks,) if the model has any; zeros for a block that was not closed; then the contents of
-its full blocks, 32 bytes each, if it says them. Nothing is used before it was checked, sizes first;
-what is wrong is a ValueError that names the file and the field.
+index keys (blocks,) if the model has any; zeros for a block that was not closed; then the content
+hashes of its full blocks, 32 bytes each, if they are known. Everything is checked before it is used,
+sizes first; an error is a ValueError that names the file and the field.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class BlockFile:
 class SavedDocument:
     """A document, and the hashes of its blocks: (blocks, G) of entries, (blocks,) of index keys.
 
-    contents: of its full blocks by `prefix_hash.py`, concatenated; none if it does not say what they are.
+    contents: of its full blocks by `prefix_hash.py`, concatenated; empty if they are not known.
     """
 
     name: str
@@ -144,7 +144,7 @@ class Manifest:
     def mostly_live(self) -> list[BlockFile]:
         """The files of which documents use at least half of the records.
 
-        Of the others it takes less to write the rest again than to keep what nobody uses, so a folder
+        Rewriting what is used of the other files costs less than keeping what is not, so a folder
         holds at most twice what its documents need, and what they ceased to need since.
         """
         live: Counter[str] = Counter()
@@ -187,7 +187,7 @@ def file_name(token: str, rank: int, kind: Kind, number: int) -> str:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a name is one that `file_name` gives, and so leads nowhere else."""
+    """Whether a name is one that `file_name` gives, and so cannot lead out of the folder."""
     return _FILE_NAME.fullmatch(name) is not None
 
 
@@ -264,10 +264,10 @@ def decode_manifest(raw: bytes, where: str) -> Manifest:
             raise fault(where, field, "a name repeats")
     sizes = [rows * HASH_BYTES for _, _, rows in files]
     has_index = any(form.index_bytes for form in layers)
-    for _, tokens, _, says, _, _ in documents:
+    for _, tokens, _, has_contents, _, _ in documents:
         blocks, full = -(-tokens // head["block_tokens"]), tokens // head["block_tokens"]
         sizes += [blocks * head["num_branches"] * HASH_BYTES, blocks * HASH_BYTES * has_index]
-        sizes.append(full * CONTENT_BYTES * says)
+        sizes.append(full * CONTENT_BYTES * has_contents)
     table = body[header_bytes:]
     if len(table) != sum(sizes):
         raise fault(where, "hashes", f"{len(table)} bytes instead of {sum(sizes)}")
@@ -342,7 +342,7 @@ def check_located(manifest: Manifest, where: str) -> None:
 
 
 def _check_contents(manifest: Manifest, where: str) -> None:
-    """Blocks that say the same are the same, behind blocks that are: they will be stored once."""
+    """Blocks of one content hash must have equal records and predecessors: they will be stored once."""
     size = manifest.num_branches * HASH_BYTES
     known: dict[bytes, tuple[int, bytes, bytes, bytes]] = {}
     for document in manifest.documents:
@@ -353,7 +353,11 @@ def _check_contents(manifest: Manifest, where: str) -> None:
             facts = (document.position, before, entries, index)
             if known.setdefault(content, facts) != facts:
                 field = f"document {document.name!r}"
-                raise fault(where, field, f"block {block} says what another one says, and differs")
+                raise fault(
+                    where,
+                    field,
+                    f"block {block} has the content hash of another block, but other records",
+                )
             before = content
 
 
@@ -402,13 +406,13 @@ def _file(where: str, at: int, item: object) -> tuple[str, Kind, int]:
 
 def _document(where: str, at: int, item: object) -> tuple[str, int, int, bool, str, bool]:
     match item:
-        case (str(name), tokens, position, bool(says), str(group), bool(is_pinned)):
+        case (str(name), tokens, position, bool(has_contents), str(group), bool(is_pinned)):
             if (
                 _is_whole(tokens, 1, 1 << 31)
                 and _is_whole(position, 0, 1 << 53)
                 and max(len(name), len(group)) <= _MAX_NAME
             ):
-                return name, tokens, position, says, group, is_pinned
+                return name, tokens, position, has_contents, group, is_pinned
     raise fault(where, f"documents[{at}]", f"{_shown(item)} is not a document")
 
 

@@ -1,8 +1,8 @@
-"""A closed block's bytes in one piece, and what they are called.
+"""A closed block's bytes in one piece, and their name, a hash.
 
 Letters: L layers, B tokens of a block, n keys. The *record* of a key is its block's encoded rows of
-every layer that stores any, in layer order, B rows each, zeros beyond the block's last token. It says
-nothing of ids, slots or ranks, so equal blocks have equal records and equal hashes everywhere.
+every layer that stores any, in layer order, B rows each, zeros beyond the block's last token. It
+holds no ids, slots or ranks, so equal blocks have equal records and equal hashes everywhere.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BATCH_BYTES = 4 << 20  # copied, hashed, sent or written at a time by one thread
 
 
 def block_hash(record: Tensor, tokens: int) -> bytes:
-    """What a closed block's bytes are called: 16 bytes of sha256 over its tokens and its record.
+    """The name of a closed block's bytes: 16 bytes of sha256 over its number of tokens and its record.
 
     Args: record: (record bytes,) uint8, contiguous, on the CPU.
     """

@@ -1,4 +1,4 @@
-"""`qroam verify`: every block of a snapshot against its hash, and which blocks are lost where not."""
+"""`qroam verify`: compare every block of a snapshot with its hash; which blocks are lost."""
 
 from __future__ import annotations
 

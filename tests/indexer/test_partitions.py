@@ -92,9 +92,12 @@ def test_a_score_has_the_same_bits_in_every_division(
         found = torch.empty_like(whole)
         for queries in parts(rng, 9, 4):
             for entries in parts(rng, 777, 6):
-                some, q = order[list(entries)], list(queries)
-                found[torch.tensor(q, dtype=torch.long)[:, None], some] = scores(
-                    query[q], weights[q], keys[some], tile_bytes=tiles(rng, heads, query.dtype)
+                some, rows = order[list(entries)], list(queries)
+                found[torch.tensor(rows, dtype=torch.long)[:, None], some] = scores(
+                    query[rows],
+                    weights[rows],
+                    keys[some],
+                    tile_bytes=tiles(rng, heads, query.dtype),
                 )
         assert same_bits(found, whole)
 
@@ -120,8 +123,8 @@ def test_a_selection_is_that_of_one_holder(holders: int, stored: str, unit_token
                 query, weights, keys[mine.long()], tile_bytes=tiles(rng, heads, query.dtype)
             )
             lists.append(select_blocks(found, mine, unit_tokens, TOP_K))
-        side_by_side = (torch.cat(side, dim=1) for side in zip(*lists, strict=True))
-        got = merge_topk(*side_by_side, TOP_K)
+        found_scores, found_ids = (torch.cat(s, dim=1) for s in zip(*lists, strict=True))
+        got = merge_topk(found_scores, found_ids, TOP_K)
         assert torch.equal(got[1], expected[1])
         assert same_bits(got[0], expected[0])
 
@@ -154,7 +157,8 @@ def test_zeros_of_both_signs_are_equal_and_the_lower_id_wins(holders: int) -> No
         assert torch.equal(local_topk(every, ids, k)[1][0], expected)
         shard = torch.tensor([rng.randrange(holders) for _ in range(count)])
         lists = [local_topk(every[:, shard == s], ids[shard == s], k) for s in range(holders)]
-        merged, chosen = merge_topk(*(torch.cat(s, dim=1) for s in zip(*lists, strict=True)), k)
+        found_scores, found_ids = (torch.cat(s, dim=1) for s in zip(*lists, strict=True))
+        merged, chosen = merge_topk(found_scores, found_ids, k)
         assert torch.equal(chosen[0], expected)
         assert torch.equal(chosen[1], local_topk(every, ids, k)[1][1])
         assert torch.equal(merged[0], every[0, expected.long() - 5])

@@ -18,7 +18,7 @@ from qroam.kernels.exchange import roles, signals
 from qroam.kernels.exchange.launch import exchange
 from qroam.kernels.exchange.layout import Wire
 from qroam.kernels.exchange.roles import STAMPS
-from qroam.kernels.exchange.signals import SILENT, UNTRUE, blame
+from qroam.kernels.exchange.signals import INVALID, SILENT, blame
 from qroam.kernels.exchange.types import Accepted, Ends, Merge, Partials
 
 COLUMNS = 16
@@ -258,8 +258,8 @@ def test_other_tables_are_refused(clock: None) -> None:
     ends = connected(small_wire(2), [DEVICE] * 2)
     ends[1].tables.fill_(2)
     merged = run(ends)
-    assert all(blame(int(end.status))[1] == UNTRUE for end in ends)
-    assert int(ends[0].status) == (UNTRUE << 16) + 2
+    assert all(blame(int(end.status))[1] == INVALID for end in ends)
+    assert int(ends[0].status) == (INVALID << 16) + 2
     assert all(bool(merge.out.isnan().any()) for merge in merged)
 
 

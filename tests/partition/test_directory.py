@@ -225,5 +225,5 @@ def test_a_block_that_nobody_has_is_not_shared_and_its_content_stays_known() -> 
     columns = directory_columns(again)
     columns["blocks"] = columns["blocks"].clone()
     columns["blocks"][3:6] = columns["blocks"][3:6].flip(0)  # those of b
-    with pytest.raises(ValueError, match="'b' says of a block"):
+    with pytest.raises(ValueError, match="'b' has another content hash"):
         directory_of(columns, empty(), world_size=4, capacity=9)

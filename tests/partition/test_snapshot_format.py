@@ -407,7 +407,7 @@ def test_blocks_that_say_the_same_must_be_the_same(tmp_path: Path) -> None:
     manifest = written(tmp_path)
     first, second = manifest.documents
     one, other = bytes([1]) * 32, bytes([2]) * 32
-    says_same = "block 0 says what another one says, and differs"
+    same_content = "block 0 has the content hash of another block, but other records"
 
     def accepted(first: SavedDocument, second: SavedDocument) -> Manifest:
         raw = encode_manifest(replace(manifest, documents=(first, second)))
@@ -423,11 +423,11 @@ def test_blocks_that_say_the_same_must_be_the_same(tmp_path: Path) -> None:
         replace(twin, entries=second.entries),
         replace(twin, index=second.index),
     ):
-        with pytest.raises(ValueError, match=says_same):
+        with pytest.raises(ValueError, match=same_content):
             accepted(first, wrong)
-    with pytest.raises(ValueError, match="block 1 says"):
+    with pytest.raises(ValueError, match="block 1 has the content hash"):
         accepted(first, replace(twin, contents=one + one))
-    with pytest.raises(ValueError, match="block 0 says"):
+    with pytest.raises(ValueError, match="block 0 has the content hash"):
         accepted(replace(twin, name="a"), replace(first, name="ü", contents=other))
 
 

@@ -31,7 +31,7 @@ from qroam.partition.layout import (
     Stream,
     Yarn,
 )
-from qroam.partition.placement import Placement, Policy
+from qroam.partition.placement import Placement, PlacementPolicy
 from qroam.partition.presets import mla, mlra, uniform_model
 from qroam.runtime.config import IndexPlacement, RuntimeConfig
 from qroam.runtime.cost.predicate import Mode
@@ -93,7 +93,7 @@ class Case:
     documents: tuple[int, ...] = (40, 21, 16)
     prefilled: int = 0
     chunk: int = 11
-    policy: Policy = "block-cyclic"
+    policy: PlacementPolicy = "block-cyclic"
     run: int = 1
     copies: int = 1
     index_placement: IndexPlacement = "with-blocks"

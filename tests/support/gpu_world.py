@@ -23,6 +23,7 @@ from torch import Tensor
 from qroam.kernels import reference
 from qroam.kernels.decide import FETCH, LOCAL, ROUTE
 from qroam.kernels.fetch import fetch
+from qroam.kernels.limits import DTYPES
 from qroam.kernels.plan import Plan
 from qroam.kernels.pool_layout import PoolLayout
 from qroam.partition.directory import Directory, empty_directory, with_document
@@ -34,7 +35,6 @@ from qroam.runtime.cost.predicate import Mode
 from qroam.runtime.gpu import backend as gpu_rank
 from qroam.runtime.gpu import leases
 from qroam.runtime.gpu.backend import GpuRank
-from qroam.runtime.gpu.limits import DTYPES
 from qroam.runtime.gpu.pool import GpuPool
 from qroam.runtime.transport.base import Transport
 from qroam.runtime.world import entry_codec, entry_slots

@@ -17,7 +17,7 @@ import torch
 from ranks import _connect
 from torch import Tensor
 
-from qroam.partition.placement import Placement, Policy
+from qroam.partition.placement import Placement, PlacementPolicy
 from qroam.partition.presets import mla, uniform_model
 from qroam.runtime import PeerError, Runtime, RuntimeConfig
 from qroam.runtime.transport.base import Transport
@@ -31,7 +31,7 @@ class Life(NamedTuple):
     """Facts of one life. `first_pause_s` is not part of it: the killer keeps the time."""
 
     world: int
-    policy: Policy
+    policy: PlacementPolicy
     copies: int
 
 
