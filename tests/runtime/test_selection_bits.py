@@ -17,7 +17,7 @@ from qroam.partition.layout import IndexLayout, Layout
 from qroam.partition.placement import PLACEMENT_POLICIES, Placement
 from qroam.partition.presets import mla, uniform_model
 from qroam.runtime import Runtime, RuntimeConfig
-from qroam.runtime.cpu import step
+from qroam.runtime.cpu import select
 from qroam.runtime.transport.base import Transport
 
 B, TOP_K = 8, 45
@@ -117,7 +117,7 @@ def selected(
         scores.last, chosen = merge_topk(score, ids, k)
         return scores.last, chosen
 
-    monkeypatch.setattr(step, "merge_topk", keep)
+    monkeypatch.setattr(select, "merge_topk", keep)
 
     def worker(transport: Transport) -> Scored:
         config = RuntimeConfig(
