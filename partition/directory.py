@@ -17,6 +17,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from .bounds import MAX_DOCUMENTS, MAX_POSITION, MAX_QUOTA, MAX_TOKENS, whole
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
@@ -181,8 +183,9 @@ def with_document(
     num_blocks = -(-tokens // block_tokens)
     if name in directory.documents:
         raise ValueError(f"document {name!r} exists already")
-    if tokens <= 0 or position < 0:
-        raise ValueError(f"document {name!r}: needs tokens > 0 and position >= 0")
+    check_extent(name, tokens, position)
+    if len(directory.documents) >= MAX_DOCUMENTS:
+        raise ValueError(f"document {name!r}: there are {MAX_DOCUMENTS} documents already")
     if len(hashes) not in (0, tokens // block_tokens):
         raise ValueError(f"document {name!r}: {len(hashes)} hashes for {tokens} tokens")
     quota, held = directory.quotas.get(group), directory.group_blocks(group)
@@ -223,6 +226,12 @@ def with_document(
         serial=directory.serial + 1,
         version=changed_version(directory, f"add {document!r}", where),
     )
+
+
+def check_extent(name: str, tokens: int, position: int) -> None:
+    """Raise ValueError unless a document has tokens, all at positions up to `MAX_POSITION`."""
+    whole(tokens, f"tokens of document {name!r}", 1, MAX_TOKENS)
+    whole(position, f"position of document {name!r}", 0, MAX_POSITION - tokens + 1)
 
 
 def without_document(directory: Directory, name: str) -> Directory:
@@ -272,10 +281,10 @@ def with_quota(directory: Directory, group: str, blocks: int | None) -> Director
 
     A quota below what the group has only keeps it from adding more.
 
-    Raises: ValueError if the bound is negative.
+    Raises: ValueError unless the bound is a whole number in [0, `MAX_QUOTA`].
     """
-    if blocks is not None and blocks < 0:
-        raise ValueError(f"group {group!r}: a quota must not be negative, got {blocks}")
+    if blocks is not None:
+        blocks = whole(blocks, f"the quota of group {group!r}", 0, MAX_QUOTA)
     quotas = {name: bound for name, bound in directory.quotas.items() if name != group}
     if blocks is not None:
         quotas[group] = blocks

@@ -20,11 +20,9 @@ import msgpack
 import torch
 from torch import Tensor
 
+from .bounds import MAX_POSITION, MAX_QUOTA, MAX_SERIAL, MAX_TOKENS, is_name, is_whole
 from .directory import Directory, Document, hashed_of
 from .prefix_hash import CONTENT_BYTES, split_contents
-
-_MAX_NAME = 256  # characters, of a document or a group
-_MAX_NUMBER = 1 << 62
 
 
 def directory_columns(directory: Directory) -> dict[str, Tensor]:
@@ -159,20 +157,26 @@ def _head(raw: bytes, most: int) -> tuple[int, int, list[Any], list[Any]]:
 def _is_quota(item: object) -> bool:
     match item:
         case [str(group), blocks]:
-            return len(group) <= _MAX_NAME and _are_numbers(blocks)
+            return is_name(group) and is_whole(blocks, 0, MAX_QUOTA)
     return False
 
 
 def _is_document(item: object) -> bool:
     match item:
-        case [str(name), str(group), int(tokens), *numbers, bool(), bytes()]:
-            known = len(numbers) == 3 and _are_numbers(tokens, *numbers) and 0 < tokens < 2**31
-            return known and max(len(name), len(group)) <= _MAX_NAME
+        case [str(name), str(group), tokens, position, serial, shared, bool(), bytes()]:
+            return (
+                is_name(name)
+                and is_name(group)
+                and is_whole(tokens, 1, MAX_TOKENS)
+                and is_whole(position, 0, MAX_POSITION)
+                and is_whole(serial, 0, MAX_SERIAL)
+                and is_whole(shared, 0, MAX_TOKENS)
+            )
     return False
 
 
 def _are_numbers(*values: object) -> bool:
-    return all(type(value) is int and 0 <= value < _MAX_NUMBER for value in values)
+    return all(is_whole(value, 0, MAX_SERIAL) for value in values)
 
 
 def _check_places(

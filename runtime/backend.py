@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, Protocol
 from torch import Tensor
 
 from .cost.predicate import Mode
+from .exchanger import Answer
 from .observe.explain import LastStep
 from .scope import Scope, Selection
 from .transport.messages import Header, Message
@@ -70,6 +71,10 @@ class Backend(Protocol):
 
         Raises: CoverageError unless every answer covers just what was asked; PeerError.
         """
+        ...
+
+    def answers(self) -> Mapping[str, Answer]:
+        """What a service answers to each kind of request."""
         ...
 
     def flush(self, header: Header, visitors: Sequence[Message | None]) -> None:

@@ -182,11 +182,13 @@ class RuntimeConfig:
         copies = self.max_blocks * self.num_branches * self.placement.copies
         return -(-copies // world_size)
 
-    def check_world(self, world_size: int, incarnation: int) -> None:
-        """Raises: ValueError if a world of that many ranks, in that incarnation, cannot have this
-        config."""
+    def check_incarnation(self, incarnation: int) -> None:
+        """Raises: ValueError if a world with this config does not go on in that incarnation."""
         if incarnation and self.device == "cuda":
             raise ValueError("a world with entries on GPUs is not rejoined: its incarnation is 0")
+
+    def check_world(self, world_size: int) -> None:
+        """Raises: ValueError if a world of that many ranks cannot have this config."""
         if self.placement.copies > world_size:
             raise ValueError(
                 f"{self.placement.copies} copies need as many ranks, the world has {world_size}"

@@ -25,11 +25,6 @@ Answer = Callable[[Message], Mapping[str, Tensor]]  # what a rank answers when i
 class Exchanger(Protocol):
     """Asks other ranks and brings their answers."""
 
-    @property
-    def asks_all(self) -> bool:
-        """Whether every rank takes part in every exchange, asked for something or not."""
-        ...
-
     def attempt(self, ask: Callable[[], T]) -> T:
         """The result of `ask`, which plans and makes one exchange. Ranks that wait for
         this one learn what it raises; it may be called again where another rank can be asked instead.
@@ -58,6 +53,10 @@ class Exchanger(Protocol):
 
         Returns: what each rank asked, if all take part; otherwise nothing.
         """
+        ...
+
+    def recipients(self, wanted: Callable[[], Tensor]) -> Tensor | None:
+        """Which ranks get a question that concerns those that `wanted` computes, (W,) bool; None: all."""
         ...
 
     def unreachable(self) -> Mapping[int, PeerError]:

@@ -26,8 +26,6 @@ T = TypeVar("T")
 class Lockstep:
     """The exchanger of a world outside of services."""
 
-    asks_all = True
-
     def __init__(self, world: World) -> None:
         self._world = world
 
@@ -65,21 +63,20 @@ class Lockstep:
         with stats.phase("wait"):
             given = transport.collect(reply)
         self._check(given)
-        world.progress.answered = header
+        world.progress.finish(header)
         return own, given
 
     def settle(self, header: Header, columns: Sequence[Column] = ()) -> list[Message | None]:
         """Ask everyone, and take the writes of all peers; returns what they ask."""
         world = self._world
-        world.progress.epoch += 1
-        world.progress.answered = None
+        world.progress.begin()
         before = world.writes.begin_step(header.layer)
         with world.stats.phase("send"):
             world.transport.post(header, [*columns, *world.writes.drain(header.layer)])
         with world.stats.phase("wait"):
             visitors = world.transport.collect(header)
         world.writes.confirm(before)  # who takes this step took the writes of the last one
-        world.tables.settled = world.directory
+        world.tables.settle()
         with world.stats.phase("answer"):
             self._check(visitors)
             for rank, visitor in enumerate(visitors):
@@ -88,6 +85,9 @@ class Lockstep:
                         world.writes.apply(visitor)
         world.backend.flush(header, visitors)
         return visitors
+
+    def recipients(self, wanted: Callable[[], Tensor]) -> None:
+        """Everyone: all ranks take part in every exchange."""
 
     def unreachable(self) -> Mapping[int, PeerError]:
         """Nobody: a lost rank ends the world's steps."""
@@ -116,11 +116,14 @@ def begin_service(world: World) -> None:
 
     Raises: PeerError naming who died, stalled, or has other tables.
     """
-    world.progress.epoch += 1
+    world.progress.begin()
     header = world.header("serve", layer=0)
     world.transport.post(header)
-    world.transport.collect(header)
-    world.tables.settled = world.directory
+    for rank, message in enumerate(world.transport.collect(header)):
+        if message is not None:
+            with world.transport.blaming(rank):
+                world.check_columns(message)
+    world.tables.settle()
     world.writes.confirm()
 
 

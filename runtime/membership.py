@@ -47,7 +47,7 @@ class Membership:
         """Raises: ValueError unless the incarnation is above the last one. RuntimeError if the default
         process group is to be used and is that of the former incarnation."""
         last = self._world.transport.incarnation
-        if not isinstance(incarnation, int) or incarnation <= last:
+        if type(incarnation) is not int or incarnation <= last:
             raise ValueError(f"incarnation must be a number above {last}, got {incarnation!r}")
         group = default_group()
         if transport is None and group is not None and group is self._default_group:

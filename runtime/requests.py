@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..partition.bounds import MAX_TOKENS, whole
 from ..partition.directory import Document
 from .config import RuntimeConfig
 from .scope import Attached, Request
@@ -47,11 +48,11 @@ class Requests:
         Raises: ValueError if `start` is not one of them.
         """
         shared = document.shared * self._config.block_tokens
-        start = shared if start is None else start
-        if not shared <= start < document.tokens:
+        name = f"start in document {document.name!r}"
+        start = shared if start is None else whole(start, name, shared, document.tokens - 1)
+        if start >= document.tokens:
             raise ValueError(
-                f"start must be in [{shared}, {document.tokens}) of document {document.name!r}, "
-                f"got {start}"
+                f"document {document.name!r} shares all of its blocks: none is written"
             )
         request = Request(
             attached=attached,
@@ -70,7 +71,8 @@ class Requests:
         Raises: ValueError if the request or the private pool has no room; nothing changes then.
         """
         first, block_tokens = request.length, self._config.block_tokens
-        if tokens < 1 or first + tokens > request.capacity:
+        tokens = whole(tokens, "the number of tokens to append", 1, MAX_TOKENS)
+        if first + tokens > request.capacity:
             raise ValueError(
                 f"cannot append {tokens} tokens: room for {request.capacity - first} is left"
             )
@@ -102,6 +104,8 @@ class Requests:
 
     def check(self, request: Request) -> None:
         """Raises: ValueError unless the request is one of these."""
+        if not isinstance(request, Request):
+            raise ValueError(f"a request is expected, got {type(request).__name__}")
         if not request.is_open or request not in self.open:
             raise ValueError("the request was released, or belongs to another runtime")
 

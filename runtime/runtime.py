@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..partition.bounds import MAX_TOKENS, whole
 from ..partition.directory import Document, with_pin, with_quota, without_document
 from ..partition.eviction import POLICIES, Policy
 from .config import RuntimeConfig
+from .copies import lost_blocks
 from .corpus.document_copy import answer_copies, copy_document
-from .corpus.documents import Wanted, added, content, make_room, publish, published_content
+from .corpus.documents import added, content, make_room, publish, published_content
 from .corpus.rejoin import rejoin
 from .corpus.restore import RestoreReport, restore
 from .corpus.snapshot import PendingSnapshot, SnapshotReport, begin_snapshot, finish_snapshot
 from .corpus.verify import BlockCheck, check_blocks
 from .cost.predicate import Mode
-from .cpu.answer import answers
 from .cpu.backend import CpuBackend
-from .cpu.copies import lost_blocks
 from .errors import PeerError, SnapshotError
 from .lockstep import Lockstep, agreed_step, step
 from .membership import Membership
@@ -104,6 +104,7 @@ class Runtime:
             rank if the lanes do not cover all heads once, or instances are of unequal sizes; or if
             entries are to be on GPUs, and a rank has none of its own, or a package is missing.
         """
+        config.check_incarnation(incarnation)
         with joined_lane(config, transport, heads, incarnation) as joined:
             world = opened_world(*joined)
             if incarnation:
@@ -203,7 +204,7 @@ class Runtime:
         name: str,
         *,
         tokens: int | None = None,
-        token_ids: Sequence[int] | None = None,
+        token_ids: Sequence[int] | Tensor | None = None,
         salt: str | None = None,
         position: int = 0,
         load: Tensor | None = None,
@@ -213,9 +214,9 @@ class Runtime:
 
         Args:
             tokens: how many, if `token_ids` are not given.
-            token_ids: what the document says. Its leading blocks are then shared with a document
-                that says the same up to there, at the same position with the same salt; `shared` of
-                the result counts them, and whoever stored them first writes them.
+            token_ids: the document's tokens, a sequence or a tensor. Its leading blocks are then shared
+                with a document that begins alike, at the same position with the same salt; `shared`
+                of the result counts them, and the document that stored them first writes them.
             salt: all else that entries depend on, such as what the prefill attends to.
             position: canonical position of its first token.
             load: expected load of each block, for the `balanced` placement.
@@ -224,15 +225,15 @@ class Runtime:
         """
         self._check_tables_may_change()
         world = self._world
-        tokens, hashes = content(world.config, name, tokens, token_ids, salt, position, group)
+        new = content(world.config, name, tokens, token_ids, salt, position, group)
         directory = added(
             world,
             world.directory,
             name,
-            tokens=tokens,
-            position=position,
+            tokens=new.tokens,
+            position=new.position,
             load=load,
-            hashes=hashes,
+            hashes=new.hashes,
             group=group,
         )
         world.adopt(directory)
@@ -278,7 +279,7 @@ class Runtime:
         name: str,
         *,
         tokens: int | None = None,
-        token_ids: Sequence[int] | None = None,
+        token_ids: Sequence[int] | Tensor | None = None,
         salt: str | None = None,
         position: int = 0,
         group: str = "",
@@ -294,12 +295,11 @@ class Runtime:
         """
         self._check_tables_may_change()
         config, in_use = self.config, self._requests.documents()
-        tokens, hashes = content(config, name, tokens, token_ids, salt, position, group)
+        wanted = content(config, name, tokens, token_ids, salt, position, group)
         if name in self._world.directory.documents:
             raise ValueError(f"document {name!r} exists already")
         if policy not in POLICIES:
             raise ValueError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
-        wanted = Wanted(name, tokens, group, hashes)
         with agreed_step(self._world):
             return make_room(self._world, wanted, policy=policy, in_use=in_use)
 
@@ -308,7 +308,7 @@ class Runtime:
         name: str,
         request: Request | None,
         *,
-        token_ids: Sequence[int] | None = None,
+        token_ids: Sequence[int] | Tensor | None = None,
         salt: str | None = None,
         group: str = "",
     ) -> Document:
@@ -464,7 +464,8 @@ class Runtime:
         if (documents is None) == (requests is None):
             raise ValueError("give either documents or requests")
         if documents is not None:
-            at = torch.zeros(queries, dtype=torch.int32)
+            count = whole(queries, "queries", 0, MAX_TOKENS)
+            at = torch.zeros(count, dtype=torch.int32)
             attached = check_attached(self._world, documents)
             return scope_of(attached, None, at, block_tokens=block_tokens)
         scopes = []
@@ -512,7 +513,10 @@ class Runtime:
         return world.exchanger.attempt(lambda: select(top_k=count, unit_tokens=unit_tokens))
 
     def selection(self, ids: Tensor, scope: Scope, *, unit_tokens: int = 1) -> Selection:
-        """A selection made elsewhere: unit ids (Q, K) or (Q, G, K) int32, -1 padding."""
+        """A selection made elsewhere: unit ids (Q, K) or (Q, G, K) int32, -1 padding.
+
+        It is checked when it is attended to.
+        """
         return Selection(ids, unit_tokens, scope)
 
     def attend(
@@ -540,7 +544,7 @@ class Runtime:
             not learn of it and wait for this rank: it calls `idle_attend`, or attends something else.
         """
         self._check_connected()
-        world, way = self._world, mode or self.config.mode
+        world, way = self._world, self.config.mode if mode is None else mode
         check_attend(world, layer, query, selection, sink=sink, mode=way)
         world.backend.check_attend(selection, way)
         self._touch(selection.scope)
@@ -583,7 +587,8 @@ class Runtime:
         world.backend.require("serve")
         check_count(max_requests, "max_requests")
         check_count(max_bytes, "max_bytes")
-        return start_service(world, answers(world), max_requests=max_requests, max_bytes=max_bytes)
+        answers = world.backend.answers()
+        return start_service(world, answers, max_requests=max_requests, max_bytes=max_bytes)
 
     def avoid(self, ranks: Collection[int]) -> None:
         """Ask replicas instead of these ranks from the next step on, where there are any. Ranks that
@@ -591,12 +596,13 @@ class Runtime:
 
         Raises: ValueError for a rank outside the world or this one; nothing changes then.
         """
-        wrong = [rank for rank in ranks if not 0 <= rank < self.world_size or rank == self.rank]
+        others = set(range(self.world_size)) - {self.rank}
+        wrong = [rank for rank in ranks if type(rank) is not int or rank not in others]
         if wrong:
             raise ValueError(
                 f"rank {self.rank} cannot avoid {wrong} in a world of {self.world_size}"
             )
-        self._world.tables.avoided = frozenset(ranks)
+        self._world.tables.avoid(ranks)
 
     def lost_blocks(self) -> dict[str, tuple[range, ...]]:
         """By document, the runs of its blocks that no rank that can be asked has a copy of, counted
@@ -724,7 +730,7 @@ def opened_world(config: RuntimeConfig, transport: Transport, sent_before: Sent)
 
     Raises: as `Runtime.open`.
     """
-    config.check_world(transport.world_size, transport.incarnation)
+    config.check_world(transport.world_size)
     if config.device == "cpu":
         return World(
             config, transport, exchanger=Lockstep, backend=CpuBackend, sent_before=sent_before
@@ -733,11 +739,16 @@ def opened_world(config: RuntimeConfig, transport: Transport, sent_before: Sent)
     from .gpu.open import open_gpu
 
     opened = open_gpu(config, transport)
-    return World(
-        config,
-        transport,
-        exchanger=Lockstep,
-        backend=partial(GpuBackend, opened=opened),
-        storage=opened.pool.storage(),
-        sent_before=sent_before,
-    )
+    try:
+        return World(
+            config,
+            transport,
+            exchanger=Lockstep,
+            backend=partial(GpuBackend, opened=opened),
+            storage=opened.pool.storage(),
+            sent_before=sent_before,
+        )
+    except BaseException:
+        if opened.shared is not None:
+            opened.shared.close(abort=True)
+        raise

@@ -17,7 +17,7 @@ from ..partition.pool import Kind
 from .config import RuntimeConfig
 
 
-class Incarnation(NamedTuple):
+class PastWorld(NamedTuple):
     """Which rank of how many this one was in an incarnation of the world, and its directory then."""
 
     rank: int
@@ -44,7 +44,7 @@ class Tables:
             world_size=world_size,
         )
         self.settled = self.directory
-        self.former: Incarnation | None = None
+        self.former: PastWorld | None = None
         self.avoided: frozenset[int] = frozenset()
         self._is_whole = True  # every block in use has all of its copies
         self._weights_mark = 0
@@ -60,6 +60,18 @@ class Tables:
         held = (directory.owners >= 0).view(self._config.max_blocks, -1)
         self._is_whole = bool(held[directory.references > 0].all())
         self.former = None
+
+    def settle(self) -> None:
+        """All ranks took a step with the directory of now."""
+        self.settled = self.directory
+
+    def remember(self, former: PastWorld) -> None:
+        """`former` was the world until now; it stands until the directory changes."""
+        self.former = former
+
+    def avoid(self, ranks: Iterable[int]) -> None:
+        """Ask these ranks only where nobody else has a copy, instead of those named before."""
+        self.avoided = frozenset(ranks)
 
     def reconnect(self, rank: int, world_size: int) -> None:
         """Be another rank perhaps, in a world of another size."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..partition.bounds import MAX_NAME_CHARS, MAX_POSITION, is_name, whole
 from ..partition.directory import Document
 from ..partition.layout import Layout, ModelLayout
 from .cost.predicate import MODES
@@ -40,9 +41,12 @@ def check_tensor(
 
 
 def check_name(name: object, what: str) -> str:
-    """A text of at most 256 characters."""
-    if not isinstance(name, str) or len(name) > 256:
-        raise ValueError(f"a {what}'s name must be a string of up to 256 characters, got {name!r}")
+    """A text of at most `MAX_NAME_CHARS` characters that UTF-8 can encode."""
+    if not is_name(name):
+        raise ValueError(
+            f"a {what}'s name must be a string of up to {MAX_NAME_CHARS} characters without lone "
+            f"surrogates, got {name!r}"
+        )
     return name
 
 
@@ -51,8 +55,8 @@ def check_attachment(item: object) -> tuple[str, int | None]:
     match item:
         case str():
             return item, None
-        case (str(name), int(position)) if 0 <= position < 2**31:
-            return name, position
+        case (str(name), position) if not isinstance(position, str):
+            return name, whole(position, f"position >= 0 of document {name!r}", 0, MAX_POSITION)
     raise ValueError(f"a document is attached by name or (name, position >= 0), got {item!r}")
 
 
@@ -131,6 +135,8 @@ def check_sources(world: World, sources: Sequence[Document | Request]) -> None:
 
 def check_scope(world: World, scope: Scope, queries: int) -> None:
     """A scope made for that many queries, of documents and requests that are still there."""
+    if not isinstance(scope, Scope):
+        raise ValueError(f"scope must be one of `Runtime.scope`, got {type(scope).__name__}")
     if (
         len(scope.runs) != queries
         or scope.runs.dim() != 3
@@ -149,7 +155,12 @@ def check_scope(world: World, scope: Scope, queries: int) -> None:
 
 def check_selection(world: World, layout: Layout, selection: Selection, queries: int) -> None:
     """Distinct, visible units of that many queries; ids only if the config says `checked`."""
+    if not isinstance(selection, Selection) or not isinstance(selection.ids, Tensor):
+        what = getattr(selection, "ids", selection)
+        raise ValueError(f"a selection has ids in a tensor, got {type(what).__name__}")
     ids, unit, block = selection.ids, selection.unit_tokens, world.config.block_tokens
+    if type(unit) is not int:
+        raise ValueError(f"unit_tokens must be a whole number, got {unit!r}")
     if ids.dtype != torch.int32 or ids.dim() not in (2, 3) or len(ids) != queries:
         raise ValueError(
             f"selection ids must be int32 ({queries}, K) or ({queries}, G, K), "
@@ -186,8 +197,8 @@ def check_selection(world: World, layout: Layout, selection: Selection, queries:
 
 def check_layer(model: ModelLayout, layer: int) -> Layout:
     """The layout of a layer that the model has."""
-    if not isinstance(layer, int) or not 0 <= layer < len(model.layers):
-        raise ValueError(f"layer must be in [0, {len(model.layers)}), got {layer}")
+    if type(layer) is not int or not 0 <= layer < len(model.layers):
+        raise ValueError(f"layer must be in [0, {len(model.layers)}), got {layer!r}")
     return model.layers[layer]
 
 
@@ -259,15 +270,14 @@ def check_select(
         raise ValueError(f"layer {layer} ({layout.name!r}) has no indexer")
     check_tensor(query, "index query", (None, index.heads, index.head_dim), config.dtype)
     check_tensor(weights, "index weights", (len(query), index.heads), None)
-    whole = isinstance(unit_tokens, int) and unit_tokens >= 1
-    if not whole or config.block_tokens % unit_tokens:
+    if type(unit_tokens) is not int or unit_tokens < 1 or config.block_tokens % unit_tokens:
         raise ValueError(
             f"unit_tokens must divide block_tokens {config.block_tokens}, got {unit_tokens}"
         )
     check_scope(world, scope, len(query))
     count = index.top_k if top_k is None else top_k
-    if not isinstance(count, int) or not 1 <= count <= MAX_TOP_K:
-        raise ValueError(f"top_k must be in [1, {MAX_TOP_K}], got {count}")
+    if type(count) is not int or not 1 <= count <= MAX_TOP_K:
+        raise ValueError(f"top_k must be in [1, {MAX_TOP_K}], got {count!r}")
     if config.checked and not bool(query.isfinite().all() & weights.isfinite().all()):
         raise ValueError("index queries and weights must be finite")
     return count
@@ -299,5 +309,5 @@ def check_attend(
 
 def check_count(value: object, name: str) -> None:
     """A whole number of at least 1."""
-    if not isinstance(value, int) or value < 1:
+    if type(value) is not int or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")

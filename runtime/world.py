@@ -4,7 +4,7 @@ tables     who owns what, as all ranks agreed                (tables.py)
 stores     the blocks kept here, their slots and leases      (stores.py)
 writes     rows on their way into blocks, here or elsewhere  (writes.py)
 stats      every counter                                     (observe/stats.py)
-progress   how far the steps of the whole world have come    (written by lockstep.py)
+progress   how far the steps of the whole world have come    (`Progress`)
 exchanger  how ranks are asked                               (lockstep.py or service/server.py)
 backend    what is done with entries                         (cpu/backend.py or gpu/backend.py)
 """
@@ -53,6 +53,18 @@ class Progress:
         """Count on from this epoch, that all ranks have agreed on."""
         self.epoch, self.answered = epoch, None
 
+    def begin(self) -> None:
+        """One more step; no exchange in it is over yet."""
+        self.restart(self.epoch + 1)
+
+    def finish(self, header: Header) -> None:
+        """Everyone was answered in the exchange of `header`."""
+        self.answered = header
+
+    def forget(self) -> None:
+        """Something else happened since the last exchange."""
+        self.answered = None
+
 
 class World:
     """A rank's transport, tables, stores and weights. Made by `Runtime.open`."""
@@ -77,7 +89,6 @@ class World:
         self.transport = transport
         self.rank, self.world_size = transport.rank, transport.world_size
         self._sent_before = sent_before or transport.counted()
-        config.check_world(self.world_size, transport.incarnation)
         layers = config.model.layers
         self.tables = Tables(config, self.rank, self.world_size)
         self.stores = Stores(config, self.world_size, storage)
@@ -133,6 +144,11 @@ class World:
         """Raise ValueError for columns that messages of its kind do not have (`transport/schema.py`)."""
         check_columns(message, payload=self.config.dtype, compute=self.compute_dtype)
 
+    def ask_by(self, exchanger: Exchanger) -> Exchanger:
+        """Ask through another exchanger from now on; returns the one before."""
+        self.exchanger, before = exchanger, self.exchanger
+        return before
+
     def take_weights(self, layer: int, weights: LayerWeights) -> None:
         """Keep a layer's weights. Their mark joins the table version: ranks that differ are named."""
         self.exchanger.check_tables_may_change()
@@ -165,7 +181,7 @@ class World:
         self.usage.keep({document.serial for document in directory.documents.values()})
 
     def reconnect(self, transport: Transport, sent_before: Sent) -> None:
-        """Speak through another transport, as another rank perhaps: what is here stays, what was
+        """Use another transport, as another rank perhaps: what is here stays, what was
         counted by rank begins anew.
         """
         self.transport, self._sent_before = transport, sent_before

@@ -33,10 +33,22 @@ import struct
 from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import msgpack
 
+from ..bounds import (
+    MAX_BLOCK_TOKENS,
+    MAX_BRANCHES,
+    MAX_DOCUMENTS,
+    MAX_ENTRY_BYTES,
+    MAX_LAYERS,
+    MAX_POSITION,
+    MAX_QUOTA,
+    MAX_TOKENS,
+    is_name,
+    is_whole,
+)
 from ..codec import Codec
 from ..layout import Layout
 from ..pool import KINDS, Kind
@@ -51,9 +63,17 @@ UNCLOSED = bytes(HASH_BYTES)
 _MAGIC = b"qroamsn1"  # version 1
 _PREFIX = struct.Struct("<8sI32s")
 _FILE_NAME = re.compile(r"[0-9a-f]{8}-[0-9]{5}-(entries|index)-[0-9]{5}\.safetensors", re.ASCII)
-_NUMBERS = {"sequence": (1, 1 << 53), "block_tokens": (1, 1 << 20), "num_branches": (1, 1 << 10)}
-_LISTS = {"layers": 1 << 12, "files": 1 << 20, "documents": 1 << 20, "quotas": 1 << 20}
-_MAX_NAME = 256  # characters, of a document or a group
+_NUMBERS = {
+    "sequence": (1, (1 << 53) - 1),
+    "block_tokens": (1, MAX_BLOCK_TOKENS),
+    "num_branches": (1, MAX_BRANCHES),
+}
+_LISTS = {
+    "layers": MAX_LAYERS,
+    "files": 1 << 20,
+    "documents": MAX_DOCUMENTS,
+    "quotas": MAX_DOCUMENTS,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -373,7 +393,7 @@ def _header(raw: memoryview, where: str) -> dict[str, Any]:
     if not isinstance(head, dict) or head.keys() != known:
         raise fault(where, "header", f"must have the fields {sorted(known)}")
     for name, (low, high) in _NUMBERS.items():
-        if not _is_whole(head[name], low, high):
+        if not is_whole(head[name], low, high):
             raise fault(
                 where, name, f"{_shown(head[name])} is not a whole number in [{low}, {high})"
             )
@@ -387,8 +407,8 @@ def _layer(where: str, at: int, item: object) -> LayerForm:
     match item:
         case (str(entries), entry_bytes, str(index), index_bytes):
             if (
-                _is_whole(entry_bytes, 1, 1 << 24)
-                and _is_whole(index_bytes, 0, 1 << 24)
+                is_whole(entry_bytes, 1, MAX_ENTRY_BYTES)
+                and is_whole(index_bytes, 0, MAX_ENTRY_BYTES)
                 and bool(index) == bool(index_bytes)
             ):
                 return LayerForm(
@@ -399,7 +419,7 @@ def _layer(where: str, at: int, item: object) -> LayerForm:
 
 def _file(where: str, at: int, item: object) -> tuple[str, Kind, int]:
     match item:
-        case (str(name), rows) if is_file_name(name) and _is_whole(rows, 1, 1 << 31):
+        case (str(name), rows) if is_file_name(name) and is_whole(rows, 1, (1 << 31) - 1):
             return name, "entries" if "-entries-" in name else "index", rows
     raise fault(where, f"files[{at}]", f"{_shown(item)} is not a file")
 
@@ -408,9 +428,10 @@ def _document(where: str, at: int, item: object) -> tuple[str, int, int, bool, s
     match item:
         case (str(name), tokens, position, bool(has_contents), str(group), bool(is_pinned)):
             if (
-                _is_whole(tokens, 1, 1 << 31)
-                and _is_whole(position, 0, 1 << 53)
-                and max(len(name), len(group)) <= _MAX_NAME
+                is_whole(tokens, 1, MAX_TOKENS)
+                and is_whole(position, 0, MAX_POSITION)
+                and is_name(name)
+                and is_name(group)
             ):
                 return name, tokens, position, has_contents, group, is_pinned
     raise fault(where, f"documents[{at}]", f"{_shown(item)} is not a document")
@@ -418,13 +439,9 @@ def _document(where: str, at: int, item: object) -> tuple[str, int, int, bool, s
 
 def _quota(where: str, at: int, item: object) -> tuple[str, int]:
     match item:
-        case (str(group), blocks) if len(group) <= _MAX_NAME and _is_whole(blocks, 0, 1 << 53):
+        case (str(group), blocks) if is_name(group) and is_whole(blocks, 0, MAX_QUOTA):
             return group, blocks
     raise fault(where, f"quotas[{at}]", f"{_shown(item)} is not a quota")
-
-
-def _is_whole(value: object, low: int, high: int) -> TypeGuard[int]:
-    return type(value) is int and low <= value < high
 
 
 def _shown(item: object) -> str:

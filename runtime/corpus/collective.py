@@ -47,7 +47,7 @@ def done(result: T) -> Future[T]:
     return future
 
 
-def flush(world: World, kind: str) -> None:
+def send_staged(world: World, kind: str) -> None:
     """Hand over all writes that were staged for copies elsewhere, and take those of the others."""
     for layer in range(len(world.config.model.layers)):
         settle(world, world.header(kind, layer=layer))

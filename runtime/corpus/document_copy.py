@@ -20,7 +20,7 @@ from ...partition.directory import Document
 from ...partition.layout import Rope
 from ...partition.pool import BlockStore
 from ...partition.rope import rotate
-from ..cpu.copies import blocks_lost
+from ..copies import blocks_lost
 from ..errors import CoverageError
 from ..tables import chosen_copy
 from ..transport.base import Column

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...partition.bounds import MAX_POSITION, MAX_TOKENS, whole
 from ...partition.directory import Directory, Document, with_document
 from ...partition.eviction import Policy, Use, evicted, ranked
 from ...partition.placement import place, place_at
@@ -24,49 +25,65 @@ from ..validate import check_name
 from ..world import World
 
 
-class Wanted(NamedTuple):
-    """A document to be added: how many tokens, whose quota it counts for, and its blocks' hashes."""
+class NewDocument(NamedTuple):
+    """A document to be added: its tokens and first position, whose quota it counts for, and the content
+    hashes of its full blocks, none if they are not known."""
 
     name: str
     tokens: int
+    position: int
     group: str
-    hashes: Sequence[bytes]
+    hashes: tuple[bytes, ...]
 
 
 def content(
     config: RuntimeConfig,
     name: str,
     tokens: int | None,
-    token_ids: Sequence[int] | None,
+    token_ids: Sequence[int] | Tensor | None,
     salt: str | None,
     position: int,
     group: str,
-) -> tuple[int, tuple[bytes, ...]]:
-    """How many tokens a document to be added has, and its blocks' hashes if it says what they are.
+) -> NewDocument:
+    """A document to be added, with its blocks' hashes if its tokens are given.
 
     Raises: ValueError for names, numbers or token ids that do not make a document.
     """
     check_name(name, "document")
     check_name(group, "group")
-    count = len(token_ids) if tokens is None and token_ids is not None else tokens
-    whole = isinstance(count, int) and isinstance(position, int)
-    if not whole or count is None or count < 1 or position < 0:
-        raise ValueError(
-            f"document {name!r}: needs whole tokens > 0 and position >= 0, got {count}, {position}"
-        )
-    if token_ids is None:
-        return count, ()
-    if len(token_ids) != count:
-        raise ValueError(f"document {name!r}: {len(token_ids)} token ids for {count} tokens")
-    block_tokens = config.block_tokens
-    return count, block_hashes(token_ids, block_tokens=block_tokens, position=position, salt=salt)
+    if salt is not None:
+        check_name(salt, "salt")
+    ids = None if token_ids is None else _whole_ids(name, token_ids)
+    count = whole(
+        len(ids) if tokens is None and ids is not None else tokens,
+        f"tokens of document {name!r}",
+        1,
+        MAX_TOKENS,
+    )
+    position = whole(position, f"position of document {name!r}", 0, MAX_POSITION - count + 1)
+    if ids is None:
+        return NewDocument(name, count, position, group, ())
+    if len(ids) != count:
+        raise ValueError(f"document {name!r}: {len(ids)} token ids for {count} tokens")
+    hashes = block_hashes(ids, block_tokens=config.block_tokens, position=position, salt=salt)
+    return NewDocument(name, count, position, group, hashes)
+
+
+def _whole_ids(name: str, token_ids: Sequence[int] | Tensor) -> list[int]:
+    """Token ids as a list of ints; a tensor, or an array of numpy, of them is taken too."""
+    listed = token_ids.tolist() if hasattr(token_ids, "tolist") else list(token_ids)
+    what = f"a token id of document {name!r}"
+    return [
+        token if type(token) is int and 0 <= token < 2**64 else whole(token, what, 0, 2**64 - 1)
+        for token in (listed if isinstance(listed, list) else [listed])
+    ]
 
 
 def published_content(
     world: World,
     name: str,
     request: Request,
-    token_ids: Sequence[int] | None,
+    token_ids: Sequence[int] | Tensor | None,
     salt: str | None,
     group: str,
 ) -> tuple[bytes, ...]:
@@ -82,7 +99,7 @@ def published_content(
     if missing is not None:
         raise ValueError(f"the request cannot be published: {missing} is not written")
     start = request.position - request.length
-    return content(world.config, name, request.length, token_ids, salt, start, group)[1]
+    return content(world.config, name, request.length, token_ids, salt, start, group).hashes
 
 
 def added(
@@ -199,7 +216,9 @@ def _unwritten(world: World, request: Request) -> str | None:
     return None
 
 
-def make_room(world: World, wanted: Wanted, *, policy: Policy, in_use: frozenset[str]) -> list[str]:
+def make_room(
+    world: World, wanted: NewDocument, *, policy: Policy, in_use: frozenset[str]
+) -> list[str]:
     """Remove documents until `wanted` can be added; returns their names. A step of the world.
 
     How much each is used, and whether it is `in_use` by an open request, is what all ranks send
@@ -207,7 +226,7 @@ def make_room(world: World, wanted: Wanted, *, policy: Policy, in_use: frozenset
 
     Raises: ValueError on every rank, and nothing changes, if there cannot be enough room.
     """
-    directory, (name, tokens, group, hashes) = world.directory, wanted
+    directory, (name, tokens, position, group, hashes) = world.directory, wanted
     uses = [world.usage.of(d.serial, world.progress.epoch) for d in directory.documents.values()]
     columns = {
         "last": torch.tensor([use.last for use in uses], dtype=torch.int64),
@@ -228,7 +247,9 @@ def make_room(world: World, wanted: Wanted, *, policy: Policy, in_use: frozenset
 
     def lacking(directory: Directory) -> str | None:
         try:
-            added(world, directory, name, tokens=tokens, position=0, hashes=hashes, group=group)
+            added(
+                world, directory, name, tokens=tokens, position=position, hashes=hashes, group=group
+            )
         except ValueError as error:
             return str(error)
         return None
@@ -284,7 +305,11 @@ def _published(world: World, rank: int, message: Message) -> tuple[Tensor, Tenso
     if well_formed and len(facts):
         tokens, position = facts.tolist()
         full = tokens // world.config.block_tokens * CONTENT_BYTES
-        well_formed = 0 < tokens <= most and 0 <= position < 2**31 and len(content) in (0, full)
+        well_formed = (
+            0 < tokens <= most
+            and 0 <= position <= MAX_POSITION - tokens + 1
+            and len(content) in (0, full)
+        )
     if not well_formed:
         raise world.transport.accuse(
             rank, "sent an invalid message: it publishes no document that can be"

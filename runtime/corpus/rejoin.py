@@ -36,7 +36,7 @@ from ...partition.repair import repaired
 from ...partition.snapshot.record import BATCH_BYTES
 from ..errors import PeerError
 from ..lockstep import broadcast, settle
-from ..tables import Incarnation
+from ..tables import PastWorld
 from ..transport.messages import Header, Message
 from ..world import World
 from ..writes import Push, Staged
@@ -52,8 +52,8 @@ class Former:
     stands until the rejoining succeeds, which may take more than one attempt.
     """
 
-    last: Incarnation
-    settled: Incarnation
+    last: PastWorld
+    settled: PastWorld
     epoch: int
     staged: Staged
 
@@ -62,7 +62,7 @@ class Former:
         """Of a world that lost its transport, or of `before` if it lost it while it was rejoining."""
         staged = world.writes.take_unconfirmed()
         if before is None:
-            last = Incarnation(world.rank, world.world_size, world.directory)
+            last = PastWorld(world.rank, world.world_size, world.directory)
             settled = last._replace(directory=world.tables.settled)
             return cls(last, settled, world.progress.epoch, staged)
         for kind, layers in before.staged.items():
@@ -70,7 +70,7 @@ class Former:
                 staged[kind][layer] = [*pushes, *staged[kind][layer]]
         return cls(before.last, before.settled, before.epoch, staged)
 
-    def candidates(self, world: World) -> tuple[Incarnation | None, ...]:
+    def candidates(self, world: World) -> tuple[PastWorld | None, ...]:
         """The incarnations that may go on, the last one first: all ranks have one of them in common."""
         return self.last, self.settled, world.tables.former
 
@@ -92,7 +92,7 @@ class _Facts(NamedTuple):
     serial: int
 
     @classmethod
-    def of(cls, one: Incarnation | None) -> _Facts:
+    def of(cls, one: PastWorld | None) -> _Facts:
         if one is None:
             return cls(-1, 0, 0, 0)
         return cls(one.rank, one.world_size, one.directory.version, one.directory.serial)
@@ -149,9 +149,10 @@ def rejoin(world: World, former: Former | None) -> None:
         )
     )
     if former is not None:
-        world.tables.former = former.settled = former.last
-        former.last = Incarnation(world.rank, world.world_size, world.directory)
-    world.tables.settled = world.directory
+        former.settled = former.last
+        world.tables.remember(former.last)
+        former.last = PastWorld(world.rank, world.world_size, world.directory)
+    world.tables.settle()
     for kind in KINDS:
         progress = _progress(world, kind)
         _refill(world, kind, progress)

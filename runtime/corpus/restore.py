@@ -24,10 +24,10 @@ from ...partition.snapshot.folder import (
 )
 from ...partition.snapshot.format import Manifest, SavedDocument, fault
 from ...partition.snapshot.record import closed, hash_table, is_known, put_records
-from ..cpu.copies import lost_blocks, runs_of
+from ..copies import lost_blocks, runs_of
 from ..errors import SnapshotError, in_words
 from ..world import World
-from .collective import flush, in_thread, share, together
+from .collective import in_thread, send_staged, share, together
 from .documents import added
 from .snapshot_parts import agree_on, check_forms, column_of, owner_of
 
@@ -55,7 +55,7 @@ def restore(world: World, folder: Path, only: frozenset[str] | None = None) -> R
     found: tuple[Manifest, bytes] | None = None
     before = directory = world.directory
     reason = ""
-    flush(world, "restore")  # what survivors have is compared with what was saved
+    send_staged(world, "restore")  # what survivors have is compared with what was saved
     try:
         if world.rank == 0:
             lock = FolderLock(folder, exclusive=False)

@@ -68,6 +68,7 @@ from ...partition.snapshot.format import (
     BlockFile,
     Manifest,
     check_located,
+    decode_manifest,
     encode_manifest,
     fault,
     split_hashes,
@@ -82,11 +83,11 @@ from ...partition.snapshot.record import (
     rows_within,
     take_records,
 )
-from ..cpu.copies import lost_blocks
+from ..copies import lost_blocks
 from ..errors import SnapshotError, in_words
 from ..lockstep import settle
 from ..world import World
-from .collective import done, flush, in_thread, together
+from .collective import done, in_thread, send_staged, together
 from .snapshot_parts import (
     Closed,
     Part,
@@ -149,7 +150,7 @@ def begin_snapshot(world: World, folder: Path) -> PendingSnapshot:
             f"snapshot {folder}: nobody has a copy of blocks {in_words(lost)}: restore these "
             "documents, or remove them, before the next snapshot"
         )
-    flush(world, "snapshot-begin")
+    send_staged(world, "snapshot-begin")
     lock: FolderLock | None = None
     found: tuple[Manifest, bytes] | None = None
     reason = ""
@@ -338,6 +339,9 @@ def _commit(folder: Path, manifest: Manifest) -> None:
     for file in manifest.files:
         if not has_size(folder, manifest, file):
             raise fault(str(folder / file.name), "size", "rank 0 does not see the whole file")
-    check_located(manifest, str(folder / MANIFEST))
-    write_manifest(folder, encode_manifest(manifest))
+    where = str(folder / MANIFEST)
+    check_located(manifest, where)
+    encoded = encode_manifest(manifest)
+    decode_manifest(encoded, where)  # what could not be read back must not replace the last one
+    write_manifest(folder, encoded)
     remove_unused(folder, manifest)

@@ -21,7 +21,7 @@ from ...partition.snapshot.record import (
     take_records,
 )
 from ..world import World
-from .collective import flush, in_thread, share, together
+from .collective import in_thread, send_staged, share, together
 from .snapshot_parts import column_of, owner_of
 
 
@@ -58,7 +58,7 @@ def check_blocks(world: World, sample: int | None) -> list[BlockCheck]:
 
     Returns: a check for each of them that is closed at any holder, the same list on every rank.
     """
-    flush(world, "verify")
+    send_staged(world, "verify")
     blocks = _sampled(world, sample)
     checks: list[BlockCheck] = []
     for kind in KINDS:

@@ -159,9 +159,14 @@ def all_local(demand: Demand) -> Decision:
     """What `decide` says where nobody else holds anything that is wanted, without pricing holders."""
     nothing = torch.zeros_like(demand.fair_units)
     free = torch.zeros(demand.fair_units.shape[1], dtype=torch.float64)
-    local = torch.where(demand.pairs_units > 0, int(Way.LOCAL), int(Way.NONE)).to(torch.int8)
+    listed = demand.pairs_units > 0
     return Decision(
-        way=local, margin=nothing, reason=local, predicted=free, route_s=free, fetch_s=free
+        way=torch.where(listed, int(Way.LOCAL), int(Way.NONE)).to(torch.int8),
+        margin=nothing,
+        reason=torch.where(listed, int(Reason.LOCAL), int(Reason.NONE)).to(torch.int8),
+        predicted=free,
+        route_s=free,
+        fetch_s=free,
     )
 
 

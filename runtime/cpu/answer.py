@@ -10,15 +10,12 @@ Letters: P routed pairs of one message, h heads of a branch, U listed units, F u
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from ...kernels import reference
 from ...kernels.coverage import coverage, mix, tagged
 from ...partition.layout import Form
-from ..exchanger import Answer
 from ..scope import MAX_OFFSETS, MAX_TOP_K
 from ..transport.messages import Message
 from ..transport.schema import FORMS, column
@@ -29,14 +26,6 @@ from .index import best_units
 from .plan import unit_entries
 
 _LISTED_BYTES = 128  # ids, indices, masks and their sorts, for one listed entry
-
-
-def answers(world: World) -> Mapping[str, Answer]:
-    """What is answered to each kind of request, for a service."""
-    return {
-        "select": lambda message: answer_select(world, message),
-        "attend": lambda message: answer_attend(world, message),
-    }
 
 
 def answer_attend(world: World, message: Message) -> dict[str, Tensor]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from ..backend import Ability, BackendCounts
 from ..cost.predicate import Mode
 from ..errors import coverage_error
+from ..exchanger import Answer
 from ..observe.decision_log import log_decisions
 from ..observe.explain import LastStep
 from ..scope import Scope, Selection
 from ..transport.messages import Header, Message
 from ..world import World
+from . import answer
 from .select import select_step
 from .step import attend_step
 
@@ -63,6 +65,13 @@ class CpuBackend:
             world.stats.failures["coverage"] += 1
             raise coverage_error(layer, result.complaints, branches=world.config.num_branches)
         return result.out
+
+    def answers(self) -> Mapping[str, Answer]:
+        world = self._world
+        return {
+            "select": lambda message: answer.answer_select(world, message),
+            "attend": lambda message: answer.answer_attend(world, message),
+        }
 
     def flush(self, header: Header, visitors: Sequence[Message | None]) -> None:
         """Others read nothing here: they ask."""

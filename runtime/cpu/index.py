@@ -41,7 +41,7 @@ def best_units(
     askable: Tensor | None = None,
 ) -> BestUnits:
     """Top units among the index keys held here; of blocks with copies, those that fall to this rank if
-    the requester can ask `askable` (`plan.chosen_copy`).
+    the requester can ask `askable` (`tables.chosen_copy`).
 
     With `offsets` (Q, R) of the runs, an index query meets the keys of a run rotated back by as much.
     """

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...kernels.coverage import coverage, to_int32
 from ..cost.predicate import Demand
+from ..tables import chosen_copy
 
 _NOWHERE = torch.iinfo(torch.int64).max
 
@@ -164,36 +165,6 @@ def want(
     return Wanted(
         units, entries, visible, exists, holder, demand, run, run_unit, run_holder, offsets
     )
-
-
-def chosen_copy(copies: Tensor, preferred: int, askable: Tensor | None) -> Tensor:
-    """Of the copies (*, R) of each unit the rank to ask (*) int64, -1 if nobody can be.
-
-    Args: askable: (W,) uint8: 2 for ranks that may be asked, 1 where only in want of such a one, 0
-    for those that cannot be. The first from copy `preferred` on is asked. None: all may be, and every
-    unit has all of its copies.
-    """
-    if askable is None:
-        return copies[..., preferred].long()
-    copies = copies.long().roll(-preferred, -1)
-    usable = torch.where(copies >= 0, askable[copies.clamp(min=0)], 0)
-    best, at = usable.max(-1, keepdim=True)  # of equals the first
-    return torch.where(best > 0, copies.gather(-1, at), -1)[..., 0]
-
-
-def replaceable(
-    copies: Tensor, holder: Tensor, askable: Tensor | None, *, world_size: int
-) -> Tensor:
-    """(W,) bool: the ranks instead of which others can be asked for all that is asked of them.
-
-    Args: copies: (*, R) of each unit; holder: (*), who is asked, anything outside [0, W) is nobody.
-    """
-    usable = copies >= 0
-    if askable is not None:
-        usable &= askable[copies.long().clamp(min=0)] > 0
-    alone = (usable.sum(-1) < 2) & (holder >= 0) & (holder < world_size)
-    at = torch.where(alone, holder, world_size).reshape(-1)
-    return torch.ones(world_size + 1, dtype=torch.bool).index_fill(0, at, False)[:world_size]
 
 
 def existing(

@@ -17,8 +17,8 @@ from ..scope import Scope, Selection, units_visible
 from ..transport.messages import Message
 from ..world import World
 from .answer import answer_select
-from .copies import whom_to_ask
 from .index import BestUnits, best_units
+from .recipients import whom_to_ask
 
 
 def select_step(
@@ -111,7 +111,8 @@ def _candidates(
         foreign |= listed & (world.tables.scorers(block, askable) != rank)
         if bool(repeats.any() | foreign.any() | (listed & ~best.score.isfinite()).any()):
             raise world.transport.accuse(
-                rank, "sent candidates that are not its own, nobody may see, twice, or unscored"
+                rank,
+                "sent invalid candidates: each must be of its own blocks, in sight, finite and named once",
             )
         found.append(best)
     scored = torch.stack([best.seen for best in found])

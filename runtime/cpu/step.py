@@ -32,8 +32,8 @@ from ..world import World
 from . import plan
 from .answer import answer_attend
 from .attend import Partial, attend_fetched, attend_local, keep_leases
-from .copies import check_askable, stand_ins
 from .merge import check_fetched, fetched_answers, local_complaints, merge_parts, routed_answers
+from .recipients import check_askable, stand_ins
 
 
 class Planned(NamedTuple):

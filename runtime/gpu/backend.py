@@ -10,7 +10,7 @@ Letters: Q queries, H heads, D columns, W ranks.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -24,6 +24,7 @@ from ..cost.model import CostModel
 from ..cost.predicate import Demand, Mode, decide
 from ..cpu.select import select_step
 from ..errors import Complaint, PeerError, coverage_error
+from ..exchanger import Answer
 from ..observe.decision_log import log_decisions
 from ..observe.explain import LastStep
 from ..scope import Scope, Selection
@@ -120,7 +121,7 @@ class GpuBackend:
             world.exchanger.exchange(
                 world.header("attend", layer=layer), [], lambda _: {}, lambda: None
             )
-        world.progress.answered = None
+        world.progress.forget()
         self._refresh()
         with stats.phase("send"):
             step = self._filled(layer, query, selection)
@@ -151,6 +152,11 @@ class GpuBackend:
         with stats.phase("lease"):
             self.keep_leases()
         return out
+
+    def answers(self) -> Mapping[str, Answer]:
+        """Not reached: a world on GPUs does not serve."""
+        self.require("serve")
+        return {}
 
     def flush(self, header: Header, visitors: Sequence[Message | None]) -> None:
         """As `Backend.flush`. A step on GPUs is of one layer: whatever a rank is asked there, it attends
@@ -287,8 +293,8 @@ class GpuBackend:
         return fault, way.view(queries, world.world_size).to(torch.int8)
 
     def check_peers(self) -> None:
-        """Raises: PeerError naming a rank that was silent, or sent an invalid message, in a step; it is
-        all are informed, those that wait elsewhere too."""
+        """Raises: PeerError naming a rank that was silent, or sent an invalid message, in a step.
+        All ranks are informed, those that wait elsewhere too."""
         if self._shared is None:
             return
         try:

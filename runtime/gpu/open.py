@@ -17,6 +17,7 @@ from ..stores import entry_codec, entry_slots
 from ..transport.base import Transport
 from ..transport.gloo import TorchTransport
 from ..transport.messages import Header, bytes_of, text
+from ..transport.schema import check_columns
 from .limits import GPU_MODES, check_machine
 from .pool import GpuPool
 from .step import GpuStep
@@ -154,7 +155,12 @@ def _agreed_device(transport: Transport) -> torch.device:
     columns = {"reason": text(reason), "device": text(uuid)}
     header = Header(kind="device", incarnation=transport.incarnation, channel=0, epoch=0, tables=0)
     transport.post_shares(header, [columns] * transport.world_size)
-    received = [columns if m is None else m.columns for m in transport.collect(header)]
+    received = []
+    for rank, message in enumerate(transport.collect(header)):
+        if message is not None:
+            with transport.blaming(rank):
+                check_columns(message, payload=torch.float32, compute=torch.float32)
+        received.append(columns if message is None else message.columns)
     devices = [bytes_of(theirs, "device") for theirs in received]
     for rank, theirs in enumerate(received):
         if why := bytes_of(theirs, "reason"):

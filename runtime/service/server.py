@@ -83,13 +83,10 @@ class _Wait(NamedTuple):
 class Service:
     """Made by `Runtime.serve`; closed by `close`, at the end of a `with`, or with its runtime."""
 
-    asks_all = False
-
     def __init__(
         self, world: World, answers: Answers, *, max_requests: int, max_bytes: int
     ) -> None:
         self._world, self._answers = world, answers
-        self._between = world.exchanger  # of the steps before and after this service
         self._transport = world.transport  # the server never sends through a later one
         self._inbox = Inbox(
             rank=world.rank,
@@ -109,7 +106,7 @@ class Service:
         self._absent: tuple[int, ...] | None = None  # once it has left: who did not part in time
         self._server = threading.Thread(target=self._serve, name="qroam-server", daemon=True)
         world.transport.divert(self._inbox)
-        world.exchanger = self
+        self._between = world.ask_by(self)  # of the steps before and after this service
         self._server.start()
         atexit.register(self.close)  # before the transport's: a thread inside torch aborts the exit
 
@@ -185,6 +182,10 @@ class Service:
             for peer in self._inbox.end():
                 self._send_goodbye(Purpose.LEAVE, peer)
 
+    def recipients(self, wanted: Callable[[], Tensor]) -> Tensor:
+        """Those that are concerned."""
+        return wanted()
+
     def settle(self, header: Header, columns: Sequence[Column] = ()) -> list[Message | None]:
         """Whoever is written to confirms it; what others write comes any time."""
         self.exchange(header, columns, _nothing, lambda: None)
@@ -255,7 +256,7 @@ class Service:
                 "the server is still at a request; no more are answered after it: close again"
             )
         self._closed = True
-        self._world.exchanger = self._between
+        self._world.ask_by(self._between)
         transport.restore()
         self._check_whole()
         if self._absent:

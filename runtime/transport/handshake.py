@@ -11,6 +11,7 @@ from ..config import RuntimeConfig
 from ..errors import PeerError
 from .base import Transport
 from .messages import Header, Message
+from .schema import check_columns
 
 MAX_TEXT_BYTES = 1 << 20
 _MOST_SHOWN = 8  # differences that an error names
@@ -37,6 +38,7 @@ def agree(
     for rank, message in enumerate(messages):
         if message is not None:
             with transport.blaming(rank):
+                check_columns(message, payload=config.dtype, compute=config.dtype)
                 texts[rank] = received(transport, message, rank=rank)
     common = max(texts, key=texts.count)
     culprits = tuple(rank for rank, text in enumerate(texts) if text != common)

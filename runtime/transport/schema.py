@@ -139,7 +139,9 @@ def check_columns(message: Message, *, payload: torch.dtype, compute: torch.dtyp
     """Raise ValueError for a column that messages of this kind do not have, or of another dtype or
     number of dimensions than its table says."""
     kind = message.header.kind
-    table = _BY_KIND.get(kind, {})
+    if kind not in _BY_KIND:
+        raise ValueError(f"there are no messages of kind {kind!r}")
+    table = _BY_KIND[kind]
     unknown = sorted(message.columns.keys() - table.keys())
     if unknown:
         raise ValueError(f"{kind!r} messages have no column {', '.join(unknown)[:80]}")

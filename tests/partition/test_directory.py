@@ -90,8 +90,11 @@ def test_the_same_deltas_give_the_same_version_and_others_another() -> None:
 
 REFUSED = {
     "name-taken": ("exists already", {"name": "a", "tokens": 1}),
-    "no-tokens": ("tokens > 0", {"name": "b", "tokens": 0}),
-    "negative-position": ("position >= 0", {"name": "b", "tokens": 1, "position": -1}),
+    "no-tokens": ("tokens of document 'b' must be a whole number", {"name": "b", "tokens": 0}),
+    "negative-position": (
+        "position of document 'b' must be a whole number",
+        {"name": "b", "tokens": 1, "position": -1},
+    ),
     "too-many-blocks": ("3 of 4 are free", {"name": "b", "tokens": 3 * B + 1}),
     "rank-full": ("rank 0 would hold 2", {"name": "b", "tokens": 2 * B, "capacity": 1}),
 }

@@ -214,7 +214,9 @@ def test_equal_prefixes_are_stored_once_and_outlive_one_another() -> None:
             runtime.scope(documents=["a", "b"], queries=1)
         with pytest.raises(ValueError, match="share blocks"):
             runtime.request(["a"], into="b")
-        with pytest.raises(ValueError, match=r"start must be in \[8, 10\)"):
+        with pytest.raises(
+            ValueError, match=r"start in document .b. must be a whole number in \[8, 9\]"
+        ):
             runtime.request(into="b", start=0)
         assert runtime.request(into="b").length == 2 * B
         assert ranks.means(["b"]) == [1.0] * LAYERS
@@ -375,20 +377,20 @@ def test_quotas_bound_a_group_and_evict_only_within_it() -> None:
             runtime.make_room("c", tokens=4 * B, group="g")
         runtime.set_quota("g", None)
         assert runtime.make_room("c", tokens=7 * B, group="g") == []
-        with pytest.raises(ValueError, match="must not be negative"):
+        with pytest.raises(ValueError, match="the quota of group .* must be a whole number in"):
             runtime.set_quota("g", -1)
 
     on_all(worker)
 
 
 BAD: dict[str, tuple[str, Callable[[Runtime], object]]] = {
-    "no-size": ("whole tokens > 0", lambda r: r.add_document("x")),
+    "no-size": ("tokens of document .x. must be a whole number in", lambda r: r.add_document("x")),
     "two-sizes": (
         "3 token ids for 4 tokens",
         lambda r: r.add_document("x", tokens=4, token_ids=[1, 2, 3]),
     ),
     "negative-token": (
-        "token ids must be",
+        "a token id of document .x. must be a whole number in",
         lambda r: r.add_document("x", token_ids=[-1] * B),
     ),
     "name": ("must be a string", lambda r: r.add_document(3, tokens=1)),  # type: ignore[arg-type]

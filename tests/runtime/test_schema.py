@@ -40,7 +40,7 @@ def test_any_step_carries_writes_and_an_answer_none() -> None:
         ("attend", torch.zeros(2, dtype=torch.int64), "must be torch.int32 with 1 dimensions"),
         ("attend", torch.zeros(2, 1, dtype=torch.int32), r"got torch.int32 \(2, 1\)"),
         ("select", torch.zeros(2, dtype=torch.int32), "'select' messages have no column fetch"),
-        ("steal", torch.zeros(2, dtype=torch.int32), "'steal' messages have no column fetch"),
+        ("steal", torch.zeros(2, dtype=torch.int32), "no messages of kind 'steal'"),
     ],
     ids=["dtype", "dimensions", "another kind", "no kind"],
 )

@@ -62,11 +62,17 @@ BAD: dict[str, tuple[str, Callable[[Bench], object]]] = {
         "attached and written",
         lambda b: b.runtime.request(["a"], into="a"),
     ),
-    "document-start-beyond": ("start must be", lambda b: b.runtime.request(into="a", start=4 * B)),
+    "document-start-beyond": (
+        "start in document 'a' must be a whole number in",
+        lambda b: b.runtime.request(into="a", start=4 * B),
+    ),
     "document-name-taken": ("exists already", lambda b: b.runtime.add_document("a", tokens=1)),
-    "document-empty": ("tokens > 0", lambda b: b.runtime.add_document("c", tokens=0)),
+    "document-empty": (
+        "tokens of document 'c' must be a whole number in .1, 2147483647., got 0",
+        lambda b: b.runtime.add_document("c", tokens=0),
+    ),
     "document-position": (
-        "position >= 0",
+        "position of document 'c' must be a whole number in",
         lambda b: b.runtime.add_document("c", tokens=1, position=-1),
     ),
     "document-loaded-twice": (
@@ -79,10 +85,19 @@ BAD: dict[str, tuple[str, Callable[[Bench], object]]] = {
     ),
     # Capacities
     "blocks-exhausted": ("9 of 16 are free", lambda b: b.runtime.add_document("c", tokens=10 * B)),
-    "blocks-absurd": ("are free", lambda b: b.runtime.add_document("c", tokens=10**15)),
+    "blocks-absurd": (
+        "tokens of document 'c' must be a whole number in .1, 2147483647.",
+        lambda b: b.runtime.add_document("c", tokens=10**15),
+    ),
     "request-exhausted": ("room for 14 is left", lambda b: b.runtime.append(b.request, 15)),
-    "append-nothing": ("cannot append 0", lambda b: b.runtime.append(b.request, 0)),
-    "append-negative": ("cannot append -1", lambda b: b.runtime.append(b.request, -1)),
+    "append-nothing": (
+        "number of tokens to append must be a whole number .*, got 0",
+        lambda b: b.runtime.append(b.request, 0),
+    ),
+    "append-negative": (
+        "number of tokens to append must be a whole number .*, got -1",
+        lambda b: b.runtime.append(b.request, -1),
+    ),
     # Requests
     "request-released": ("released", lambda b: b.runtime.append(b.closed, 1)),
     "request-released-twice": ("released", lambda b: b.runtime.release(b.closed)),

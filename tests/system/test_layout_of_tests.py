@@ -31,6 +31,7 @@ ELSEWHERE = {
     "runtime/cpu/attend.py": "system/test_central.py",
     "runtime/cpu/backend.py": "system/test_central.py",
     "runtime/cpu/merge.py": "runtime/test_untrusted.py",
+    "runtime/cpu/recipients.py": "runtime/test_copies.py",
     "runtime/cpu/select.py": "system/test_central.py",
     "runtime/cpu/step.py": "system/test_central.py",
     "runtime/exchanger.py": "runtime/test_service.py",
