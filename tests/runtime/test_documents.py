@@ -377,7 +377,7 @@ def test_quotas_bound_a_group_and_evict_only_within_it() -> None:
             runtime.make_room("c", tokens=4 * B, group="g")
         runtime.set_quota("g", None)
         assert runtime.make_room("c", tokens=7 * B, group="g") == []
-        with pytest.raises(ValueError, match="the quota of group .* must be a whole number in"):
+        with pytest.raises(ValueError, match=r"the quota of group .* must be a whole number in"):
             runtime.set_quota("g", -1)
 
     on_all(worker)
