@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from effort import slow_after
 from ranks import run_loopback
 from torch import Tensor
 
@@ -155,7 +156,7 @@ def selected(
 
 
 @pytest.mark.parametrize("at_offsets", [False, True], ids=["in place", "at offsets"])
-@pytest.mark.parametrize("unit_tokens", [1, 4])
+@pytest.mark.parametrize("unit_tokens", slow_after(1, [1, 4]))
 @pytest.mark.parametrize(
     ("heads", "dim", "codec", "dtype"),
     [
