@@ -80,7 +80,7 @@ class AttendWorkspace(NamedTuple):
         """For up to `rows` rows of queries of `dtype`; `parts_of` fills a device."""
         return AttendWorkspace(
             out=torch.empty(parts, 2, heads, value_dim, dtype=dtype, device=device),
-            lse=torch.empty(parts, 2, heads, device=device),
+            lse=torch.empty(parts, 2, heads, dtype=torch.float32, device=device),
             covered=torch.empty(parts, 2, 2, dtype=torch.int32, device=device),
             first_tile=torch.empty(rows + 2, dtype=torch.int32, device=device),
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..partition.bounds import MAX_TOKENS, whole
 from ..partition.directory import Document, with_pin, with_quota, without_document
 from ..partition.eviction import POLICIES, Policy
+from .ambient import isolated
 from .config import RuntimeConfig
 from .copies import lost_blocks
 from .corpus.document_copy import answer_copies, copy_document
@@ -53,6 +54,7 @@ from .validate import (
 from .world import LayerWeights, World
 
 
+@isolated
 class Runtime:
     """One rank of a world that attends over a corpus partitioned among its ranks.
 
@@ -558,7 +560,9 @@ class Runtime:
         if index is None:
             raise ValueError(f"layer {layer} has no indexer")
         nobody = torch.empty(0, index.heads, index.head_dim, dtype=self.config.dtype)
-        self.select(layer, nobody, torch.empty(0, index.heads), documents=())
+        self.select(
+            layer, nobody, torch.empty(0, index.heads, dtype=self.config.dtype), documents=()
+        )
 
     def idle_attend(self, layer: int) -> None:
         """Take part in the others' `attend` without a query of one's own."""

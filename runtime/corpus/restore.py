@@ -218,7 +218,7 @@ def _closed_tokens(world: World, names: Sequence[str]) -> dict[str, int]:
         try:
             opened |= set(column_of(columns, "open", torch.int32, ()).tolist())
         except ValueError as error:
-            raise world.transport.accuse(rank, f"says malformed things: {error}") from error
+            raise world.transport.accuse(rank, f"sent an invalid message: {error}") from error
     tokens = {}
     for document in documents:
         blocks_there = takewhile(lambda block: block not in opened, document.blocks)

@@ -242,12 +242,12 @@ class _Holders:
         units = self.demand.pairs_units
 
         def sums(which: Way) -> tuple[Tensor, Tensor]:
-            mine = self.remote & (way == which)
+            mine = self.remote & (way == int(which))
             return mine.sum(0), torch.where(mine, units, 0).sum(0)
 
         routes = [sums(way_of(form.form)) for form in self.model.facts.forms]
         items, listed = sums(Way.FETCH)
-        routed = self.remote & (way != Way.FETCH)
+        routed = self.remote & (way != int(Way.FETCH))
         return Load(
             routed_items=tuple(pair[0] for pair in routes),
             routed_units=tuple(pair[1] for pair in routes),
@@ -308,15 +308,16 @@ class _Holders:
         A routed item is fetched; a fetched one is routed by its holder's form, `home`.
         """
         load, units = self.load(way), self.demand.pairs_units
-        from_fetch = (self.remote & (way == Way.FETCH)).long()
+        from_fetch = (self.remote & (way == int(Way.FETCH))).long()
         to_fetch = self.remote.long() - from_fetch
         change = to_fetch - from_fetch  # +1: one more is fetched
         deltas = [
-            from_fetch * (home == way_of(form.form)) - to_fetch * (way == way_of(form.form))
+            from_fetch * (home == int(way_of(form.form)))
+            - to_fetch * (way == int(way_of(form.form)))
             for form in self.model.facts.forms
         ]
         fetched_units = load.fetched_units + change * units
-        routed = self.remote & (way != Way.FETCH)
+        routed = self.remote & (way != int(Way.FETCH))
         routed_private = torch.where(routed, self.private, 0.0).sum(0) - change * self.private
         changed = Load(
             routed_items=tuple(n + d for n, d in zip(load.routed_items, deltas, strict=True)),
@@ -338,7 +339,7 @@ class _Holders:
         once_s = once.exchange(self.uniform(Way.FETCH)).total
         by_fetch = torch.where(once_s > route.total, int(Reason.REUSE), by_fetch)
         by_fetch = torch.where(fetched.total == route.total, int(Reason.TIE), by_fetch)
-        is_fetch = self.remote & (way == Way.FETCH)
+        is_fetch = self.remote & (way == int(Way.FETCH))
         is_split = is_fetch.any(0) & (self.remote & ~is_fetch).any(0)
         reason = torch.where(is_fetch, by_fetch, by_route)
         reason = torch.where(is_split, int(Reason.SPLIT), reason)

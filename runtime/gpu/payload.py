@@ -54,7 +54,7 @@ class Absorbed:
         )  # fmt: skip
         self.partials = Partials(
             torch.empty(count, heads, self._value_dim, dtype=dtype, device=device),
-            torch.empty(count, heads, device=device),
+            torch.empty(count, heads, dtype=torch.float32, device=device),
             torch.empty(count, 2, dtype=torch.int32, device=device),
             None if combined else self._space,
         )

@@ -102,7 +102,7 @@ class GpuStep:
         self.query: Tensor = torch.zeros(rows, heads, columns, dtype=dtype, device=device)
         self.units, self.hidden = ints(rows, listed, value=-1), ints(rows, 2)
         self.out = torch.empty(rows, heads, out_columns, dtype=dtype, device=device)
-        self.lse = torch.empty(rows, heads, device=device)
+        self.lse = torch.empty(rows, heads, dtype=torch.float32, device=device)
         self.fault = ints(rows)
         self.plan = Plan.make(
             num_items=rows, num_listed=listed, world_size=world_size,

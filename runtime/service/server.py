@@ -29,6 +29,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ..ambient import isolated
 from ..errors import BlocksLostError, PeerError
 from ..exchanger import Answer
 from ..lockstep import begin_service, step
@@ -80,6 +81,7 @@ class _Wait(NamedTuple):
         return cls(expiry - left_s / 2, expiry, spare)
 
 
+@isolated
 class Service:
     """Made by `Runtime.serve`; closed by `close`, at the end of a `with`, or with its runtime."""
 

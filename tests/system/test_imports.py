@@ -21,7 +21,7 @@ FOLDERS = ("kernels", "partition", "indexer", "runtime")
 # A place holds modules or whole folders; `gpu.limits` has a place of its own below `gpu`. A new
 # module of `runtime/` is added here. `__init__` is `runtime/__init__.py`, which names what is public.
 PLACES = (
-    ("errors",),
+    ("errors", "ambient"),
     ("cost",),
     ("gpu.limits",),
     ("scope",),
@@ -52,6 +52,7 @@ DEVICE_FILES = (
     "runtime/tools/",
     "runtime/adapters/",
     "runtime/observe/profiling.py",
+    "runtime/ambient.py",  # autocast is per kind of device
     "runtime/config.py",
 )
 FACADE = "runtime/runtime.py"
