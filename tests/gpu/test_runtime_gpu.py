@@ -6,6 +6,8 @@ With two GPUs each rank is a process, in a world of its own for every test.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ from gpu_world import (
     Life,
     assert_right,
     config,
+    eighths,
     leasing,
     live,
+    numbers,
 )
 from ranks import RankPool
 from torch import Tensor
@@ -57,6 +61,46 @@ def test_a_life_alone(layout: Layout, dtype: torch.dtype) -> None:
     given = config(layout=layout, dtype=dtype)
     ours = [on_gpu(LoopbackTransport.world(1)[0], given)]
     assert_right(ours, given, live)
+
+
+def alone_inside(state: Callable[[], AbstractContextManager[object]]) -> list[Tensor]:
+    """What comes out of a life of one rank, each call made inside of a state of its own."""
+    entries, query = numbers(3 * B, 192, seed=1), numbers(3, 4, 192, seed=2)
+    keys, index_query = eighths(numbers(3 * B, 64, seed=3)), eighths(numbers(3, 4, 64, seed=4))
+    weights, outs = numbers(3, 4, seed=5).abs(), list[Tensor]()
+    with state():
+        runtime = Runtime.open(config(), LoopbackTransport.world(1)[0])
+    with state():
+        runtime.add_document("d", tokens=3 * B)
+        for layer in range(2):
+            runtime.load_document("d", layer, entries, keys)
+    for mode in MODES:
+        with state():
+            chosen = runtime.select(0, index_query, weights, documents=["d"])
+            outs += [chosen.ids, runtime.attend(0, query, chosen, mode=mode)]
+    with state():
+        attend = torch.compile(runtime.attend, backend="eager")
+        outs.append(attend(0, query, chosen))
+        runtime.idle_attend(0)
+        runtime.close()
+    return outs
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        lambda: torch.autocast("cuda", dtype=torch.float16),
+        lambda: torch.device("cuda"),
+        torch.inference_mode,
+    ],
+    ids=["autocast", "default device", "inference mode"],
+)
+def test_the_state_of_the_caller_stays_outside(
+    state: Callable[[], AbstractContextManager[object]],
+) -> None:
+    for plain, found in zip(alone_inside(nullcontext), alone_inside(state), strict=True):
+        assert (found.device, found.dtype) == (plain.device, plain.dtype)
+        assert torch.equal(found, plain)
 
 
 @two_gpus
